@@ -1,0 +1,137 @@
+"""The docs site without Quarto: run the notebooks, write README.md, find what would break when the site is built.
+
+    python tests/site_check.py run      run every notebook and store its outputs
+    python tests/site_check.py readme   write README.md from nbs/index.ipynb
+"""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|(?:href|src)=\"([^\"]+)\"")
+
+
+def pages(folder: Path = ROOT/"nbs") -> list[Path]:
+    "The notebooks of the site"
+    return sorted(p for p in folder.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(folder).parts))
+
+
+def sidebar(quarto: Path = ROOT/"_quarto.yml") -> list[str]:
+    "The pages in reading order"
+    def walk(items):
+        for item in items:
+            if isinstance(item, str): yield item
+            else: yield from walk(item.get("contents", [])) if "contents" in item else [item["href"]]
+    return list(walk(yaml.safe_load(quarto.read_text())["website"]["sidebar"]["contents"]))
+
+
+def processed(folder: Path) -> Path:
+    "What nbdev hands to Quarto, made in a copy of the project"
+    shutil.copytree(ROOT/"nbs", folder/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "_*"))
+    shutil.copytree(ROOT/"peer_nb", folder/"peer_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("settings.ini", "_quarto.yml"): shutil.copy(ROOT/name, folder)
+    (folder/"nbs"/"_quarto.yml").symlink_to("../_quarto.yml")
+    script = "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(force=True, n_workers=2)"
+    (folder/"process.py").write_text(script)
+    done = subprocess.run([sys.executable, "process.py"], cwd=folder, capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(f"nbdev could not process the notebooks:\n{done.stderr}")
+    return folder/"_proc"
+
+
+def markdown(page: Path) -> str:
+    "All markdown of a processed page, outputs included"
+    cells = json.loads(page.read_text())["cells"]
+    text = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+    for cell in cells:
+        for out in cell.get("outputs", []):
+            text.append("".join(out.get("data", {}).get("text/markdown", "")))
+    return re.sub(r"```.*?```", "", "\n\n".join(text), flags=re.S)
+
+
+def slug(heading: str) -> str:
+    "Quarto's anchor of a heading"
+    plain = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", lambda m: m[1] or "", heading)
+    return re.sub(r"-+", "-", re.sub(r"[^\w\- .]", "", plain.lower()).strip().replace(" ", "-")).lstrip("0123456789-_.")
+
+
+def anchors(page: Path) -> set[str]:
+    "What a link can point at within a page: headings and documented symbols"
+    text = markdown(page)
+    return {slug(h) for h in re.findall(r"^#{1,6}\s+(.+?)\s*$", text, re.M)} | set(re.findall(r'id="([^"]+)"', text)) | set(re.findall(r"\{#([\w.-]+)", text)) | \
+        {h.strip() for h in re.findall(r"^#{1,6}\s+(\S+)\s*$", text, re.M)}
+
+
+def broken_links(site: Path, base_url: str) -> list[str]:
+    "Internal links of the processed site that lead nowhere; base_url is where the site will be published"
+    found = []
+    for page in pages(site):
+        for match in LINK.finditer(markdown(page)):
+            link = unquote(match[1] or match[2])
+            if link.startswith(base_url): target, root = link.removeprefix(base_url).lstrip("/"), site
+            elif re.match(r"[a-z][a-z0-9+.-]*:", link): continue
+            else: target, root = link, page.parent
+            path, _, anchor = target.partition("#")
+            file = (root/path) if path else page
+            if file.suffix == ".html": file = source_of(file)
+            if file is None or not file.exists(): found.append(f"{page.relative_to(site)}: {link}")
+            elif anchor and file.suffix == ".ipynb" and not ({anchor, anchor.lower()} & anchors(file)):
+                found.append(f"{page.relative_to(site)}: {link} (no such heading)")
+    return found
+
+
+def source_of(html: Path) -> Path | None:
+    "The notebook that a page is made from: nbdev drops the number from the page's name"
+    return next((p for p in html.parent.glob("*.ipynb") if re.sub(r"^\d+[a-z]?_", "", p.stem) == html.stem), None)
+
+
+def to_html(page: Path) -> str:
+    "One page as nbconvert draws it"
+    from nbconvert import HTMLExporter
+    return HTMLExporter(exclude_raw=True).from_filename(str(page))[0]
+
+
+def readme(index: Path) -> str:
+    "README.md from the processed index page: pictures and pages are found from the top of the repository"
+    cells, parts = json.loads(index.read_text())["cells"], []
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown": parts.append(source)
+        elif cell["cell_type"] == "code":
+            code = "\n".join(line for line in source.splitlines() if not line.startswith("#|"))
+            if code.strip(): parts.append(f"```python\n{code.strip()}\n```")
+            for out in cell.get("outputs", []):
+                data = out.get("data", {})
+                shown = "".join(data.get("text/markdown") or out.get("text") or data.get("text/plain") or "").rstrip()
+                if shown: parts.append(shown if "text/markdown" in data else "\n".join("    " + line for line in shown.splitlines()))
+    text = "\n\n".join(p.strip("\n") for p in parts) + "\n"
+    return re.sub(r"(\]\(|src=\")(?!https?:|#|nbs/|\.\./)([\w./-]+\.(?:png|svg|ipynb))", r"\1nbs/\2", text)
+
+
+def run(page: Path):
+    "Run one notebook and keep its outputs"
+    script = ("import sys, os; os.environ['IN_TEST'] = '1'\nfrom execnb.shell import CaptureShell\nfrom execnb.nbio import read_nb, write_nb\n"
+              "nb = read_nb(sys.argv[1]); shell = CaptureShell('.')\nshell.run_all(nb, exc_stop=True)\n"
+              "if shell.exc: sys.exit(shell.prettytb(sys.argv[1]))\nwrite_nb(nb, sys.argv[1])")
+    done = subprocess.run([sys.executable, "-c", script, page.name], cwd=page.parent, capture_output=True, text=True)
+    if done.returncode: raise SystemExit(f"{page.relative_to(ROOT)} failed:\n{done.stderr}")
+
+
+def main(what: str = ""):
+    import tempfile
+    if what == "run":
+        for page in pages():
+            if "skip_exec: true" in page.read_text(): continue
+            print(page.relative_to(ROOT), flush=True)
+            run(page)
+    elif what == "readme":
+        with tempfile.TemporaryDirectory() as folder: (ROOT/"README.md").write_text(readme(processed(Path(folder))/"index.ipynb"))
+    else: sys.exit(__doc__)
+
+
+if __name__ == "__main__": main(*sys.argv[1:])

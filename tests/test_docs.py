@@ -1,0 +1,75 @@
+"Each page of the site converts and each internal link resolves, with no Quarto on the machine."
+import configparser
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import site_check as site
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    return site.processed(tmp_path_factory.mktemp("site"))
+
+
+def test_sidebar_lists_every_page_once():
+    listed = site.sidebar()
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {str(p.relative_to(site.ROOT/"nbs")) for p in site.pages()}
+
+
+def test_quarto_finds_its_configuration():
+    assert (site.ROOT/"nbs"/"_quarto.yml").resolve() == site.ROOT/"_quarto.yml"
+
+
+def test_every_page_converts(built):
+    for page in site.pages(built):
+        html = site.to_html(page)
+        assert "<h1" in html, f"{page.name} has no title"
+        assert not re.search(r"\bTraceback \(most recent call last\)", html), f"{page.name} shows a traceback"
+
+
+def test_internal_links_resolve(built):
+    settings = configparser.ConfigParser(); settings.read(site.ROOT/"settings.ini")
+    broken = site.broken_links(built, settings["DEFAULT"]["doc_host"] + settings["DEFAULT"]["doc_baseurl"])
+    assert not broken, "links that lead nowhere:\n" + "\n".join(broken)
+
+
+def test_a_broken_link_is_found(tmp_path):
+    cell = dict(cell_type="markdown", metadata={}, source="# A\n[gone](b.ipynb) [here](a.ipynb#a) [no heading](a.ipynb#z)")
+    (tmp_path/"a.ipynb").write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
+    assert site.broken_links(tmp_path, "https://nowhere") == ["a.ipynb: b.ipynb", "a.ipynb: a.ipynb#z (no such heading)"]
+
+
+def test_every_public_symbol_is_documented(built):
+    "show_doc output (docments as a table) stands on the page of each exported function and class"
+    page = (built/"00_config.ipynb").read_text()
+    assert "load_config" in page and "Details" in page
+
+
+def test_readme_is_the_index_page(built):
+    assert (site.ROOT/"README.md").read_text() == site.readme(built/"index.ipynb"), "run make readme"
+
+
+def test_readme_pictures_exist():
+    for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (site.ROOT/"README.md").read_text()): assert (site.ROOT/target).exists(), target
+
+
+def test_outputs_are_small_and_say_nothing_of_a_machine():
+    for page in site.pages():
+        outputs = json.dumps([c.get("outputs", []) for c in json.loads(page.read_text())["cells"]])
+        assert len(outputs) < 200_000, f"{page.name} stores {len(outputs)//1000} kB of outputs"
+        assert not re.search(r"(?<![\w.}])/(home|root|tmp|work|Users)/\w", outputs), f"{page.name} shows a path of the machine it ran on"
+
+
+def test_make_docs_names_what_is_missing(tmp_path):
+    "Without Quarto make docs says what to install and changes nothing"
+    stub = tmp_path/".venv"
+    stub.mkdir()
+    for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py"): (tmp_path/name).write_bytes((site.ROOT/name).read_bytes())
+    for name in ("bin/python", "torch", "base", "dev"):
+        (stub/name).parent.mkdir(exist_ok=True); (stub/name).touch()
+    done = subprocess.run(["make", "docs"], cwd=tmp_path, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert done.returncode == 2 and "quarto.org/docs/get-started" in done.stdout

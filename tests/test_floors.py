@@ -1,0 +1,77 @@
+"Imports go down the house or sideways without a circle, never up."
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent/"peer_nb"
+FLOORS = {"config": 0, "cli": 0, "files": 0, "models": 1, "data": 1, "tasks": 1, "evaluation": 2, "analysis": 2,
+          "training": 3, "bridge": 4, "ablation": 4}
+MODEL_NEEDS = {"torch", "numpy", "transformers", "fastcore"}
+LAB_CALLS = {"config", "cli", "files", "ablation", "analysis.parameters", "data.corpora"}
+
+
+def imports(source: str, module: str) -> list[str]:
+    "Absolute names of all that a module imports, inside functions too"
+    found, package = [], module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): found += [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            stem = ".".join(base + ([node.module] if node.module else []))
+            found += [f"{stem}.{a.name}" for a in node.names]
+    return found
+
+
+def graph() -> dict[str, list[str]]:
+    "module -> what it imports, names relative to peer_nb"
+    files = [p for p in PACKAGE.rglob("*.py") if not p.name.startswith("_")]
+    return {".".join(p.relative_to(PACKAGE).with_suffix("").parts): imports(p.read_text(), "peer_nb." + ".".join(p.relative_to(PACKAGE).with_suffix("").parts))
+            for p in files}
+
+
+def inside(names: list[str], modules) -> set[str]:
+    "The modules of the package among imported names"
+    own = [n.removeprefix("peer_nb.") for n in names if n.startswith("peer_nb.")]
+    return {max((m for m in modules if n == m or n.startswith(m + ".")), key=len, default=n) for n in own}
+
+
+MODULES = graph()
+
+
+def test_every_room_has_a_floor():
+    assert {m.split(".")[0] for m in MODULES} <= set(FLOORS)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_import_goes_up(module):
+    floor = FLOORS[module.split(".")[0]]
+    up = [n for n in inside(MODULES[module], MODULES) if n not in {"__version__"} and FLOORS[n.split(".")[0]] > floor]
+    assert not up, f"{module} (floor {floor}) imports {up} from above"
+
+
+def test_no_circles():
+    try: list(TopologicalSorter({m: inside(names, MODULES) - {m} for m, names in MODULES.items()}).static_order())
+    except CycleError as e: raise AssertionError(f"a circle of imports: {' -> '.join(e.args[1])}") from None
+
+
+def test_models_can_be_copied_to_any_gpu_machine():
+    for module, names in MODULES.items():
+        if not module.startswith("models."): continue
+        outside = {n.split(".")[0] for n in names} - set(__import__("sys").stdlib_module_names) - {"peer_nb", "triton"}
+        assert outside <= MODEL_NEEDS, f"{module} imports {outside - MODEL_NEEDS}"
+        assert all(n.startswith("models.") for n in inside(names, MODULES)), f"{module} imports another room"
+
+
+def test_the_lab_knows_configurations_and_files_only():
+    for module, names in MODULES.items():
+        if not module.startswith("ablation."): continue
+        foreign = {n for n in inside(names, MODULES) if n not in LAB_CALLS and n.split(".")[0] not in LAB_CALLS and n != "__version__"}
+        assert not foreign, f"{module} imports {foreign}"
+
+
+def test_the_test_sees_an_import_that_goes_up():
+    names = imports("def f():\n    from peer_nb.training.loop import train\nfrom ..ablation import study", "peer_nb.models.mla")
+    assert set(names) == {"peer_nb.ablation.study", "peer_nb.training.loop.train"}
+    assert inside(names, ["training.loop", "ablation.study"]) == {"training.loop", "ablation.study"}
