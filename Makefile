@@ -24,6 +24,7 @@ $(BIN)/python:
 
 # torch comes first and alone, so that nothing below can pull in another build of it
 $(VENV)/torch: $(BIN)/python constraints.txt
+	$(PIP) install --quiet $$(grep -E '^pip==' constraints.txt)
 	$(PIP) install --quiet $(TORCH)
 	@grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt
 	@$(PIP) list --format=freeze | grep -E '^torch==' | sed 's/+.*//' >> $(VENV)/constraints.txt
