@@ -114,10 +114,13 @@ def readme(index: Path) -> str:
 
 
 def run(page: Path):
-    "Run one notebook and keep its outputs"
+    "Run one notebook and keep its outputs, but for what libraries say on stderr"
     script = ("import sys, os; os.environ['IN_TEST'] = '1'\nfrom execnb.shell import CaptureShell\nfrom execnb.nbio import read_nb, write_nb\n"
               "nb = read_nb(sys.argv[1]); shell = CaptureShell('.')\nshell.run_all(nb, exc_stop=True)\n"
-              "if shell.exc: sys.exit(shell.prettytb(sys.argv[1]))\nwrite_nb(nb, sys.argv[1])")
+              "if shell.exc: sys.exit(shell.prettytb(sys.argv[1]))\n"
+              "for cell in nb.cells:\n"
+              "    if cell.cell_type == 'code': cell.outputs = [o for o in cell.get('outputs', []) if o.get('name') != 'stderr']\n"
+              "write_nb(nb, sys.argv[1])")
     done = subprocess.run([sys.executable, "-c", script, page.name], cwd=page.parent, capture_output=True, text=True)
     if done.returncode: raise SystemExit(f"{page.relative_to(ROOT)} failed:\n{done.stderr}")
 
