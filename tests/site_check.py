@@ -3,6 +3,7 @@
     python tests/site_check.py run      run every notebook and store its outputs
     python tests/site_check.py readme   write README.md from nbs/index.ipynb
 """
+import ast
 import json
 import re
 import shutil
@@ -54,6 +55,27 @@ def markdown(page: Path) -> str:
     return re.sub(r"```.*?```", "", "\n\n".join(text), flags=re.S)
 
 
+def outputs(page: Path) -> str:
+    "What the cells of a page show, as markdown or text"
+    shown = [o.get("data", {}) for c in json.loads(page.read_text())["cells"] for o in c.get("outputs", [])]
+    return "\n".join("".join(data.get("text/markdown") or data.get("text/plain") or "") for data in shown)
+
+
+def front_matter(page: Path) -> dict:
+    "Title and description, as nbdev puts them into the first cell"
+    first = "".join(json.loads(page.read_text())["cells"][0]["source"])
+    return yaml.safe_load(first.strip().strip("-")) if first.startswith("---") else {}
+
+
+def public_symbols(notebook: Path) -> list[str]:
+    "Functions and classes that a notebook exports and that nbdev documents"
+    cells = ["".join(c["source"]) for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    exported = [c for c in cells if re.search(r"^#\|\s*exports?\b", c, re.M) and "#| hide" not in c]
+    quiet = set(re.findall(r"show_doc\((\w+)\)", "\n".join(cells)))
+    nodes = [node for c in exported for node in ast.parse(c).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return [n.name for n in nodes if not n.name.startswith("_") and not n.decorator_list and n.name not in quiet]
+
+
 def slug(heading: str) -> str:
     "Quarto's anchor of a heading"
     plain = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", lambda m: m[1] or "", heading)
@@ -90,15 +112,26 @@ def source_of(html: Path) -> Path | None:
     return next((p for p in html.parent.glob("*.ipynb") if re.sub(r"^\d+[a-z]?_", "", p.stem) == html.stem), None)
 
 
+def mixes_imports(cell: str) -> bool:
+    "Whether a cell that is not exported imports and does something else as well"
+    if cell.startswith("%%") or re.search(r"^\s*#\|\s*(export|exec_doc|eval:\s*false)", cell, re.M): return False
+    nodes = list(ast.walk(ast.parse(cell)))
+    return any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes) and any(isinstance(n, (ast.Expr, ast.Assign)) for n in nodes)
+
+
 def to_html(page: Path) -> str:
     "One page as nbconvert draws it"
     from nbconvert import HTMLExporter
-    return HTMLExporter(exclude_raw=True).from_filename(str(page))[0]
+    import nbformat
+    notebook = json.loads(page.read_text())
+    for cell in notebook["cells"]: cell.pop("has_sd", None)   # nbdev's own mark on the cells it adds
+    return HTMLExporter(exclude_raw=True).from_notebook_node(nbformat.reads(json.dumps(notebook), as_version=4))[0]
 
 
 def readme(index: Path) -> str:
     "README.md from the processed index page: pictures and pages are found from the top of the repository"
-    cells, parts = json.loads(index.read_text())["cells"], []
+    cells, matter = json.loads(index.read_text())["cells"], front_matter(index)
+    parts = [f"# {matter['title']}", f"> {matter['description']}"]
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown": parts.append(source)
@@ -110,6 +143,7 @@ def readme(index: Path) -> str:
                 shown = "".join(data.get("text/markdown") or out.get("text") or data.get("text/plain") or "").rstrip()
                 if shown: parts.append(shown if "text/markdown" in data else "\n".join("    " + line for line in shown.splitlines()))
     text = "\n\n".join(p.strip("\n") for p in parts) + "\n"
+    text = text.replace("\n```\n\n```python\n", "\n\n")   # neighbouring cells read as one block
     return re.sub(r"(\]\(|src=\")(?!https?:|#|nbs/|\.\./)([\w./-]+\.(?:png|svg|ipynb))", r"\1nbs/\2", text)
 
 
