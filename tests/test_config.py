@@ -47,7 +47,7 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.num_attention_heads": (MODEL, "shape of the attention's projections"),
     "model_config.intermediate_size": (MODEL, "shape of a dense feed-forward layer"),
     "model_config.vocab_size": (MODEL, "rows of the embedding"),
-    "model_config.max_position_embeddings": (PERPLEXITY, "longest window that is scored"),
+    "model_config.max_position_embeddings": (MODEL, "the longest sequence that is not refused"),
     "model_config.initializer_range": (HF, "spread of the initial weights"),
     "model_config.layer_norm_eps": (MODEL, "logits"),
     "model_config.use_peer": (MODEL, "whether a layer holds a memory"),
@@ -62,6 +62,7 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.peer_config.activation": ("models/peer.py", "logits"),
     "model_config.peer_config.score": (ROUTER, "expert weights; logits"),
     "model_config.peer_config.query_norm": (ROUTER, "kind of the query's normalisation"),
+    "model_config.peer_config.table_gradient": ("models/peer.py", "layout of the tables' gradients"),
     "model_config.peer_config.shared_keys": (MODEL, "first dimension of the keys"),
     "model_config.mla_config.q_lora_rank": ("models/mla.py", "shape of the query projection"),
     "model_config.mla_config.kv_lora_rank": ("models/mla.py", "shape of the latent's projections; size of the cache"),
@@ -69,11 +70,19 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.mla_config.v_head_dim": ("models/mla.py", "shape of the output projection"),
     "model_config.mla_config.qk_nope_head_dim": ("models/mla.py", "shape of the query projection"),
     "model_config.mla_config.rope_theta": (MODEL, "logits at later positions"),
+    "model_config.mla_config.rope_scaling.rope_type": ("models/mla.py", "logits at later positions"),
+    "model_config.mla_config.rope_scaling.factor": ("models/mla.py", "logits at later positions"),
+    "model_config.mla_config.rope_scaling.original_max_position_embeddings": ("models/mla.py", "logits at later positions"),
+    "model_config.mla_config.rope_scaling.beta_fast": (HF, "logits at later positions, under yarn"),
+    "model_config.mla_config.rope_scaling.beta_slow": (HF, "logits at later positions, under yarn"),
+    "model_config.mla_config.rope_scaling.mscale": (HF, "logits, under yarn"),
+    "model_config.mla_config.rope_scaling.mscale_all_dim": ("models/mla.py", "logits, under yarn"),
     "model_config.memory_kind": (MODEL, "tables of the memory layers"),
     "model_config.memory_layers": (MODEL, "which layers hold a memory"),
     "model_config.share_memory": (MODEL, "number of different tables"),
     "model_config.tie_word_embeddings": (HF, "whether the head has weights of its own"),
     "model_config.dropout": (MODEL, "logits in training"),
+    "model_config.loss_chunk_size": (MODEL, "memory of a training step; logits come back or not"),
     "train_config.output_dir": (LOOP, "where checkpoints and metrics are written"),
     "train_config.per_device_train_batch_size": (PACKING, "rows of a batch"),
     "train_config.gradient_accumulation_steps": (LOOP, "batches of a step"),
@@ -165,7 +174,11 @@ CHANGES = {   # key below model_config: overrides that change it and what must c
     "mla_config.qk_nope_head_dim": {"mla_config.qk_nope_head_dim": 16}, "mla_config.rope_theta": {"mla_config.rope_theta": 10.0},
     "memory_kind": dict(memory_kind="pkm"), "memory_layers": dict(memory_layers=[0, 1]), "share_memory": dict(share_memory=True, memory_layers=[0, 1]),
     "tie_word_embeddings": dict(tie_word_embeddings=True), "dropout": dict(dropout=0.5)}
-ELSEWHERE = {"max_position_embeddings"}   # of the model's keys: read by evaluation
+YARN = dict(rope_type="yarn", factor=4, original_max_position_embeddings=256, mscale=1, mscale_all_dim=0.5)
+SCALING = {name: {f"mla_config.rope_scaling.{name}": value} for name, value in dict(rope_type="linear", factor=8, original_max_position_embeddings=16,
+    beta_fast=2, beta_slow=0.1, mscale=2, mscale_all_dim=1).items()}
+CHANGES |= {f"mla_config.rope_scaling.{name}": change for name, change in SCALING.items()}   # of a model that is stretched
+ELSEWHERE = {"max_position_embeddings", "loss_chunk_size", "peer_config.table_gradient"}   # seen in what the model refuses, in what it returns beside logits, and in gradients
 
 
 def fingerprint(cfg: Config):
@@ -187,8 +200,11 @@ def test_every_model_key_changes_the_model():
     both = apply_overrides(base, {"model_config.memory_layers": [0, 1]})
     prints = {None: fingerprint(base), "share_memory": fingerprint(both)}
     torch.testing.assert_close(fingerprint(base)[1], prints[None][1])   # the same twice
+    stretched = apply_overrides(base, {"model_config.mla_config.rope_scaling": YARN, "model_config.initializer_range": 0.2})
+    prints |= dict.fromkeys([f"mla_config.rope_scaling.{name}" for name in SCALING], fingerprint(stretched))
     for key, change in CHANGES.items():
-        shapes, logits = fingerprint(apply_overrides(base, {f"model_config.{name}": value for name, value in change.items()}))
+        changed = apply_overrides(stretched if "rope_scaling" in key else base, {f"model_config.{name}": value for name, value in change.items()})
+        shapes, logits = fingerprint(changed)
         old_shapes, old_logits = prints.get(key, prints[None])
         assert shapes != old_shapes or not torch.allclose(logits, old_logits, atol=1e-6), f"model_config.{key} changes nothing"
 
@@ -242,7 +258,7 @@ def test_imports_nothing_heavy():
 # ---- every mistake is a ConfigError that names file and key --------------------------------------------------------------
 
 ENTRIES = [dict(name="a", path="a.txt"), dict(name="b", path="b.txt")]
-FULL = to_dict(config_from_dict(dict(dataset_config=dict(datasets=ENTRIES, tokenizer_corpus=ENTRIES), eval_config=dict(datasets=ENTRIES), wandb_config={})))
+FULL = to_dict(config_from_dict(dict(model_config=dict(mla_config=dict(rope_scaling=YARN)), dataset_config=dict(datasets=ENTRIES, tokenizer_corpus=ENTRIES), eval_config=dict(datasets=ENTRIES), wandb_config={})))
 
 
 def parent_of(tree: dict, key: str):
@@ -321,15 +337,15 @@ def test_any_wrong_type(key, data):
 FROM_ONE = """hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size max_position_embeddings num_experts num_experts_per_tok
     num_heads expert_hidden_size query_dim log_freq q_lora_rank kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim per_device_train_batch_size
     per_device_eval_batch_size gradient_accumulation_steps max_steps max_tokens steps_per_epoch logging_steps save_steps save_total_limit eval_steps
-    max_seq_length eval_batch_size""".split()
+    max_seq_length eval_batch_size original_max_position_embeddings loss_chunk_size""".split()
 ABOVE_ZERO = """initializer_range layer_norm_eps usage_threshold rope_theta learning_rate adam_epsilon max_grad_norm table_max_grad_norm
-    num_train_epochs weight""".split()
+    num_train_epochs weight beta_fast beta_slow mscale mscale_all_dim""".split()
 below, above = st.floats(max_value=-1e-9, allow_infinity=False), st.floats(min_value=1.001, allow_infinity=False)
 OUT_OF_RANGE = (
     dict.fromkeys(FROM_ONE, st.integers(-2**63, 0)) | dict.fromkeys(ABOVE_ZERO, below | st.just(0)) |
     dict.fromkeys(("weight_decay", "table_learning_rate", "table_weight_decay"), below) | dict.fromkeys(("peer_start_layer",), st.integers(-2**63, -1)) |
     dict.fromkeys(("dropout", "adam_beta1", "adam_beta2"), below | above | st.just(1)) |
-    dict(warmup_ratio=below | above, heldout_fraction=below | above | st.sampled_from([0, 1]), seed=st.integers(-2**63, -1) | st.integers(2**32, 2**63 - 1),
+    dict(factor=st.floats(max_value=0.999, allow_infinity=False), warmup_ratio=below | above, heldout_fraction=below | above | st.sampled_from([0, 1]), seed=st.integers(-2**63, -1) | st.integers(2**32, 2**63 - 1),
          product_key_dim=st.just([]), tokenizer_name=st.sampled_from(["corpus:", "corpus:bpe", "corpus:bpe:256", "corpus:bpe:-5", "corpus:wordpiece:500"]),
          text_template=st.sampled_from(["no field", "{", "}", "{}", "{0}", "{a.b}", "{a[0]}", "{a:{b}}"])))
 

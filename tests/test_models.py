@@ -15,7 +15,7 @@ from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3
 from peer_nb import config
 from peer_nb.models.causal_lm import MLAOptions, PeerMLAConfig, PeerMLAForCausalLM, PeerOptions
 from peer_nb.models.mla import LatentAttention, rotary_angles
-from peer_nb.models.peer import MEMORY_KINDS, PEER, gather_dot, gather_dot_reference
+from peer_nb.models.peer import MEMORY_KINDS, PEER
 from peer_nb.models.product_keys import brute_force_top_k, product_top_k, staircase
 
 torch.set_num_threads(1)
@@ -109,21 +109,6 @@ def test_staircase_keeps_enough_and_no_more(rows, cols, k):
 
 
 # memory layers
-
-@settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 50), d=st.integers(1, 33), tokens=st.integers(0, 9), places=st.integers(1, 7), seed=st.integers(0, 2**31))
-def test_gather_dot_and_its_gradients(n, d, tokens, places, seed):
-    g = torch.Generator().manual_seed(seed)
-    index, weight = torch.randint(0, n, (tokens, places), generator=g), torch.randn(tokens, places, generator=g).double()
-    start = torch.randn(n, d, generator=g).double(), torch.randn(tokens, d, generator=g).double()
-    results = []
-    for f in (gather_dot, gather_dot_reference):
-        table, x = (t.clone().requires_grad_() for t in start)
-        out = f(table, index, x)
-        (out * weight).sum().backward() if tokens else None
-        results.append([out.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in (table, x))])
-    for got, want in zip(*results): torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
-
 
 @pytest.mark.parametrize("kind", MEMORY_KINDS)
 def test_bfloat16_stays_near_float32(kind):

@@ -40,9 +40,9 @@ if TYPE_CHECKING: from peer_nb.models.causal_lm import PeerMLAForCausalLM
 
 # %% auto #0
 __all__ = ['log', 'MAX_SKIPPED_IN_ROW', 'main', 'start_log', 'seed_everything', 'set_backends', 'check_vocabulary',
-           'trained_tokens', 'accumulate_gradient', 'Counters', 'endless', 'Trainer', 'StepResult', 'finite',
-           'keep_metrics', 'Heartbeat', 'Progress', 'Preempted', 'stop_requests', 'starting_point', 'TrainResult',
-           'peak_memory', 'train', 'peer_train']
+           'check_table_gradient', 'trained_tokens', 'accumulate_gradient', 'Counters', 'endless', 'Trainer',
+           'StepResult', 'finite', 'keep_metrics', 'Heartbeat', 'Progress', 'Preempted', 'stop_requests',
+           'starting_point', 'TrainResult', 'peak_memory', 'train', 'peer_train']
 
 # %% ../../nbs/training/02_loop.ipynb #a7d2b4c3
 log = logging.getLogger("peer_nb")
@@ -92,6 +92,16 @@ def check_vocabulary(
     if needed > rows:
         raise UserError(f"model_config.vocab_size is {rows:,}, but the tokenizer {cfg.dataset_config.tokenizer_name!r} has {needed:,} "
                         f"tokens: set vocab_size to {needed:,} or more, or choose a smaller tokenizer")
+
+# %% ../../nbs/training/02_loop.ipynb #aea232bf
+def check_table_gradient(
+    cfg: Config, # model_config.peer_config.table_gradient
+) -> None:
+    "Refuse table gradients that the optimizer cannot take"
+    kind = cfg.model_config.peer_config.table_gradient
+    if kind != "dense":
+        raise UserError(f"model_config.peer_config.table_gradient is {kind!r}: the layers can give it, but this loop's AdamW takes dense "
+                        "gradients only; use dense")
 
 # %% ../../nbs/training/02_loop.ipynb #e5989c8c
 def trained_tokens(
@@ -146,7 +156,7 @@ def endless(
         for batch in loader: yield batch; empty = False
         if empty: raise UserError("the data gives no batch: it is shorter than one row of dataset_config.max_seq_length tokens")
 
-# %% ../../nbs/training/02_loop.ipynb #e849cf61
+# %% ../../nbs/training/02_loop.ipynb #af6d59a0
 class Trainer:
     "One run of training, ready for its first step"
     def __init__(self,
@@ -154,6 +164,7 @@ class Trainer:
     ):
         from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM   # seconds to import: not for --help
         check_duration(cfg)
+        check_table_gradient(cfg)
         train = self.train = cfg.train_config
         self.cfg, self.counters, self.heldout = cfg, Counters(), None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
