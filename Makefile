@@ -33,11 +33,11 @@ $(VENV)/torch: $(BIN)/python constraints.txt
 
 $(VENV)/base: $(VENV)/torch settings.ini setup.py
 	$(PIP) install --quiet -c $(VENV)/constraints.txt setuptools wheel
-	$(PIP) install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e .
+	PYTHONWARNINGS=ignore $(PIP) install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev,eval]'
+	PYTHONWARNINGS=ignore $(PIP) install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev,eval]'
 	@touch $@
 
 install: $(VENV)/base ## the environment that users need, in .venv
