@@ -184,7 +184,7 @@ class TrainConfig:
     deterministic: bool = False # only deterministic kernels
     resume_from_checkpoint: Text | None = None # a checkpoint folder, or "auto" for the newest in output_dir
 
-# %% ../nbs/00_config.ipynb #c6bf9ce9
+# %% ../nbs/00_config.ipynb #1409c383
 @dataclass
 class DatasetEntry:
     "One source of text"
@@ -207,6 +207,7 @@ class DatasetConfig:
     tokenizer_name: Tokenizer = "gpt2" # hub name or path; "corpus:bpe:4096" trains one on the corpus; "bytes"
     tokenizer_corpus: list[DatasetEntry] | None = None # what a "corpus:" tokenizer is trained on; null: datasets
     max_seq_length: Count = 2048 # tokens per row
+    packing: Literal["rows", "varlen"] = "rows" # varlen: documents side by side that do not see each other
     heldout_fraction: Part = 0.05 # part of each source, chosen by hash, that is never trained on
 
 # %% ../nbs/00_config.ipynb #6487ff8f

@@ -38,7 +38,7 @@ ENTRY = {   # of each of the three lists of sources
     "weight": (PACKING, "the share of rows from this source (in the list that is trained on)"),
     "text_field": (CORPORA, "which field of a record is the text"),
     "text_template": (CORPORA, "how the text is made of several fields"),
-    "mask": (CORPORA, "refused until masks are built: training on everything is not what was asked for"),
+    "mask": (PACKING, "which tokens are targets"),
     "task": (CORPORA, "refused until tasks can be generated"),
 }
 OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be seen to change)
@@ -116,6 +116,7 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "train_config.resume_from_checkpoint": (LOOP, "the step training starts at"),
     "dataset_config.tokenizer_name": (CORPORA, "tokens of a text"),
     "dataset_config.max_seq_length": (PACKING, "tokens of a row"),
+    "dataset_config.packing": (PACKING, "whether documents of a batch see each other"),
     "dataset_config.heldout_fraction": (CORPORA, "which documents are held out"),
     "eval_config.eval_batch_size": (PERPLEXITY, "windows of a forward pass"),
     "eval_config.max_tokens": (PERPLEXITY, "tokens that are scored"),

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from peer_nb.config import Config, DatasetConfig, DatasetEntry, EvalConfig, TrainConfig, UserError
+from peer_nb.config import Config, DatasetConfig, DatasetEntry, EvalConfig, TrainConfig, UserError, load_data_mixes
 from peer_nb.data import corpora
 from peer_nb.data.corpora import data_fingerprint, data_manifest, documents, load_tokenizer, summary
-from peer_nb.data.packing import StreamingRows, build_dataloader, tokenised
+from peer_nb.data.packing import Mix, StreamingRows, build_dataloader, tokenised
+from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
+from peer_nb.training.loop import accumulate_gradient
 
 LIBRARY = [DatasetEntry("docs", "python:docs"), DatasetEntry("stdlib", "python:stdlib")]
 
@@ -126,6 +129,9 @@ def test_manifest_counts_what_is_read(cache, files):
     cfg = Config(dataset_config=DatasetConfig([replace(files[0], weight=3.), files[1]], "corpus:bpe:300", heldout_fraction=.2),
                  eval_config=EvalConfig(datasets=[files[1]]))
     manifest = data_manifest(cfg)
+    for source in manifest["sources"] + manifest["heldout"]:
+        data = (path := Path(source["path"])).read_bytes()
+        assert source["origin"] == dict(files={path.name: dict(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())})
     assert [s["share"] for s in manifest["sources"]] == [.75, .25] and [h["name"] for h in manifest["heldout"]] == ["bees"]
     for source, entry in zip(manifest["sources"], files):
         texts = list(documents(entry, heldout_fraction=.2))
@@ -148,7 +154,34 @@ def test_local_formats_give_the_same_documents(ending, cache, tmp_path):
     assert list(documents(replace(entry, path=str(tmp_path/"x.*")), heldout_fraction=0)) == texts
 
 
-# ---- hub names without a network ----
+def test_mixes_by_name(cache, files, tmp_path):
+    mixes = dict(insects=dict(name="Insects", datasets=[dict(name=e.name, path=e.path, weight=w) for e, w in zip(files, (.8, .2))]))
+    (tmp_path/"datasets.yaml").write_text(json.dumps(dict(data_mixes=mixes)))
+    mix = load_data_mixes(tmp_path/"datasets.yaml")["insects"]
+    batches = build_dataloader(*small_run(mix.datasets, 100))
+    for _ in range(20): next(batches)
+    assert batches.proportions() == pytest.approx(dict(ants=.8, bees=.2), abs=.03)
+
+
+# ---- hub names ----
+
+@pytest.mark.parametrize("entry, asked", [
+    (DatasetEntry("pile", "monology/pile-uncopyrighted", streaming=True), dict(path="monology/pile-uncopyrighted", name=None, split="train")),
+    (DatasetEntry("c4", "allenai/c4", subset="en", split="validation", streaming=True), dict(path="allenai/c4", name="en", split="validation"))])
+def test_hub_sets_by_configuration_alone(entry, asked, cache, monkeypatch):
+    "What `datasets` is asked for, at which commit; and that rows come out of what it gives"
+    import datasets
+    seen = []
+    def load_dataset(**kw):
+        seen.append(kw)
+        return datasets.Dataset.from_dict(dict(text=[f"page {i} of the web" for i in range(50)], url=["u"]*50)).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(corpora, "hub_revision", lambda name, kind: "0123abc")
+    cfg, tokenizer = small_run([entry])
+    assert next(build_dataloader(cfg, tokenizer))["input_ids"].shape == (3, 32)
+    assert seen and all(kw == asked | dict(streaming=True, revision="0123abc") for kw in seen)
+    origin = data_manifest(cfg)["sources"][0]["origin"]
+    assert origin == dict(revision="0123abc", subset=entry.subset, split=entry.split)
 
 @pytest.mark.parametrize("ask", ["dataset", "tokenizer", "manifest"])
 def test_hub_name_offline_is_one_clear_error(ask, cache, tmp_path, monkeypatch):
@@ -171,55 +204,135 @@ def test_hub_name_offline_is_one_clear_error(ask, cache, tmp_path, monkeypatch):
 
 # ---- exact resume ----
 
-RESUME = """
+SHUFFLES = dict(epoch="the whole set in an order of its own each epoch", blocks="a stream, block by block", both="one source of each kind")
+CONFIGURATIONS = [(shuffle, mixed, packing, workers) for shuffle in SHUFFLES for mixed in (False, True) if mixed or shuffle != "both"
+                  for packing in ("rows", "varlen") for workers in (0, 2)]
+SETUP = """
 import hashlib, json, sys
 from peer_nb.config import *
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.data.packing import StreamingRows, build_dataloader
 StreamingRows.block = 16
-for job in json.load(sys.stdin):
-    data = DatasetConfig([DatasetEntry(**e) for e in job["entries"]], "corpus:bpe:300", max_seq_length=32)
+
+def loader(entries, packing, workers):
+    "A fresh loader of small batches"
+    data = DatasetConfig([DatasetEntry(**e) for e in entries], "corpus:bpe:300", max_seq_length=32, packing=packing)
     cfg = Config(dataset_config=data, train_config=TrainConfig(per_device_train_batch_size=3))
-    tokenizer = load_tokenizer(data)
+    return build_dataloader(cfg, load_tokenizer(data), num_workers=workers)
+
+def take(batches, count):
+    "A digest of each of the next batches: every key, every bit"
+    plain = lambda v: v if isinstance(v, int) else v.tolist()
+    return [hashlib.sha256(json.dumps({k: plain(v) for k, v in next(batches).items()}).encode()).hexdigest() for _ in range(count)]
+"""
+RESUME = SETUP + """
+for job in json.load(sys.stdin):
     for state in job["states"]:
-        batches = build_dataloader(cfg, tokenizer)
-        batches.load_state_dict(state)
-        digests = [hashlib.sha256(next(batches)["input_ids"].numpy().tobytes()).hexdigest() for _ in range(job["count"])]
-        print(json.dumps([digests, batches.state_dict()]))
+        digests = []
+        for _ in range(2):   # stopped once more on the way
+            batches = loader(*job["loader"])
+            batches.load_state_dict(state)
+            digests += take(batches, job["count"])
+            state = json.loads(json.dumps(batches.state_dict()))
+        print(json.dumps([digests, state]))
 """
 
 
-def test_resume_in_a_new_process_is_bit_identical(cache, files, monkeypatch):
-    """At random cuts over several epochs' ends: the same batches follow, and the state after them is that of the run that
-    was never stopped, so that a second resume is exact too."""
+def undisturbed(files, shuffle, mixed, packing, workers, steps):
+    "Arguments of the loader, and of a run without a stop: the state before each batch, and each batch's digest"
+    scope = {}
+    exec(SETUP, scope)
+    entries = [replace(e, weight=w, streaming=shuffle == "blocks" or (shuffle == "both" and e is files[0])) for e, w in zip(files, (3., 1.))]
+    args = [[vars(e) for e in entries[:1 + mixed]], packing, workers]
+    batches, states, digests = scope["loader"](*args), [], []
+    for _ in range(steps):
+        states.append(json.loads(json.dumps(batches.state_dict())))
+        digests += scope["take"](batches, 1)
+    assert len(set(digests)) == steps
+    if shuffle == "epoch": assert mixed or steps*96 > 2*batches.tokens_per_epoch     # two epochs' ends are behind us
+    else: assert min(s["epoch"] for s in states[-1]["sources"].values() if "epoch" in s) >= 2
+    return args, states, digests
+
+
+def check_cuts(files, configurations, cuts, monkeypatch, count=6, steps=160):
+    "Resume at cuts in one child process; what follows, and the state in the end, must be those of the run without a stop"
     monkeypatch.setattr(StreamingRows, "block", 16)
-    ants, bees = (replace(e, weight=w) for e, w in zip(files, (3., 1.)))
-    live = [replace(e, streaming=True) for e in (ants, bees)]
-    jobs, expected, count = [], [], 8
-    for entries in ([ants], [ants, bees], live, [live[0], bees]):
-        data = DatasetConfig(entries, "corpus:bpe:300", max_seq_length=32)
-        batches = build_dataloader(Config(dataset_config=data, train_config=TrainConfig(per_device_train_batch_size=3)), load_tokenizer(data))
-        states, digests = [], []
-        for _ in range(150):
-            states.append(json.loads(json.dumps(batches.state_dict())))
-            digests.append(hashlib.sha256(next(batches)["input_ids"].numpy().tobytes()).hexdigest())
-        assert len(set(digests)) == 150
-        if entries == [ants]: assert 150*96 > 2*batches.tokens_per_epoch   # two epochs' ends are behind us
-        cuts = [0, 1, *map(int, np.random.default_rng(7).integers(2, 140, 6))]
-        jobs.append(dict(entries=[vars(e) for e in entries], states=[states[c] for c in cuts], count=count))
-        expected += [[digests[c:c + count], states[c + count]] for c in cuts]
-    done = subprocess.run([sys.executable, "-c", RESUME], input=json.dumps(jobs), capture_output=True, text=True, timeout=120)
+    jobs, expected = [], []
+    for configuration in configurations:
+        args, states, digests = undisturbed(files, *configuration, steps)
+        at = cuts(steps - 2*count)
+        jobs.append(dict(loader=args, states=[states[c] for c in at], count=count))
+        expected += [[digests[c:c + 2*count], states[c + 2*count]] for c in at]
+    done = subprocess.run([sys.executable, "-c", RESUME], input=json.dumps(jobs), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected
 
 
-def test_changed_source_is_refused(cache, files):
-    data = DatasetConfig(files[:1], "bytes", max_seq_length=32)
-    cfg = Config(dataset_config=data, train_config=TrainConfig(per_device_train_batch_size=3))
-    batches = build_dataloader(cfg, load_tokenizer(data))
+def test_resume_in_a_new_process_is_bit_identical(cache, files, monkeypatch):
+    "Every configuration, at its beginning and at two cuts of a seeded draw"
+    draw = np.random.default_rng(7)
+    check_cuts(files, CONFIGURATIONS, lambda n: [0, *map(int, draw.integers(1, n, 2))], monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda c: "-".join(map(str, c)))
+def test_resume_at_twenty_cuts(configuration, cache, files, monkeypatch):
+    "Shuffle × interleave × pack × workers"
+    draw = np.random.default_rng(CONFIGURATIONS.index(configuration))
+    check_cuts(files, [configuration], lambda n: list(map(int, draw.choice(n, 20, replace=False))), monkeypatch)
+
+
+def small_run(entries, batch=3, **data):
+    data = DatasetConfig(entries, **dict(tokenizer_name="bytes", max_seq_length=32) | data)
+    return Config(dataset_config=data, train_config=TrainConfig(per_device_train_batch_size=batch)), load_tokenizer(data)
+
+
+@pytest.mark.parametrize("now, named", [
+    (dict(file=1), "sources.ants.text: then .*origin.ants.files.ants.jsonl.sha256: then "), (dict(tokenizer_name="corpus:bpe:300"), "tokenizer: then "),
+    (dict(num_workers=0), "num_workers: then 2, now 0"), (dict(packing="varlen"), "packing: then rows, now varlen"), (dict(world_size=2), "world_size: then 1, now 2"),
+    (dict(weight=2.), "sources.ants.weight: then 1.0, now 2.0"), (dict(heldout_fraction=.5), "heldout_fraction: then 0.05, now 0.5")])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_changed_data_is_refused(streaming, now, named, cache, files):
+    entries, loader, now = [replace(e, streaming=streaming) for e in files], dict(num_workers=2), dict(now)
+    batches = build_dataloader(*small_run(entries), **loader)
     next(batches)
-    with open(files[0].path, "a") as f: f.write('{"text": "a late document"}\n')
-    with pytest.raises(UserError, match="sources.ants.text: then"): build_dataloader(cfg, load_tokenizer(data)).load_state_dict(batches.state_dict())
+    state = json.loads(json.dumps(batches.state_dict()))
+    if now.pop("file", None):
+        with open(files[0].path, "a") as f: f.write('{"text": "a late document", "n": 7}\n')
+    if "weight" in now: entries[0] = replace(entries[0], weight=now.pop("weight"))
+    loader |= {k: now.pop(k) for k in ("num_workers", "world_size") if k in now}
+    with pytest.raises(UserError, match=named): build_dataloader(*small_run(entries, **now), **loader).load_state_dict(state)
+
+
+# ---- every document once an epoch ----
+
+def streams_of(files, streaming, packing, workers, batches=90, rows=3, length=128, ranks=2):
+    "Two processes read a mix: the tokens of each source, in the order in which it gave them"
+    entries = [replace(e, weight=w, streaming=streaming) for e, w in zip(files, (3., 1.))]
+    cfg, tokenizer = small_run(entries, rows, max_seq_length=length, packing=packing)
+    loaders, streams, row = [build_dataloader(cfg, tokenizer, rank=r, world_size=ranks, num_workers=workers) for r in range(ranks)], [[] for _ in files], 0
+    mix = Mix([3., 1.], cfg.train_config.seed)
+    for _ in range(batches):
+        for loader in loaders:
+            sources, tokens = [mix.source(row + i) for i in range(rows)], next(loader)["input_ids"].numpy().reshape(rows, length)
+            for source, piece in zip(sources if packing == "rows" else sorted(sources), tokens): streams[source].append(piece)
+            row += rows
+    return [np.concatenate(s) for s in streams], tokenizer
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("packing", ["rows", "varlen"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_mixed_sources_give_each_document_once_an_epoch(streaming, packing, workers, cache, files, monkeypatch):
+    monkeypatch.setattr(StreamingRows, "block", 16)
+    streams, tokenizer = streams_of(files, streaming, packing, workers)
+    for entry, tokens in zip(files, streams):
+        texts = [tokenizer.decode(piece[:-1]) for piece in np.split(tokens, np.flatnonzero(tokens == tokenizer.eos_token_id) + 1)[:-1]]
+        expected = Counter(documents(entry))
+        n, epochs = expected.total(), len(texts)//expected.total()
+        assert epochs >= 1
+        for e in range(epochs): assert Counter(texts[e*n:(e + 1)*n]) == expected
+        assert Counter(texts[epochs*n:]) <= expected and texts[:n] != texts[n:2*n]
 
 
 def test_no_document_is_lost_or_repeated_in_an_epoch():
@@ -238,6 +351,49 @@ def test_no_document_is_lost_or_repeated_in_an_epoch():
         assert Counter(tokenizer.decode(p[:-1]) for p in pieces[:-1]) == expected
 
 
+# ---- masks ----
+
+@pytest.mark.parametrize("packing", ["rows", "varlen"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_masked_and_plain_sources_in_one_mix(streaming, packing, cache, files, tmp_path):
+    "Rows of 16 cut values in the middle: a byte is a target exactly when it is in a value, wherever the cut falls"
+    pairs = [" ".join(f"{a}:{a*a} " for a in range(i, i + 7)).replace("  ", " ") for i in range(40)]
+    (tmp_path/"squares.jsonl").write_text("".join(json.dumps(dict(text=p)) + "\n" for p in pairs))
+    squares = DatasetEntry("squares", str(tmp_path/"squares.jsonl"), mask="digit_lookup", streaming=streaming)
+    cfg, tokenizer = small_run([squares, files[0]], 1, max_seq_length=16, packing=packing, heldout_fraction=0.)
+    batches, mix, stream = build_dataloader(cfg, tokenizer), Mix([1., 1.], cfg.train_config.seed), []
+    for row in range(500):
+        batch = next(batches)
+        ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
+        assert all(b in (a, -100) for a, b in zip(ids, labels))
+        first = set(batch["cu_seqlens"].tolist()) if packing == "varlen" else set()
+        if mix.source(row): assert all(b == a or i in first for i, (a, b) in enumerate(zip(ids, labels)))
+        else: stream += [(a, b != -100, i in first) for i, (a, b) in enumerate(zip(ids, labels))]
+    ends = [i for i, (a, *_) in enumerate(stream) if a == tokenizer.eos_token_id]
+    text = bytes(0 if a == tokenizer.eos_token_id else a for a, *_ in stream[:ends[-1]]).decode()
+    inside = {i for m in re.finditer(r":([0-9]+)", text) for i in range(*m.span(1))}
+    assert len(ends) > 40 and len(inside) > 1000
+    for i in range(len(text)): assert stream[i][1] == (i in inside and not stream[i][2]), text[max(i - 9, 0):i + 9]
+
+
+def test_varlen_batch_trains_as_its_documents_one_by_one(cache, files):
+    "The loss of documents side by side is the mean over the documents, each alone in a forward pass"
+    torch.manual_seed(0)
+    cfg, tokenizer = small_run(files, packing="varlen")
+    peer = dict(num_experts=16, product_key_dim=[4, 4], num_heads=2, num_experts_per_tok=2, query_dim=8, query_norm="layer")
+    mla = dict(q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=4, v_head_dim=8, qk_nope_head_dim=4)
+    model = PeerMLAForCausalLM(PeerMLAConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=260,
+                                             max_position_embeddings=32, peer_start_layer=1, peer_config=peer, mla_config=mla)).eval()
+    batch = next(build_dataloader(cfg, tokenizer))
+    loss, count = 0.0, 0
+    for a, b in zip(batch["cu_seqlens"].tolist(), batch["cu_seqlens"].tolist()[1:]):
+        if b - a < 2: continue
+        piece = batch["input_ids"][:, a:b]
+        loss, count = loss + model(piece, labels=piece).loss.item()*(b - a - 1), count + b - a - 1
+    assert count == int((batch["labels"] != -100).sum())
+    assert accumulate_gradient(model, [batch], cfg.train_config).item() == pytest.approx(loss/count, abs=2e-6)
+
+
 # ---- caches: killed and contended ----
 
 def test_killed_while_tokenising_leaves_nothing_that_is_believed(cache, files):
@@ -246,13 +402,16 @@ import os, signal, sys
 from peer_nb.config import *
 from peer_nb.data import packing
 from peer_nb.data.corpora import load_tokenizer
-encode, done = packing.encode, []
-def killed(texts, tokenizer):
-    if done: os.kill(os.getpid(), signal.SIGKILL)
-    done.append(1)
-    return encode(texts, tokenizer)
-packing.encode = killed
-packing.islice = lambda it, n: __import__("itertools").islice(it, 20)
+made, done = packing.token_arrays, []
+def killing(entry, tokenizer):
+    def encode(texts):
+        if len(done) > 9: os.kill(os.getpid(), signal.SIGKILL)
+        done.append(1)
+        return made(entry, tokenizer)(texts)
+    return encode
+packing.token_arrays = killing
+portions = packing.portions
+packing.portions = lambda texts: portions(texts, 200)
 packing.tokenised(DatasetEntry("ants", sys.argv[1]), load_tokenizer(DatasetConfig(tokenizer_name="bytes")), .05)
 """
     assert child(code, files[0].path, cache=cache).returncode == -signal.SIGKILL
@@ -282,12 +441,14 @@ print(hashlib.sha256(b"".join(next(batches)["input_ids"].numpy().tobytes() for _
 
 # ---- real sets, where a folder with them is given ----
 
-@pytest.mark.skipif("PEER_NB_DATA" not in os.environ, reason="PEER_NB_DATA is not set to a folder with gsm8k and tinyshakespeare")
-def test_real_files_by_configuration_alone(cache):
+@pytest.mark.skipif("PEER_NB_DATA" not in os.environ, reason="PEER_NB_DATA is not set to a folder with gsm8k, tinyshakespeare and wikitext2")
+@pytest.mark.parametrize("packing", ["rows", "varlen"])
+def test_real_files_by_configuration_alone(packing, cache):
     root = Path(os.environ["PEER_NB_DATA"])
-    text = next(p for p in (root/"tinyshakespeare").iterdir() if p.suffix == ".txt")
-    entries = [DatasetEntry("gsm8k", str(root/"gsm8k"/"train.jsonl"), text_template="{question}\n{answer}"), DatasetEntry("shakespeare", str(text))]
-    data = DatasetConfig(entries, "corpus:bpe:1024", max_seq_length=64)
+    entries = [DatasetEntry("gsm8k", str(root/"gsm8k"/"train.jsonl"), text_template="{question}\n{answer}"),
+               *(DatasetEntry(name, str(root/name/"*.txt")) for name in ("tinyshakespeare", "wikitext2"))]
+    cfg, tokenizer = small_run(entries, 16, tokenizer_name="corpus:bpe:1024", max_seq_length=64, packing=packing)
     assert sum(summary(entries[0], .05)[part]["documents"] for part in ("train", "heldout")) == 7473
-    batches = build_dataloader(Config(dataset_config=data), load_tokenizer(data))
-    assert next(batches)["input_ids"].shape == (16, 64)
+    batches = build_dataloader(cfg, tokenizer)
+    for _ in range(50): assert next(batches)["input_ids"].numel() == 16*64
+    assert all(share > .2 for share in batches.proportions().values())
