@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import torch
 from fastcore.basics import patch
-from fastcore.meta import delegates
 from torch import Tensor
 
 from ..config import UserError
@@ -250,7 +249,6 @@ def load_state_dict(self: DocumentBatches, state: dict) -> None:
     self.epoch, self.taken = state["epoch"], state["taken"]
 
 # %% ../../nbs/data/03_collate.ipynb #64d4f815
-@delegates(DataCollatorForLanguageModelingVarLen)
 def build_dataloader(
     dataset: Sequence, # texts, token ids, or dicts; see above
     tokenizer: PreTrainedTokenizerBase, # of the texts or ids
@@ -260,7 +258,7 @@ def build_dataloader(
     rank: int = 0, # which process this is
     world_size: int = 1, # of how many
     num_workers: int = 0, # processes that read ahead
-    **kwargs,
+    **kwargs, # fields of `DataCollatorForLanguageModelingVarLen`
 ) -> DocumentBatches:
     "Batches of whole documents, masked as asked: `apply_qa_mask`, `apply_hashhop_mask`, `apply_digit_lookup_mask`"
     collator = DataCollatorForLanguageModelingVarLen(tokenizer, **kwargs)

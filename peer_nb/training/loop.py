@@ -184,11 +184,12 @@ class Trainer:
         self.schedule = build_schedule(self.optimizer, train, self.total_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.fp16 and self.device.type == "cuda")
 
-# %% ../../nbs/training/02_loop.ipynb #d868d4a8
+# %% ../../nbs/training/02_loop.ipynb #5e436014
 @patch
 def read_batches(self: Trainer) -> list[dict]: # as many as one step accumulates, on the device
     "Take the next step's batches from the loader"
-    return [{key: value.to(self.device, non_blocking=True) for key, value in next(self.batches).items()}
+    on_device = lambda value: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value   # max_seqlen is a number
+    return [{key: on_device(value) for key, value in next(self.batches).items()}
             for _ in range(self.train.gradient_accumulation_steps)]
 
 # %% ../../nbs/training/02_loop.ipynb #1e233753
