@@ -34,15 +34,15 @@ from ..data.packing import build_dataloader
 from ..evaluation.perplexity import TextScore, autocast_for, evaluate_heldout
 from ..files import append_jsonl, folder_lock, read_jsonl, writable_folder, write_atomic, write_json
 from .checkpoints import latest_checkpoint, load_checkpoint, remove_folder, rng_state, save_checkpoint, set_rng_state
-from .optim import build_optimizer, build_schedule, check_duration, clip_gradients, planned_steps
+from .optim import build_optimizer, build_schedule, check_duration, check_table_gradient, clip_gradients, consuming_tables, lower_scale, planned_steps
 
 if TYPE_CHECKING: from peer_nb.models.causal_lm import PeerMLAForCausalLM
 
 # %% auto #0
 __all__ = ['log', 'MAX_SKIPPED_IN_ROW', 'main', 'start_log', 'seed_everything', 'set_backends', 'check_vocabulary',
-           'check_table_gradient', 'trained_tokens', 'accumulate_gradient', 'Counters', 'endless', 'Trainer',
-           'StepResult', 'finite', 'keep_metrics', 'Heartbeat', 'Progress', 'Preempted', 'stop_requests',
-           'starting_point', 'TrainResult', 'peak_memory', 'train', 'peer_train']
+           'trained_tokens', 'accumulate_gradient', 'Counters', 'endless', 'Trainer', 'StepResult', 'finite',
+           'keep_metrics', 'Heartbeat', 'Progress', 'Preempted', 'stop_requests', 'starting_point', 'TrainResult',
+           'peak_memory', 'train', 'peer_train']
 
 # %% ../../nbs/training/02_loop.ipynb #a7d2b4c3
 log = logging.getLogger("peer_nb")
@@ -92,16 +92,6 @@ def check_vocabulary(
     if needed > rows:
         raise UserError(f"model_config.vocab_size is {rows:,}, but the tokenizer {cfg.dataset_config.tokenizer_name!r} has {needed:,} "
                         f"tokens: set vocab_size to {needed:,} or more, or choose a smaller tokenizer")
-
-# %% ../../nbs/training/02_loop.ipynb #aea232bf
-def check_table_gradient(
-    cfg: Config, # model_config.peer_config.table_gradient
-) -> None:
-    "Refuse table gradients that the optimizer cannot take"
-    kind = cfg.model_config.peer_config.table_gradient
-    if kind != "dense":
-        raise UserError(f"model_config.peer_config.table_gradient is {kind!r}: the layers can give it, but this loop's AdamW takes dense "
-                        "gradients only; use dense")
 
 # %% ../../nbs/training/02_loop.ipynb #e5989c8c
 def trained_tokens(
@@ -180,7 +170,7 @@ class Trainer:
         self.model = PeerMLAForCausalLM(PeerMLAConfig(**to_dict(cfg)["model_config"])).to(self.device).train()
         if train.gradient_checkpointing: self.model.gradient_checkpointing_enable()
         self.forward = torch.compile(self.model) if train.compile else self.model
-        self.optimizer = build_optimizer(self.model, train)
+        self.optimizer = build_optimizer(self.model, train, cfg.model_config.peer_config.table_gradient)
         self.schedule = build_schedule(self.optimizer, train, self.total_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.fp16 and self.device.type == "cuda")
 
@@ -227,13 +217,13 @@ def step(self: Trainer) -> StepResult:
     start, c = time.perf_counter(), self.counters
     batches, rate = self.read_batches(), self.optimizer.param_groups[0]["lr"]
     buffers = [buffer.clone() for buffer in self.model.buffers()]
-    loss = accumulate_gradient(self.forward, batches, self.train, self.scaler)
+    with consuming_tables(self.optimizer, self.train, self.scaler): loss = accumulate_gradient(self.forward, batches, self.train, self.scaler)
     self.scaler.unscale_(self.optimizer)
     norm = clip_gradients(self.optimizer, self.train).item()
     if math.isfinite(norm): self.scaler.step(self.optimizer)
     else:
         for buffer, before in zip(self.model.buffers(), buffers): buffer.copy_(before)
-    self.scaler.update()
+    self.scaler.update(lower_scale(self.optimizer, self.scaler))
     self.optimizer.zero_grad(set_to_none=True)
     self.schedule.step()
     result = StepResult(loss.item(), norm, rate)
@@ -260,6 +250,7 @@ def metrics_line(self: Trainer,
     line = dict(step=c.step, tokens=c.tokens, loss=c.line_loss / c.line_steps if c.line_steps else None,
                 learning_rate=result.learning_rate, grad_norm=finite(result.grad_norm),
                 tokens_per_second=round(c.line_tokens / max(c.line_seconds, 1e-9), 1), seconds=round(c.seconds, 3))
+    if skipped := self.optimizer.skipped_tables(): line["skipped_tables"] = skipped
     c.start_line()
     return line
 
