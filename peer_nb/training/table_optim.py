@@ -22,7 +22,7 @@ from ..config import UserError
 # %% auto #0
 __all__ = ['PART', 'BLOCK', 'log', 'RULES', 'MAX_SKIPPED', 'lazy_state', 'find_slots', 'with_room', 'rounded', 'lazy_adam',
            'gather_sparse', 'quantisation', 'code_values', 'moment_state', 'read_moment', 'write_moment', 'adamw_8bit',
-           'TableAdamW']
+           'TableAdamW', 'table_memory']
 
 # %% ../../nbs/training/00b_table_optim.ipynb #a8809743
 def lazy_state(
@@ -110,18 +110,16 @@ def gather_sparse(
         return torch.cat([part[:int(n)] for part, n in zip(others, counts)])
     return torch.sparse_coo_tensor(gathered(rows)[None], gathered(values), grad.shape).coalesce()
 
-# %% ../../nbs/training/00b_table_optim.ipynb #69a8a7b9
+# %% ../../nbs/training/00b_table_optim.ipynb #18415e2f
 BLOCK = 256   # numbers that share a scale
 
 @lru_cache(maxsize=1)
 def quantisation(): # torchao's module
     "How numbers become eight bits and come back"
-    noisy = logging.getLogger("torchao"), logging.getLogger("torch.utils._pytree")
-    before = [log.level for log in noisy]
-    for log in noisy: log.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)   # what it says at import is about extensions for other machines
     try: from torchao.optim import quant_utils
-    finally:
-        for log, level in zip(noisy, before): log.setLevel(level)
+    finally: logging.disable(before)
     return quant_utils
 
 @lru_cache(maxsize=None)
@@ -297,3 +295,20 @@ def consuming(self: TableAdamW,
 def skipped_tables(self: TableAdamW) -> int: # how often some table was left out
     "Updates that were not made, over the whole run"
     return sum(self.state[table].get("skipped", 0) for table, _, _ in self.tables())
+
+# %% ../../nbs/training/00b_table_optim.ipynb #2d0bb7ef
+def table_memory(
+    rows: int,                # of a table
+    width: int,               # numbers in a row
+    tables: int,              # of this shape, in all layers
+    table_gradient: str,      # dense, sparse or consumed
+    at_once: int = 2,         # tables whose gradients one layer makes together: 2 for PEER, 1 for product-key memory
+    read: int | None = None,  # rows of a table that a step reads; None: all
+    held: int | None = None,  # rows of a table that were ever read; None: all
+) -> dict[str, int]: # bytes: weights, moments, gradients at their most, total
+    "Memory of expert tables while they are trained, in float32"
+    size, read, held = rows * width, rows if read is None else read, rows if held is None else held
+    moments = {"dense": 8 * size, "sparse": 8 * held * width + 4 * rows, "consumed": 2 * size + 2 * 4 * size // BLOCK}
+    gradients = {"dense": 4 * size * tables, "sparse": read * (4 * width + 8) * tables, "consumed": 4 * size * at_once}
+    parts = dict(weights=4 * size * tables, moments=moments[table_gradient] * tables, gradients=gradients[table_gradient])
+    return parts | dict(total=sum(parts.values()))
