@@ -158,6 +158,8 @@ def test_groups_of_a_model(tmp_path):
 TWO = """
 import sys, torch, torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from peer_nb.training.table_optim import TableAdamW, gather_sparse
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -173,13 +175,22 @@ table = nn.Parameter(torch.randn(64, 128))
 optimizer = TableAdamW([dict(params=[table], names=["table"], table_gradient="consumed", lr=0.01, weight_decay=0.0)])
 with optimizer.consuming(1.0, processes=dist.group.WORLD): ((rank + 1) * table).sum().backward()
 found |= {"table": table.detach(), "norms": optimizer.table_norms}
+whole = torch.randn(64, 128)
+shards = nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (2,)), [Shard(0)]))
+plain = nn.Parameter(whole.clone())
+for p in (shards, plain):
+    optimizer = TableAdamW([dict(params=[p], names=["table"], table_gradient="consumed", lr=0.01, weight_decay=0.1)])
+    for step in range(3):
+        with optimizer.consuming(0.5): (p * p).sum().backward()
+    found[f"norms {p is shards}"] = optimizer.table_norms
+found |= {"shards": shards.full_tensor().detach(), "plain": plain.detach(), "codes": [optimizer.state[p]["exp_avg"].dtype]}
 torch.save(found, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
 
 
 def test_two_processes_sum_their_gradients(tmp_path):
-    "Sparse: rows and values gathered. Consumed: summed before the norm is taken"
+    "Sparse: rows and values gathered. Consumed: summed before the norm is taken; sharded: each process its rows, one norm"
     started = [subprocess.Popen([sys.executable, "-c", TWO, str(tmp_path), str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
     for process in started:
         error = process.communicate(timeout=300)[1]
@@ -189,3 +200,5 @@ def test_two_processes_sum_their_gradients(tmp_path):
         assert first[name].is_coalesced() and torch.equal(first[name].indices(), second[name].indices()) and torch.equal(first[name].values(), second[name].values())
         torch.testing.assert_close(first[name].to_dense(), first[name + " mine"] + second[name + " mine"])
     assert torch.equal(first["table"], second["table"]) and first["norms"] == second["norms"] == pytest.approx([3 * math.sqrt(64 * 128)], rel=1e-5)
+    assert first["norms True"] == second["norms True"] == pytest.approx(first["norms False"], rel=1e-6)
+    torch.testing.assert_close(first["shards"], first["plain"], rtol=1e-6, atol=1e-7)

@@ -21,8 +21,8 @@ from ..config import UserError
 
 # %% auto #0
 __all__ = ['PART', 'BLOCK', 'log', 'RULES', 'MAX_SKIPPED', 'lazy_state', 'find_slots', 'with_room', 'rounded', 'lazy_adam',
-           'gather_sparse', 'quantisation', 'code_values', 'moment_state', 'read_moment', 'write_moment', 'adamw_8bit',
-           'TableAdamW', 'table_memory']
+           'gather_sparse', 'quantisation', 'code_values', 'local', 'sharded_as', 'moment_state', 'read_moment',
+           'write_moment', 'adamw_8bit', 'TableAdamW', 'table_memory']
 
 # %% ../../nbs/training/00b_table_optim.ipynb #a8809743
 def lazy_state(
@@ -130,16 +130,31 @@ def code_values(
     "What each code stands for"
     return torch.tensor(quantisation().create_dynamic_map(signed=signed), device=device)
 
-# %% ../../nbs/training/00b_table_optim.ipynb #0d87aade
+# %% ../../nbs/training/00b_table_optim.ipynb #12a7c3a1
+def local(
+    x, # anything; a DTensor is a part of a tensor that several processes share
+): # what lies in this process
+    "This process's part"
+    return x.to_local() if hasattr(x, "to_local") else x
+
+def sharded_as(
+    x: Tensor,      # this process's part
+    table: Tensor,  # sharded or not
+) -> Tensor: # a DTensor if the table is one
+    "A part as a part of something sharded as the table is"
+    return type(table).from_local(x, table.device_mesh, table.placements, run_check=False) if hasattr(table, "to_local") else x
+
+# %% ../../nbs/training/00b_table_optim.ipynb #017e0130
 def moment_state(
-    table: Tensor, # its local part, where it is sharded
+    table: Tensor, # sharded or not
 ) -> dict: # step, both moments, and a scale per block where they have eight bits
     "No moments yet"
-    small = table.numel() < 4096 or table.numel() % BLOCK
+    mine = local(table)
+    small = mine.numel() < 4096 or mine.numel() % BLOCK
     state = dict(step=torch.zeros(()), skipped=0, skipped_in_row=0)
     for name in ("exp_avg", "exp_avg_sq"):
-        state[name] = torch.zeros(table.shape, dtype=torch.float32 if small else torch.uint8, device=table.device)
-        if not small: state[name + "_scale"] = torch.zeros(table.numel() // BLOCK, device=table.device)
+        state[name] = sharded_as(torch.zeros(mine.shape, dtype=torch.float32 if small else torch.uint8, device=mine.device), table)
+        if not small: state[name + "_scale"] = sharded_as(torch.zeros(mine.numel() // BLOCK, device=mine.device), table)
     return state
 
 def read_moment(
@@ -164,7 +179,7 @@ def write_moment(
         x = rounded_codes if signed else rounded_codes.maximum((x > 0).to(torch.uint8))   # code 1: the smallest above zero
     codes.copy_(x)
 
-# %% ../../nbs/training/00b_table_optim.ipynb #c043f58a
+# %% ../../nbs/training/00b_table_optim.ipynb #b310948b
 @torch.no_grad()
 def adamw_8bit(
     table: Tensor,        # changed in place
@@ -174,7 +189,8 @@ def adamw_8bit(
     factor: float = 1.0,  # multiplies the gradient: clipping, and a loss scale undone
 ) -> None:
     "One step of AdamW with moments of eight bits"
-    state["step"] += 1
+    table, grad, state = local(table), local(grad), {name: local(x) for name, x in state.items()}
+    state["step"] += 1   # in place, as all of the state
     (beta1, beta2), step, lr = group["betas"], state["step"], torch.tensor(group["lr"])
     correct1, correct2 = 1 - beta1**step, (1 - beta2**step).sqrt()
     parts = [x.view(-1).split(PART) for x in (table.detach(), grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])]
@@ -246,7 +262,7 @@ def load_state_dict(self: TableAdamW,
         self.state[table] = {key: value.to("cpu" if key == "step" else table.device, copy=True) if isinstance(value, Tensor) else value
                              for key, value in saved["state"][i].items()}
 
-# %% ../../nbs/training/00b_table_optim.ipynb #3fc7f95e
+# %% ../../nbs/training/00b_table_optim.ipynb #c4f0b5a3
 MAX_SKIPPED = 10   # times in a row that a table may be left out
 
 @patch
@@ -261,7 +277,8 @@ def consume(self: TableAdamW,
     "Use a gradient up"
     grad, table.grad = table.grad, None
     if processes is not None: dist.all_reduce(grad, group=processes)
-    norm = torch.linalg.vector_norm(grad, dtype=torch.float32).item() / scale
+    norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item() / scale   # of all shards
     self.table_norms.append(norm)
     if not self.state[table]: self.state[table] = moment_state(table)
     state = self.state[table]
