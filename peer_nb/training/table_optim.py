@@ -24,7 +24,7 @@ __all__ = ['PART', 'BLOCK', 'log', 'RULES', 'MAX_SKIPPED', 'lazy_state', 'find_s
            'gather_sparse', 'quantisation', 'code_values', 'local', 'sharded_as', 'moment_state', 'read_moment',
            'write_moment', 'adamw_8bit', 'TableAdamW', 'table_memory']
 
-# %% ../../nbs/training/00b_table_optim.ipynb #a8809743
+# %% ../../nbs/training/00b_table_optim.ipynb #3abd068f
 def lazy_state(
     table: Tensor, # [N, width]
 ) -> dict: # what `lazy_adam` carries from step to step
@@ -33,6 +33,7 @@ def lazy_state(
     return dict(step=0, held=0, slot=torch.full((len(table),), -1, dtype=torch.int32, device=table.device),
                 exp_avg=empty, exp_avg_sq=empty.clone())
 
+# %% ../../nbs/training/00b_table_optim.ipynb #747b4c5d
 def find_slots(
     state: dict,   # of a table; gets room for rows that are new
     rows: Tensor,  # [R] different row numbers
@@ -110,7 +111,7 @@ def gather_sparse(
         return torch.cat([part[:int(n)] for part, n in zip(others, counts)])
     return torch.sparse_coo_tensor(gathered(rows)[None], gathered(values), grad.shape).coalesce()
 
-# %% ../../nbs/training/00b_table_optim.ipynb #18415e2f
+# %% ../../nbs/training/00b_table_optim.ipynb #0cbb92fc
 BLOCK = 256   # numbers that share a scale
 
 @lru_cache(maxsize=1)
@@ -122,6 +123,7 @@ def quantisation(): # torchao's module
     finally: logging.disable(before)
     return quant_utils
 
+# %% ../../nbs/training/00b_table_optim.ipynb #8f37d46c
 @lru_cache(maxsize=None)
 def code_values(
     signed: bool,          # whether the numbers may be negative
@@ -144,7 +146,7 @@ def sharded_as(
     "A part as a part of something sharded as the table is"
     return type(table).from_local(x, table.device_mesh, table.placements, run_check=False) if hasattr(table, "to_local") else x
 
-# %% ../../nbs/training/00b_table_optim.ipynb #017e0130
+# %% ../../nbs/training/00b_table_optim.ipynb #706fba94
 def moment_state(
     table: Tensor, # sharded or not
 ) -> dict: # step, both moments, and a scale per block where they have eight bits
@@ -157,6 +159,7 @@ def moment_state(
         if not small: state[name + "_scale"] = sharded_as(torch.zeros(mine.numel() // BLOCK, device=mine.device), table)
     return state
 
+# %% ../../nbs/training/00b_table_optim.ipynb #245a3d2f
 def read_moment(
     codes: Tensor,         # uint8, or the numbers themselves
     scale: Tensor | None,  # of each block; None: not quantised
@@ -237,7 +240,7 @@ class TableAdamW(AdamW):
         super().step()
         for table, grad, group in found: self.update(table, grad, group); table.grad = grad
 
-# %% ../../nbs/training/00b_table_optim.ipynb #3b711efc
+# %% ../../nbs/training/00b_table_optim.ipynb #2a813c9a
 @patch
 def state_dict(self: TableAdamW) -> dict: # for `load_state_dict`
     "What a checkpoint holds"
@@ -247,6 +250,7 @@ def state_dict(self: TableAdamW) -> dict: # for `load_state_dict`
         saved["state"][i] = state | {name: state[name][:state["held"]].clone() for name in ("exp_avg", "exp_avg_sq")}
     return saved
 
+# %% ../../nbs/training/00b_table_optim.ipynb #43e9e58e
 @patch
 def load_state_dict(self: TableAdamW,
     saved: dict, # from `state_dict`
@@ -291,7 +295,7 @@ def consume(self: TableAdamW,
         raise UserError(f"training stopped: {name} had a gradient that is not finite {MAX_SKIPPED} times in a row. A lower "
                         "train_config.table_learning_rate or a longer warmup_ratio may help")
 
-# %% ../../nbs/training/00b_table_optim.ipynb #2f1f5a43
+# %% ../../nbs/training/00b_table_optim.ipynb #64070c68
 @patch
 @contextmanager
 def consuming(self: TableAdamW,
@@ -308,6 +312,7 @@ def consuming(self: TableAdamW,
     finally:
         for hook in hooks: hook.remove()
 
+# %% ../../nbs/training/00b_table_optim.ipynb #cb1f12dc
 @patch
 def skipped_tables(self: TableAdamW) -> int: # how often some table was left out
     "Updates that were not made, over the whole run"
