@@ -39,7 +39,8 @@ ENTRY = {   # of each of the three lists of sources
     "text_field": (CORPORA, "which field of a record is the text"),
     "text_template": (CORPORA, "how the text is made of several fields"),
     "mask": (PACKING, "which tokens are targets"),
-    "task": (CORPORA, "refused until tasks can be generated"),
+    "task": (CORPORA, "which generator makes the rows"),
+    "task_arguments": (CORPORA, "which rows it makes"),
 }
 OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be seen to change)
     "model_config.hidden_size": (MODEL, "shape of every weight"),

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from peer_nb.config import Config, DatasetConfig, DatasetEntry, EvalConfig, TrainConfig, UserError, load_data_mixes
+from peer_nb.config import Config, DatasetConfig, DatasetEntry, EvalConfig, TrainConfig, UserError, apply_overrides, load_config, load_data_mixes
 from peer_nb.data import corpora
 from peer_nb.data.corpora import data_fingerprint, data_manifest, documents, load_tokenizer, summary
 from peer_nb.data.packing import Mix, StreamingRows, build_dataloader, tokenised
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
+from peer_nb.tasks.command import main as task_main
 from peer_nb.training.loop import accumulate_gradient
 
 LIBRARY = [DatasetEntry("docs", "python:docs"), DatasetEntry("stdlib", "python:stdlib")]
@@ -349,6 +350,51 @@ def test_no_document_is_lost_or_repeated_in_an_epoch():
         pieces = np.split(part, ends + 1)
         assert len(pieces[-1]) == 0
         assert Counter(tokenizer.decode(p[:-1]) for p in pieces[:-1]) == expected
+
+
+# ---- generated tasks ----
+
+SMALL_TASKS = dict(synthetic_qa=dict(num_pairs=120, seed=5), digit_lookup=dict(num_pairs=40, num_novel=9, num_known=9), two_hop=dict(num_entities=60, num_novel=5, num_novel_ood=5, num_known=9),
+                   hashhop=dict(num_samples=20, num_eval=3, n_chars=300, num_queries=2))
+
+
+@pytest.mark.parametrize("task", SMALL_TASKS)
+def test_a_task_entry_reads_what_the_command_writes(task, cache, tmp_path):
+    "The rows of an entry are the lines of the files that peer-data makes with the same arguments; the manifest says how"
+    entry = DatasetEntry("facts", task=task, task_arguments=json.dumps(SMALL_TASKS[task]))
+    words = [word for key, value in SMALL_TASKS[task].items() for word in (f"--{key}", str(value))]
+    assert task_main([task, "--output_dir", str(tmp_path/task), *words]) == 0
+    lines = {file.stem: [json.loads(line)["text"] for line in file.read_text().splitlines()] for file in (tmp_path/task).glob("*.jsonl")}
+    trained, kept = list(documents(entry)), list(documents(entry, heldout=True))
+    assert trained == lines["train"]
+    assert kept and Counter(kept) <= Counter(text for name, texts in lines.items() if name != "train" for text in texts)
+    assert not set(kept) & set(trained)
+    cfg = Config(dataset_config=DatasetConfig([entry], "bytes"))
+    source, = data_manifest(cfg)["sources"]
+    assert source["documents"] == len(trained) and source["bytes"] == sum(map(len, trained))
+    assert source["origin"]["task"] == task and SMALL_TASKS[task].items() <= source["origin"]["arguments"].items()
+    other = Config(dataset_config=DatasetConfig([replace(entry, task_arguments=json.dumps(SMALL_TASKS[task] | dict(seed=6)))], "bytes"))
+    assert data_fingerprint(cfg) != data_fingerprint(other)
+
+
+@pytest.mark.parametrize("task", SMALL_TASKS)
+def test_memory_configurations_train_answers_only(task, cache, tmp_path):
+    "configs/memory: the file loads, its arguments can be meant, and in its batches exactly the answers' characters are targets"
+    made = {"dataset_config.datasets.0.task_arguments": SMALL_TASKS[task], "dataset_config.max_seq_length": 512, "model_config.max_position_embeddings": 512}
+    cfg = load_config(Path(__file__).parents[1]/"configs"/"memory"/f"{task}.yaml")
+    corpora.task_arguments(cfg.dataset_config.datasets[0])
+    cfg = apply_overrides(cfg, made)
+    tokenizer = load_tokenizer(cfg.dataset_config)
+    batch = next(build_dataloader(cfg, tokenizer))
+    ids, labels, cuts = (batch[key].flatten().tolist() for key in ("input_ids", "labels", "cu_seqlens"))
+    answers, known = 0, set(documents(cfg.dataset_config.datasets[0]))
+    for a, b in zip(cuts, cuts[1:]):
+        text = bytes(i for i in ids[a:b] if i < 256).decode()
+        if text not in known: continue   # cut at the end of a row
+        expected = {i for m in re.finditer(r"= '([^'\n]*)'|:(\d+)", text) for i in range(*m.span(m.lastindex)) if task != "hashhop" or m.start() > text.index("COMPLETION:")}
+        assert {i for i, label in enumerate(labels[a:b]) if label != -100} == expected, text
+        answers += len(expected)
+    assert answers
 
 
 # ---- masks ----
