@@ -24,11 +24,12 @@ from ..tasks.writing import TASKS
 
 # %% auto #0
 __all__ = ['GROUPS', 'LOGITS', 'Mode', 'Z', 'FLAT', 'Question', 'questions_of', 'file_rows', 'read_questions', 'Encoded',
-           'encode_questions', 'Pieces', 'Forced', 'keeps_last_logits', 'teacher_forced', 'split_places', 'Speech',
-           'speak', 'generate_after', 'longest_context', 'batches_of', 'check_fit', 'forced_text', 'record_of',
-           'answer_batches', 'wilson', 'share', 'mean', 'summary', 'bucket_names', 'recall_of', 'Walk', 'walk']
+           'encoded_one', 'encode_questions', 'Pieces', 'Forced', 'split_places', 'keeps_last_logits', 'teacher_forced',
+           'cut_cache', 'Speech', 'speak', 'longest_context', 'generate_after', 'batches_of', 'check_fit',
+           'forced_text', 'record_of', 'answer_batches', 'wilson', 'share', 'mean', 'summary', 'bucket_names',
+           'recall_of', 'Walk', 'walk']
 
-# %% ../../nbs/evaluation/04_recall.ipynb #5897c04d
+# %% ../../nbs/evaluation/04_recall.ipynb #470ae94b
 GROUPS = ("frequency", "difficulty", "hops", "chain_of_thought", "alphabet", "length") # columns that answers are counted by
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Question:
     end: str # what follows the answer in the training text
     groups: dict[str, Any] = field(default_factory=dict) # those of GROUPS that the row has
 
+# %% ../../nbs/evaluation/04_recall.ipynb #58c9d272
 def questions_of(
     split: str, # name of the rows
     number: int, # of the row
@@ -58,7 +60,7 @@ def questions_of(
         at += len(answer)
     return found
 
-# %% ../../nbs/evaluation/04_recall.ipynb #3f940007
+# %% ../../nbs/evaluation/04_recall.ipynb #8adf45c7
 def file_rows(file: Path) -> list[dict]:
     "Rows of a written split"
     try:
@@ -69,6 +71,7 @@ def file_rows(file: Path) -> list[dict]:
     except FileNotFoundError: raise UserError(f"{file}: is named in the manifest and missing; make the data set again") from None
     except (OSError, ValueError) as e: raise UserError(f"{file}: cannot be read as rows ({e}); make the data set again") from e
 
+# %% ../../nbs/evaluation/04_recall.ipynb #b455caca
 def read_questions(
     folder: Path, # written by `peer-data TASK`
     splits: Sequence[str] | None = None, # which; None: all that have questions, but not the training set
@@ -88,7 +91,7 @@ def read_questions(
     if not found: raise UserError(f"{folder}: holds no questions" + (f" in {', '.join(splits)}" if splits else "") + "; make a data set with larger test sets")
     return manifest["task"], found
 
-# %% ../../nbs/evaluation/04_recall.ipynb #303421c4
+# %% ../../nbs/evaluation/04_recall.ipynb #e885cd13
 @dataclass(frozen=True)
 class Encoded:
     "A question in tokens"
@@ -101,6 +104,21 @@ class Encoded:
     @property
     def straddles(self) -> bool: return self.lead > 0 or self.stop is None
 
+def encoded_one(
+    question: Question, # in text
+    ids: list[int], # tokens of question, answer and end
+    ends: list[int], # where each token ends, in characters
+    before: list[int], # tokens that come before
+) -> Encoded: # its parts
+    "Cut the tokens of a question where its answer begins and ends"
+    begin, end = len(question.prompt), len(question.prompt) + len(question.answer)
+    a = next(i for i, e in enumerate(ends) if e > begin)
+    z = next(i for i, e in enumerate(ends) if e >= end)
+    if not before + ids[:a]: raise UserError(f"{question.id}: nothing comes before its answer; use --start separator")
+    clean = ends[z] == end and z + 1 < len(ids)
+    return Encoded(question, before + ids[:a], ids[a:z + 1], ids[z + 1] if clean else None, begin - (ends[a - 1] if a else 0))
+
+# %% ../../nbs/evaluation/04_recall.ipynb #c7b07e32
 def encode_questions(
     tokenizer, # from transformers, a fast one
     questions: Sequence[Question], # texts
@@ -112,15 +130,7 @@ def encode_questions(
     if start == "separator" and first is None: raise UserError("the tokenizer has neither a bos nor an eos token to put before a question; use --start nothing")
     before = [first] if start == "separator" else []
     cut = tokenizer([q.prompt + q.answer + q.end for q in questions], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    found = []
-    for q, ids, offsets in zip(questions, cut["input_ids"], cut["offset_mapping"]):
-        begin, end, ends = len(q.prompt), len(q.prompt) + len(q.answer), [b for _, b in offsets]
-        a = next(i for i, e in enumerate(ends) if e > begin)
-        z = next(i for i, e in enumerate(ends) if e >= end)
-        if not before + ids[:a]: raise UserError(f"{q.id}: nothing comes before its answer; use --start separator")
-        clean = ends[z] == end and z + 1 < len(ids)
-        found.append(Encoded(q, before + ids[:a], ids[a:z + 1], ids[z + 1] if clean else None, begin - (ends[a - 1] if a else 0)))
-    return found
+    return [encoded_one(q, ids, [end for _, end in offsets], before) for q, ids, offsets in zip(questions, cut["input_ids"], cut["offset_mapping"])]
 
 # %% ../../nbs/evaluation/04_recall.ipynb #8c7b98bd
 class Pieces:
@@ -147,7 +157,7 @@ class Pieces:
         done = end >= 0 or stopped < len(ids)
         return text[:end if end >= 0 else None][:len(q.answer)], done
 
-# %% ../../nbs/evaluation/04_recall.ipynb #43fd2a0e
+# %% ../../nbs/evaluation/04_recall.ipynb #854e95cf
 @dataclass
 class Forced:
     "What a model thinks at the places of one answer, and at the place after it"
@@ -157,28 +167,6 @@ class Forced:
     confidence: list[float] # probability of the likeliest
     entropy: list[float] # of the distribution, nats
     top: list[list[tuple[int, float]]] # likeliest tokens with their probabilities
-
-def keeps_last_logits(model: nn.Module) -> bool:
-    "Whether a model can leave out the logits of the places before"
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-@torch.no_grad()
-def teacher_forced(
-    model: nn.Module, # a causal language model in evaluation mode
-    batch: Sequence[Encoded], # of like length
-    top: int = 0, # likeliest tokens to report at each place; -1: all
-) -> list[Forced]: # one for each
-    "Look at every token of the answers in one forward pass"
-    device, targets = next(model.parameters()).device, [e.answer + ([] if e.stop is None else [e.stop]) for e in batch]
-    padded = nn.utils.rnn.pad_sequence([torch.tensor(e.context + t) for e, t in zip(batch, targets)], batch_first=True)[:, :-1].to(device)
-    width, least = padded.shape[1], min(len(e.context) for e in batch)
-    options = dict(logits_to_keep=width - least + 1) if keeps_last_logits(model) else {}
-    logits = model(input_ids=padded, use_cache=False, **options).logits              # [batch, kept, vocabulary]
-    sizes = [len(t) for t in targets]
-    rows = torch.repeat_interleave(torch.arange(len(batch)), torch.tensor(sizes))
-    places = torch.cat([torch.arange(n) + len(e.context) - 1 for e, n in zip(batch, sizes)]) - (width - logits.shape[1])
-    chosen = logits[rows.to(device), places.to(device)].float().log_softmax(-1)      # [tokens of all answers, vocabulary]
-    return split_places(chosen, torch.tensor([t for row in targets for t in row], device=device), sizes, top)
 
 def split_places(
     logp: Tensor, # [places, vocabulary] log-probabilities
@@ -197,31 +185,71 @@ def split_places(
     at = [sum(sizes[:i]) for i in range(len(sizes))]
     return [Forced(*values, tops[a:a + n]) for values, a, n in zip(zip(*parts), at, sizes)]
 
-# %% ../../nbs/evaluation/04_recall.ipynb #99c0cd95
+# %% ../../nbs/evaluation/04_recall.ipynb #1e488c5b
+def keeps_last_logits(model: nn.Module) -> bool:
+    "Whether a model can leave out the logits of the places before"
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+@torch.no_grad()
+def teacher_forced(
+    model: nn.Module, # a causal language model in evaluation mode
+    batch: Sequence[Encoded], # of like length
+    top: int = 0, # likeliest tokens to report at each place; -1: all
+    keep: bool = False, # also return the cache
+) -> tuple[list[Forced], Any]: # one for each; the cache of the padded rows, or None
+    "Look at every token of the answers in one forward pass"
+    device, targets = next(model.parameters()).device, [e.answer + ([] if e.stop is None else [e.stop]) for e in batch]
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(e.context + t) for e, t in zip(batch, targets)], batch_first=True)[:, :-1].to(device)
+    width, least = padded.shape[1], min(len(e.context) for e in batch)
+    options = dict(logits_to_keep=width - least + 1) if keeps_last_logits(model) else {}
+    out, sizes = model(input_ids=padded, use_cache=keep, **options), [len(t) for t in targets]
+    rows = torch.repeat_interleave(torch.arange(len(batch)), torch.tensor(sizes))
+    places = torch.cat([torch.arange(n) + len(e.context) - 1 for e, n in zip(batch, sizes)]) - (width - out.logits.shape[1])
+    chosen = out.logits[rows.to(device), places.to(device)].float().log_softmax(-1)  # [places, vocabulary]
+    right = torch.tensor([t for row in targets for t in row], device=device)
+    return split_places(chosen, right, sizes, top), out.past_key_values if keep else None
+
+# %% ../../nbs/evaluation/04_recall.ipynb #2d417294
+def cut_cache(
+    past, # a transformers cache
+    rows: list[int], # that go on
+    length: int, # places to keep of each
+): # a cache of its own; None where this one cannot be cut
+    "The beginnings of some rows of a cache"
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+    if type(past) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in past.layers): return None
+    kept = DynamicCache()
+    for i, layer in enumerate(past.layers): kept.update(layer.keys[rows, ..., :length, :], layer.values[rows, ..., :length, :], i)
+    return kept
+
+# %% ../../nbs/evaluation/04_recall.ipynb #77ad4396
 @dataclass
 class Speech:
     "An answer that is being spoken"
     encoded: Encoded # the question
+    row: int # of the batch
     tokens: list[int] # said so far
-    limit: int # characters after which it is long enough, the end sign included
     room: int # tokens that fit into the model's context
 
     def over(self, pieces: Pieces) -> bool:
         "Whether more tokens would change nothing"
+        q, lead = self.encoded.question, self.encoded.lead
         if len(self.tokens) >= self.room or self.tokens[-1] == pieces.eos: return True
-        said, end = "".join(pieces[t] for t in self.tokens), self.encoded.question.end[:1]
-        return len(said) >= self.limit or bool(end) and end in said[self.encoded.lead:] or len(self.tokens) > 2*self.limit
+        said = "".join(pieces[t] for t in self.tokens)[lead:]
+        return len(said) > len(q.answer) or bool(q.end) and q.end[0] in said or len(self.tokens) > 2*len(q.answer) + lead
 
+# %% ../../nbs/evaluation/04_recall.ipynb #35038771
 @torch.no_grad()
 def speak(
     model: nn.Module, # a causal language model in evaluation mode
-    speeches: list[Speech], # texts of one length; they grow
+    speeches: list[Speech], # equally long; they grow
     pieces: Pieces, # of its tokenizer
+    past=None, # cache of all but the last token; None: of nothing
 ) -> None:
     "Go on with the likeliest token until every answer is over"
-    device, past = next(model.parameters()).device, None
+    device = next(model.parameters()).device
     options = dict(logits_to_keep=1) if keeps_last_logits(model) else {}
-    ids = torch.tensor([s.encoded.context + s.tokens for s in speeches], device=device)
+    ids = torch.tensor([(s.encoded.context if past is None else []) + s.tokens[-1 if past else 0:] for s in speeches], device=device)
     open_ones = [s for s in speeches if not s.over(pieces)]
     while open_ones:
         out = model(input_ids=ids, past_key_values=past, use_cache=True, **options)
@@ -230,28 +258,31 @@ def speak(
             if not s.over(pieces): s.tokens.append(token)
         open_ones = [s for s in open_ones if not s.over(pieces)]
 
-# %% ../../nbs/evaluation/04_recall.ipynb #7d9cae1d
+def longest_context(model: nn.Module) -> int:
+    "How many tokens a model reads; without a limit, very many"
+    return getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 2**31
+
+# %% ../../nbs/evaluation/04_recall.ipynb #32a3125d
 def generate_after(
     model: nn.Module, # a causal language model in evaluation mode
     batch: Sequence[Encoded], # questions
     forced: Sequence[Forced], # what one forward pass says about them
     pieces: Pieces, # of the tokenizer
+    past=None, # cache of that pass
 ) -> list[list[int]]: # tokens that greedy decoding says for each
     "Greedy answers: the forced ones up to the first mistake, and the model's own words from there"
     room, speeches = longest_context(model), []
-    for e, f in zip(batch, forced):
-        wrong = next((i for i, t in enumerate(e.answer) if f.said[i] != t), len(e.answer) - 1 if e.stop is None else len(e.answer))
-        speeches.append(Speech(e, e.answer[:wrong] + f.said[wrong:wrong + 1], e.lead + len(e.question.answer) + 1, room - len(e.context)))
+    for row, (e, f) in enumerate(zip(batch, forced)):
+        agreed = next((i for i, t in enumerate(e.answer) if f.said[i] != t), len(e.answer))
+        speeches.append(Speech(e, row, e.answer[:agreed] + f.said[agreed:agreed + 1], room - len(e.context)))
     length = lambda s: len(s.encoded.context) + len(s.tokens)
-    waiting = sorted((s for s in speeches if s.tokens[:len(s.encoded.answer)] != s.encoded.answer), key=length)
-    for _, alike in groupby(waiting, length): speak(model, list(alike), pieces)
+    wrong = sorted((s for s in speeches if s.tokens[:len(s.encoded.answer)] != s.encoded.answer), key=length)
+    for size, alike in groupby(wrong, length):
+        alike = [s for s in alike if not s.over(pieces)]
+        if alike: speak(model, alike, pieces, past and cut_cache(past, [s.row for s in alike], size - 1))
     return [s.tokens for s in speeches]
 
-def longest_context(model: nn.Module) -> int:
-    "How many tokens a model reads; without a limit, very many"
-    return getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 2**31
-
-# %% ../../nbs/evaluation/04_recall.ipynb #531c7747
+# %% ../../nbs/evaluation/04_recall.ipynb #fada1a51
 LOGITS = 2**26 # numbers that a batch may turn into probabilities at once
 
 def batches_of(
@@ -272,6 +303,7 @@ def batches_of(
         batch.append(e)
     if batch: yield batch
 
+# %% ../../nbs/evaluation/04_recall.ipynb #994432b4
 def check_fit(
     model: nn.Module, # a causal language model
     tokenizer, # with it
@@ -287,7 +319,7 @@ def check_fit(
         too_long = sum(len(e.context) + len(e.answer) > room for e in encoded)
         raise UserError(f"{too_long} of {len(encoded)} questions do not fit into the {room} tokens that the model reads ({longest.question.id} has {size}); make shorter ones")
 
-# %% ../../nbs/evaluation/04_recall.ipynb #80fa8023
+# %% ../../nbs/evaluation/04_recall.ipynb #38309741
 Mode = Literal["teacher", "generated"]
 
 def forced_text(
@@ -300,6 +332,7 @@ def forced_text(
     text = "".join(pieces[s] for s in said[:len(e.answer)])
     return text[e.lead:], right[e.lead:e.lead + len(e.question.answer)]
 
+# %% ../../nbs/evaluation/04_recall.ipynb #b46bcda3
 def record_of(
     e: Encoded, # the question
     f: Forced, # what one forward pass says
@@ -320,7 +353,7 @@ def record_of(
                                      top=[[token, pieces[token], p] for token, p in f.top[i]], rest=max(0., 1 - sum(p for _, p in f.top[i]))) for i, t in enumerate(e.answer)]
     return record
 
-# %% ../../nbs/evaluation/04_recall.ipynb #75e2641d
+# %% ../../nbs/evaluation/04_recall.ipynb #c6337b5b
 def answer_batches(
     model: nn.Module, # any causal language model of transformers; its mode is restored
     tokenizer, # that it was trained with
@@ -335,8 +368,8 @@ def answer_batches(
     model.eval()
     try:
         for batch in batches_of(encoded, batch_tokens, model.get_input_embeddings().num_embeddings):
-            forced = teacher_forced(model, batch, top)
-            said = generate_after(model, batch, forced, pieces) if mode == "generated" else [None]*len(batch)
+            forced, past = teacher_forced(model, batch, top, keep=mode == "generated")
+            said = generate_after(model, batch, forced, pieces, past) if mode == "generated" else [None]*len(batch)
             yield [record_of(e, f, s, pieces, top) for e, f, s in zip(batch, forced, said)]
     finally: model.train(training)
 
@@ -354,7 +387,7 @@ def wilson(
     low, high = ((share + square/2 + sign*spread)/(1 + square) for sign in (-1, 1))
     return (0. if right == 0 else low, 1. if right == count else high)
 
-# %% ../../nbs/evaluation/04_recall.ipynb #ef6c673b
+# %% ../../nbs/evaluation/04_recall.ipynb #c682b25a
 def share(values: Sequence[bool]) -> dict[str, float]: # value, low, high, n
     "A share with its interval"
     low, high = wilson(sum(values), len(values))
@@ -366,6 +399,7 @@ def mean(values: Sequence[float]) -> dict[str, float | None]: # value, se (None 
     spread = math.sqrt(sum((v - value)**2 for v in values)/(n - 1)/n) if n > 1 else None
     return dict(value=value, se=spread, n=n)
 
+# %% ../../nbs/evaluation/04_recall.ipynb #366ac49c
 def summary(
     records: Sequence[dict], # of `record_of`, at least one
 ) -> dict[str, Any]: # metric: value with its uncertainty
@@ -410,7 +444,7 @@ def recall_of(
             for name in bucket_names(record): found.setdefault(name, []).append(record)
     return {f"{task}/{name}{metric}": numbers[metric]["value"] for name in sorted(found) for numbers in [summary(found[name])] for metric in FLAT}
 
-# %% ../../nbs/evaluation/04_recall.ipynb #ce8102ca
+# %% ../../nbs/evaluation/04_recall.ipynb #2b993e82
 @dataclass
 class Walk:
     "One question, looked at token by token"
@@ -436,6 +470,7 @@ class Walk:
         head = "| token | likeliest | p(token) | rank | entropy | distribution |\n|---|---|--:|--:|--:|---|\n"
         return head + "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows)
 
+# %% ../../nbs/evaluation/04_recall.ipynb #430ef404
 def walk(
     model: nn.Module, # any causal language model of transformers
     tokenizer, # that it was trained with

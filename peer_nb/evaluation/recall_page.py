@@ -20,8 +20,8 @@ from ..files import read_json
 # %% auto #0
 __all__ = ['KINDS', 'COLOURS', 'WIDTH', 'HEIGHT', 'LEFT', 'TOP', 'BOTTOM', 'STYLE', 'words', 'form_of', 'error_kind',
            'answer_pool', 'chances', 'add_kinds', 'count_kinds', 'by_group', 'calibration', 'svg', 'text_at',
-           'share_axis', 'interval_figure', 'number', 'stacked_figure', 'histogram', 'key', 'table', 'figure',
-           'group_figures', 'group_table', 'marked', 'error_section', 'confidence_section', 'recall_page', 'facts_of']
+           'share_axis', 'number', 'interval_figure', 'stacked_figure', 'histogram', 'key', 'table', 'figure',
+           'group_figures', 'group_table', 'marked', 'error_section', 'confidence_section', 'facts_of', 'recall_page']
 
 # %% ../../nbs/evaluation/05_recall_page.ipynb #5c53005c
 KINDS = ("near miss", "another fact's answer", "malformed", "other")
@@ -46,7 +46,7 @@ def error_kind(
     if sum(a != b for a, b in zip(answer, said)) == 1: return "near miss"
     return "another fact's answer" if set(words(said)) <= pool else "other"
 
-# %% ../../nbs/evaluation/05_recall_page.ipynb #1208c9ea
+# %% ../../nbs/evaluation/05_recall_page.ipynb #6040ac8a
 def answer_pool(
     folder: Path, # a written data set
     questions: Iterable[Question], # those that are asked
@@ -59,6 +59,7 @@ def answer_pool(
     texts = {row["text"] for row in file_rows(Path(folder)/file)}
     return pool | {word for text in texts for a, b in digit_lookup_spans(text) for word in words(text[a:b])}
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #7b230563
 def chances(pool: set[str]) -> dict[str, float]: # near miss, another fact's answer
     "How often an answer that only has the right form would be of a kind"
     if not pool: return {}
@@ -67,7 +68,7 @@ def chances(pool: set[str]) -> dict[str, float]: # near miss, another fact's ans
     there = math.prod(choices)
     return {"near miss": sum(c - 1 for c in choices)/there, "another fact's answer": (len(pool) - 1)/there}
 
-# %% ../../nbs/evaluation/05_recall_page.ipynb #abc0d426
+# %% ../../nbs/evaluation/05_recall_page.ipynb #afeabd8e
 def add_kinds(
     records: Sequence[dict], # of answers; each wrong one gets an `error`
     questions: dict[str, Question], # by id
@@ -80,6 +81,7 @@ def add_kinds(
         others = pool or set(words(questions[r["id"]].prompt))
         r["error"] = error_kind(r["answer"], r.get("said", r["forced"]), others, digits)
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #513dba75
 def count_kinds(
     records: Sequence[dict], # with errors
 ) -> dict[str, int]: # kind -> answers
@@ -118,7 +120,7 @@ def calibration(
     return dict(error=sum(row["right"]["n"]*abs(row["right"]["value"] - row["confidence"]) for row in rows)/len(places), bins=rows,
                 places=len(places), **{f"{key}_{name}": mean(key, ok) for key in ("confidence", "entropy") for name, ok in (("right", True), ("wrong", False))})
 
-# %% ../../nbs/evaluation/05_recall_page.ipynb #d2f550c8
+# %% ../../nbs/evaluation/05_recall_page.ipynb #a564c37e
 COLOURS = ("var(--c0)", "var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)", "var(--c5)")
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 560, 250, 44, 12, 46
 
@@ -126,10 +128,11 @@ def svg(body: list[str], height: int = HEIGHT, label: str = "") -> str:
     "A figure that grows with the page"
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(label)}">{"".join(body)}</svg>'
 
-def text_at(x: float, y: float, words: str, anchor: str = "middle", extra: str = "") -> str:
+def text_at(x: float, y: float, words: str, anchor: str = "middle") -> str:
     "A label"
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{html.escape(str(words))}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(str(words))}</text>'
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #58d5d4f0
 def share_axis(title: str) -> list[str]:
     "Lines from 0 to 100 %"
     height = HEIGHT - TOP - BOTTOM
@@ -139,6 +142,14 @@ def share_axis(title: str) -> list[str]:
         lines += [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>', text_at(LEFT - 6, y + 4, f"{tick:.0%}", "end")]
     return [*lines, text_at((LEFT + WIDTH)/2, HEIGHT - 4, title)]
 
+def number(value: dict | float | None) -> str:
+    "A share with its interval, or a number, in words"
+    if value is None: return "–"
+    if isinstance(value, float): return f"{value:.3f}"
+    if "low" in value: return f"{value['value']:.1%} ({value['low']:.1%} to {value['high']:.1%})"
+    return f"{value['value']:.3f}" + ("" if value["se"] is None else f" ± {value['se']:.3f}")
+
+# %% ../../nbs/evaluation/05_recall_page.ipynb #14812542
 def interval_figure(
     categories: Sequence[str], # along the axis
     series: dict[str, Sequence[dict | None]], # name -> a share for each category, or None
@@ -161,14 +172,7 @@ def interval_figure(
         if joined: body.append(f'<polyline class="join" points="{" ".join(at)}" stroke="{colour}"/>')
     return svg(body, label=title)
 
-def number(value: dict | float | None) -> str:
-    "A share with its interval, or a number, in words"
-    if value is None: return "–"
-    if isinstance(value, float): return f"{value:.3f}"
-    if "low" in value: return f"{value['value']:.1%} ({value['low']:.1%} to {value['high']:.1%})"
-    return f"{value['value']:.3f}" + ("" if value["se"] is None else f" ± {value['se']:.3f}")
-
-# %% ../../nbs/evaluation/05_recall_page.ipynb #ecc2023c
+# %% ../../nbs/evaluation/05_recall_page.ipynb #64be7ad0
 def stacked_figure(
     rows: dict[str, dict[str, int]], # name -> kind -> count
     totals: dict[str, int], # name -> questions
@@ -185,6 +189,7 @@ def stacked_figure(
             x += width
     return svg(body, 12 + len(rows)*bar, "kinds of wrong answers")
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #f7634217
 def histogram(
     values: dict[str, Sequence[float]], # name -> numbers
     title: str, # of the axis
@@ -228,7 +233,7 @@ def figure(caption: str, drawn: str, names: Iterable[str] = (), first: int = 0) 
     "A figure with what it shows above it"
     return f"<figure><figcaption>{caption}</figcaption>{key(names, first) if names else ''}{drawn}</figure>"
 
-# %% ../../nbs/evaluation/05_recall_page.ipynb #8feac678
+# %% ../../nbs/evaluation/05_recall_page.ipynb #e8dea71e
 def group_figures(groups: Sequence[dict]) -> list[str]: # HTML
     "Exact match of the splits, and of their buckets"
     whole = [g for g in groups if not g["by"]]
@@ -243,6 +248,7 @@ def group_figures(groups: Sequence[dict]) -> list[str]: # HTML
     places = {g["split"]: [*g["accuracy_by_place"], *[None]*(wide - len(g["accuracy_by_place"]))] for g in whole}
     return [*drawn, figure("Right characters by their place in the answer", interval_figure([str(i + 1) for i in range(wide)], places, "place"), places)]
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #046c23ee
 def group_table(groups: Sequence[dict]) -> str: # HTML
     "All metrics of all groups"
     head = ["split", "group", "questions", "exact match", "first digit", "digits", "digits, forced", "log p of the answer", "ends after it"]
@@ -250,11 +256,12 @@ def group_table(groups: Sequence[dict]) -> str: # HTML
     return table(head, [[html.escape(g["split"]), html.escape(name(g["by"])), f"{g['count']:,}", *(number(g.get(m)) for m in
         ("exact_match", "first_digit_accuracy", "digit_accuracy", "forced_digit_accuracy", "answer_logprob", "ended"))] for g in groups], 7)
 
-# %% ../../nbs/evaluation/05_recall_page.ipynb #af20e41e
+# %% ../../nbs/evaluation/05_recall_page.ipynb #aa31a141
 def marked(answer: str, said: str) -> str: # HTML
     "What was said, with wrong characters marked"
     return "".join(html.escape(c) if answer[i:i + 1] == c else f"<mark>{html.escape(c)}</mark>" for i, c in enumerate(said)) or "<mark>nothing</mark>"
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #0a3dbafc
 def error_section(result: dict, records: Sequence[dict], questions: dict[str, Question], examples: int = 6) -> str: # HTML
     "Kinds of wrong answers, and some of each"
     whole = [g for g in result["groups"] if not g["by"]]
@@ -272,7 +279,7 @@ def error_section(result: dict, records: Sequence[dict], questions: dict[str, Qu
     shown = table(["kind", "id", "question", "right", "said", "log p of the right answer"], rows, 1)
     return f"<h2>Wrong answers</h2><p>{wrong:,} of {result['answered']:,}. {html.escape(luck)}</p>{figure('Wrong answers of each split, by kind', drawn, KINDS, 1)}<details open><summary>Examples</summary>{shown}</details>"
 
-# %% ../../nbs/evaluation/05_recall_page.ipynb #c6c16868
+# %% ../../nbs/evaluation/05_recall_page.ipynb #58de20c4
 def confidence_section(result: dict) -> str: # HTML; "" without distributions
     "How sure the model was, and how often rightly"
     found = result["calibration"]
@@ -282,6 +289,12 @@ def confidence_section(result: dict) -> str: # HTML; "" without distributions
     rows = [[name, number(found[f"confidence_{name}"]), number(found[f"entropy_{name}"])] for name in ("right", "wrong")]
     return (f"<h2>Confidence</h2><p>At {found['places']:,} places of answers, with the right answer before them. Expected calibration error {found['error']:.3f}.</p><div class='charts'>"
             + figure("How often the likeliest token is right, by how sure the model was", drawn, ["right", "sure"]) + table(["likeliest token", "mean probability", "mean entropy, nats"], rows, 2) + "</div>")
+
+# %% ../../nbs/evaluation/05_recall_page.ipynb #2ff6aa3b
+def facts_of(result: dict) -> dict[str, Any]:
+    "What a reader must know to repeat a run"
+    flat = {f"{part} {name.replace('_', ' ')}": value for part in ("model", "data", "settings", "tokens", "environment") for name, value in result[part].items()}
+    return {name: f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value for name, value in flat.items()}
 
 def recall_page(
     result: dict, # what `recall.json` holds
@@ -300,8 +313,3 @@ def recall_page(
     body = "".join([f"<h1>{title}</h1><p class='soft'>{asked} {result['answered']:,} questions.</p>{part}<div class='facts'>{tiles}</div><h2>What is known</h2><div class='charts'>",
         *group_figures(result["groups"]), spread, "</div><h2>All numbers</h2>", group_table(result["groups"]), error_section(result, records, questions), confidence_section(result), f"<h2>How it was measured</h2>{how}"])
     return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n'
-
-def facts_of(result: dict) -> dict[str, Any]:
-    "What a reader must know to repeat a run"
-    flat = {f"{part} {name.replace('_', ' ')}": value for part in ("model", "data", "settings", "tokens", "environment") for name, value in result[part].items()}
-    return {name: f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value for name, value in flat.items()}
