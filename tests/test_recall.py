@@ -1,6 +1,7 @@
 "Recall against transformers' `generate`, one question at a time, and across starts, kills and processes."
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -307,14 +309,18 @@ def broken(place: Path, tmp_path: Path, what: str) -> list[str]:
     if what == "other tokenizer":
         llama(100).save_pretrained(tmp_path/"bare")
         load_tokenizer(DatasetConfig(tokenizer_name="bytes")).save_pretrained(tmp_path/"bare")
+    if what == "half":
+        shutil.copytree(model, tmp_path/"bare")
+        kept = {n: t for n, t in load_file(model/"model.safetensors").items() if ".memory.keys" not in n}
+        save_file(kept, tmp_path/"bare"/"model.safetensors", metadata=dict(format="pt"))
     if what == "foreign":
         (tmp_path/"bare").mkdir()
         (tmp_path/"bare"/"config.json").write_text('{"model_type": "bert"}')
     return [str(tmp_path/"bare"), str(data)]
 
 
-@pytest.mark.parametrize("what,why", [("missing", "no config.json"), ("no data", "peer-data TASK"), ("empty", "holds no questions"), ("no tokenizer", "not a causal language model with its tokenizer"),
-                                      ("other tokenizer", "the tokenizer does not match the model"), ("foreign", "not a causal language model")])
+@pytest.mark.parametrize("what,why", [("missing", "no config.json"), ("no data", "peer-data TASK"), ("empty", "holds no questions"), ("no tokenizer", "bare"),
+                                      ("other tokenizer", "the tokenizer does not match the model"), ("half", "lacks"), ("foreign", "bare")])
 def test_what_cannot_be_asked_is_said_in_one_sentence(place, tmp_path, capsys, what, why):
     assert main(["recall", *broken(place, tmp_path, what), "--output", str(tmp_path/"out")]) == 2
     said = capsys.readouterr().err
