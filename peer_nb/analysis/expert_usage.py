@@ -22,7 +22,7 @@ from ..models.peer import MemoryLayer
 
 # %% auto #0
 __all__ = ['POSITIONS', 'memory_layers', 'usage_summary', 'Labels', 'LayerCounter', 'counting', 'document_windows',
-           'padded_batch', 'UsageRun', 'PairCounter', 'lifts', 'class_rows', 'position_names', 'layer_result']
+           'padded_batch', 'UsageRun', 'PairCounter', 'class_rows', 'position_names', 'layer_result']
 
 # %% ../../nbs/analysis/03_expert_usage.ipynb #062acc31
 def memory_layers(
@@ -300,15 +300,6 @@ def read_pairs(self: UsageRun,
     pairs = {n: PairCounter(self.layers[n], self.labels, rows) for n, rows in busiest.items()}
     for _, pieces in self.groups(texts, tokens=min(max_tokens, self.tokens)): self.run_pieces(pieces, pairs)
     return pairs
-
-# %% ../../nbs/analysis/03_expert_usage.ipynb #7b6a1eaf
-def lifts(
-    pairs: np.ndarray, # [rows, rows] tokens that retrieved both; on the diagonal, tokens that retrieved the row
-    tokens: int, # in all
-) -> np.ndarray: # [rows, rows]; nan where a row was not retrieved
-    "How many times more often than by chance"
-    single = np.diag(pairs).astype(float)
-    with np.errstate(invalid="ignore", divide="ignore"): return pairs * tokens / (single[:, None] * single)
 
 # %% ../../nbs/analysis/03_expert_usage.ipynb #e809caea
 def class_rows(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKEN_TYPES', 'OPERATORS', 'rows_for', 'usage_statistics', 'chance_unevenness', 'share_curve', 'usage_histogram',
-           'hot_rows', 'divergence', 'token_type', 'vocabulary_types']
+           'hot_rows', 'divergence', 'lifts', 'token_type', 'vocabulary_types']
 
 # %% ../../nbs/analysis/02_usage_statistics.ipynb #c2e38607
 import unicodedata
@@ -100,6 +100,15 @@ def divergence(
         middle = (p + q) / 2
         part = lambda x: np.where(x > 0, x * np.log2(x / middle), 0).sum(-1)
         return np.where(np.isnan(p).any(-1) | np.isnan(q).any(-1), np.nan, np.clip((part(p) + part(q)) / 2, 0, 1))
+
+# %% ../../nbs/analysis/02_usage_statistics.ipynb #976a9805
+def lifts(
+    pairs: np.ndarray, # [rows, rows] tokens that retrieved both; on the diagonal, tokens that retrieved the row
+    tokens: int, # in all
+) -> np.ndarray: # [rows, rows]; nan where a row was not retrieved
+    "How many times more often than by chance"
+    single = np.diag(pairs).astype(float)
+    with np.errstate(invalid="ignore", divide="ignore"): return pairs * tokens / (single[:, None] * single)
 
 # %% ../../nbs/analysis/02_usage_statistics.ipynb #c0dc7225
 TOKEN_TYPES = ("words", "digits", "operators", "punctuation", "space", "other")
