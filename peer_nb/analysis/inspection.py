@@ -189,7 +189,7 @@ def misfits(
     found = [f"missing: {n} {wanted[n]}" for n in missing] + [f"unknown: {n} {t.shape}" for n, t in held.items() if n not in wanted]
     return found + [f"{n} has shape {t.shape}, the configuration asks for {wanted[n]}" for n, t in held.items() if n in wanted and t.shape != wanted[n]]
 
-# %% ../../nbs/analysis/04_inspection.ipynb #bc4482d5
+# %% ../../nbs/analysis/04_inspection.ipynb #a2b6ed20
 def inspect_checkpoint(
     checkpoint: Checkpoint, # opened
     seen: Any = None, # called with (tensors done, of how many), after each
@@ -202,7 +202,8 @@ def inspect_checkpoint(
     by_type: dict[str, int] = {}
     for t in tensors: by_type[t["dtype"]] = by_type.get(t["dtype"], 0) + t["numbers"]
     return dict(model_type=checkpoint.model_type, files=sorted({t.file.name for t in checkpoint.tensors.values()}), numbers=sum(by_type.values()), bytes=sum(t["bytes"] for t in tensors),
-                dtypes=by_type, norm=math.sqrt(sum(t["norm"]**2 for t in tensors)), nan=sum(t["nan"] for t in tensors), infinite=sum(t["infinite"] for t in tensors),
+                dtypes=by_type,
+                norm=math.sqrt(sum(t["norm"]**2 for t in tensors if t["dtype"].startswith(("F", "BF")))), nan=sum(t["nan"] for t in tensors), infinite=sum(t["infinite"] for t in tensors),
                 misfits=found, tensors=tensors)
 
 # %% ../../nbs/analysis/04_inspection.ipynb #10856aad

@@ -107,7 +107,7 @@ def read_result(
     if kind is None: raise UserError(f"{path}: {'no such file' if found is None else 'not a result of peer-analyze, or of another version'}")
     return kind, found
 
-# %% ../../nbs/analysis/06_pages.ipynb #b0e906f3
+# %% ../../nbs/analysis/06_pages.ipynb #caab6537
 def number_text(
     value: Any, # number, text or None
 ) -> str: # for people
@@ -123,8 +123,9 @@ def table_html(
     sort: bool = False, # by a click on a heading
 ) -> str: # HTML
     "A table"
+    right = {key for key in columns if any(isinstance(row.get(key), (int, float)) for row in rows)}
     cell = lambda value: f'<td class="{"n" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""}" data-v="{html.escape(str(value))}">{html.escape(number_text(value))}</td>'
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns.values())
+    head = "".join(f'<th{" class=n" if key in right else ""}>{html.escape(name)}</th>' for key, name in columns.items())
     body = "".join("<tr>" + "".join(cell(row.get(key)) for key in columns) + "</tr>" for row in rows)
     return f'<div class="wide"><table{" class=sort" if sort else ""}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -142,7 +143,7 @@ def note_html(
     lines = list(lines)
     return '<div class="note">' + "".join(f"<p>{html.escape(line)}</p>" for line in lines) + "</div>" if lines else ""
 
-# %% ../../nbs/analysis/06_pages.ipynb #215f9eac
+# %% ../../nbs/analysis/06_pages.ipynb #e688110d
 COLOURS = ["#3b82d6", "#e0762f", "#2f9e77", "#b657a4", "#c79a1c", "#49a9bf", "#8a70c9", "#d0505f"]
 SCALE = [[0, "#eef3fa"], [.35, "#9dc0ea"], [.7, "#3b82d6"], [1, "#123a6b"]]
 
@@ -155,7 +156,7 @@ def new_figure(
     "A figure in the page's style"
     import plotly.graph_objects as go
     axis = dict(gridcolor="rgba(139,145,155,.25)", zeroline=False, automargin=True)
-    style = dict(margin=dict(l=56, r=12, t=28, b=44), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(family="system-ui, sans-serif", size=13, color="#8b919b"), colorway=COLOURS,
+    style = dict(margin=dict(l=56, r=12, t=28, b=60), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(family="system-ui, sans-serif", size=13, color="#8b919b"), colorway=COLOURS,
                  template={}, height=height, xaxis=dict(axis, title=x), yaxis=dict(axis, title=y), legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0))
     return go.Figure(layout=style | layout)
 
@@ -168,17 +169,17 @@ def figure_html(
     drawn = pio.to_html(figure, full_html=False, include_plotlyjs=False, config=dict(displayModeBar=False, responsive=True), validate=False)
     return f'<figure>{drawn}<figcaption>{html.escape(caption)}</figcaption></figure>'
 
-# %% ../../nbs/analysis/06_pages.ipynb #76db5306
+# %% ../../nbs/analysis/06_pages.ipynb #05bf3451
 STYLE = """
 :root{--ink:#1d2129;--soft:#626a76;--line:#e3e6ea;--back:#fff;--card:#f6f7f9;--accent:#2563b8;--warn:#fff4dc;--warnink:#7a5200;color-scheme:light dark}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e8ec;--soft:#9aa2ae;--line:#30353d;--back:#15181d;--card:#1d2127;--accent:#7db2ff;--warn:#3a2f14;--warnink:#f2d391}}
 *{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:36px 20px 80px}h1{font-size:1.8rem;line-height:1.2;margin:0 0 4px;overflow-wrap:anywhere}h2{font-size:1.2rem;margin:44px 0 8px}h3{font-size:1rem;margin:24px 0 4px}
 p{margin:8px 0;max-width:75ch}.soft,figcaption{color:var(--soft);font-size:.875rem}figure{margin:14px 0;min-width:0}figcaption{max-width:75ch}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:22px 0}.facts div{background:var(--card);border-radius:10px;padding:12px 14px}.facts b{display:block;font-size:1.25rem;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}.facts span{color:var(--soft);font-size:.85rem}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(180px,1fr));gap:12px;margin:22px 0}.facts div{background:var(--card);border-radius:10px;padding:12px 14px}.facts b{display:block;font-size:1.2rem;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}.facts span{color:var(--soft);font-size:.85rem}
 .note{background:var(--warn);color:var(--warnink);border-radius:10px;padding:12px 16px;margin:14px 0}.note p{margin:4px 0;max-width:none;overflow-wrap:anywhere}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:8px 22px}.wide{overflow-x:auto}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;margin:6px 0}th{color:var(--soft);font-weight:500;text-align:left}th,td{padding:5px 14px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}td.n{text-align:right;white-space:nowrap}
+table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;margin:6px 0}th{color:var(--soft);font-weight:500;text-align:left}th,td{padding:5px 14px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}th.n,td.n{text-align:right}td.n,td.keep{white-space:nowrap}
 table.sort th{cursor:pointer}details{margin:10px 0}summary{cursor:pointer;color:var(--soft)}
 """
 SCRIPT = """
@@ -189,7 +190,7 @@ function paint() {
 }
 addEventListener('load', paint);
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', paint);
-document.querySelectorAll('table.sort th').forEach((head, column) => head.addEventListener('click', () => {
+document.querySelectorAll('table.sort th').forEach(head => head.addEventListener('click', () => {
   const body = head.closest('table').tBodies[0], at = [...head.parentNode.children].indexOf(head), down = head.dataset.way !== 'down';
   head.dataset.way = down ? 'down' : 'up';
   const value = row => { const text = row.children[at].dataset.v, n = Number(text); return text === '' || isNaN(n) ? text : n; };
