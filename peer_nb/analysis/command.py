@@ -27,8 +27,8 @@ if TYPE_CHECKING: from peer_nb.analysis.expert_usage import UsageRun
 # %% auto #0
 __all__ = ['PARTS', 'STATE', 'SAVE_SECONDS', 'main', 'say', 'finish', 'own_config', 'has_training', 'own_parameters',
            'foreign_parameters', 'parameters_text', 'parameters', 'file_text', 'in_turn', 'chosen_entries',
-           'save_state', 'load_state', 'Stop', 'Lines', 'load_for_usage', 'count_texts', 'usage_text', 'usage',
-           'measure', 'checkpoint_text', 'checkpoint', 'compare_text', 'compare', 'page']
+           'save_state', 'load_state', 'Stop', 'Lines', 'load_for_usage', 'count_texts', 'usage_text', 'measure',
+           'usage', 'checkpoint_text', 'checkpoint', 'compare_text', 'compare', 'page']
 
 # %% ../../nbs/analysis/08_command.ipynb #80f1d3ef
 def say(
@@ -69,7 +69,7 @@ def has_training(source: Path) -> bool: # whether it says how the model is train
     "A bare model folder knows nothing of batches"
     return source.is_file() or (source/"trainer_state"/"config.yaml").is_file()
 
-# %% ../../nbs/analysis/08_command.ipynb #bf3414e6
+# %% ../../nbs/analysis/08_command.ipynb #92955588
 PARTS = ("embedding", "attention", "dense_mlp", "norms", "memory_router", "memory_tables")
 
 def own_parameters(
@@ -89,6 +89,7 @@ def own_parameters(
                 training_flops_per_token=count.training_flops_per_token, cache_numbers_per_token=cache, cache_bytes_per_token=weight_bytes(cache), stored=None, checked=None,
                 step_memory={k: s.to_dict() for k, s in memory_table(cfg).items()} if training else None, step=step if training else None)
 
+# %% ../../nbs/analysis/08_command.ipynb #1d8c1108
 def foreign_parameters(
     config: dict, # config.json
     source: Path, # for errors
@@ -183,7 +184,7 @@ def chosen_entries(
     if mix not in mixes: raise UserError(f"--mix {mix}: {custom_datasets} has {', '.join(mixes)}")
     return mixes[mix].datasets
 
-# %% ../../nbs/analysis/08_command.ipynb #1f6a7c10
+# %% ../../nbs/analysis/08_command.ipynb #9f4910dc
 STATE, SAVE_SECONDS = "usage-state.npz", 60.0
 
 def save_state(
@@ -202,6 +203,7 @@ def save_state(
         os.fsync(f.fileno())
     os.replace(beside, folder/STATE)
 
+# %% ../../nbs/analysis/08_command.ipynb #19b26d1d
 def load_state(
     folder: Path, # output folder
     run: UsageRun, # new
@@ -219,7 +221,7 @@ def load_state(
     except (BadZipFile, OSError, ValueError, KeyError) as e: raise UserError(f"{folder/STATE} cannot be read ({type(e).__name__}): remove it to begin anew") from e
     return True
 
-# %% ../../nbs/analysis/08_command.ipynb #d4132ef5
+# %% ../../nbs/analysis/08_command.ipynb #7ba10bac
 class Stop:
     "Remembers the first Ctrl-C or termination; a second one interrupts at once"
     def __init__(self): self.asked = False
@@ -238,6 +240,7 @@ class Stop:
         import signal
         for number, handler in self.before.items(): signal.signal(number, handler)
 
+# %% ../../nbs/analysis/08_command.ipynb #82ea73ae
 class Lines:
     "How far it is: one line that is rewritten in a terminal, ten lines elsewhere"
     def __init__(self,
@@ -259,7 +262,7 @@ class Lines:
         left = f", {(total - done) / max(speed, 1e-9):,.0f} s left" if total and done < total else ""
         print(f"{done:,}{f' of {total:,}' if total else ''} {self.what}{left}", end="   \r" if self.terminal and done != total else "\n", flush=True)
 
-# %% ../../nbs/analysis/08_command.ipynb #e4453aeb
+# %% ../../nbs/analysis/08_command.ipynb #55fee49d
 def load_for_usage(
     checkpoint: Path, # folder
 ) -> tuple[Any, Any]: # model, tokenizer
@@ -279,6 +282,7 @@ def load_for_usage(
     finally:
         if shown: logging.enable_progress_bar()
 
+# %% ../../nbs/analysis/08_command.ipynb #cc4b6cf4
 def count_texts(
     run: UsageRun, # new or restored
     texts: Iterable[str], # all documents, from the first
@@ -308,7 +312,34 @@ def usage_text(
     hot = [f"layer {layer['layer']}: " + ", ".join(f"{h['row']:,} ({h['times']:.1f} ×)" for h in layer["hot_rows"][:6]) for layer in result["layers"] if layer["hot_rows"]]
     return "\n".join([*lines, *(["", "hottest rows"] + hot if hot else [])])
 
-# %% ../../nbs/analysis/08_command.ipynb #71e10191
+# %% ../../nbs/analysis/08_command.ipynb #b90c50f5
+def measure(
+    checkpoint: Path, # as given
+    loaded: tuple[Any, Any], # model, tokenizer
+    sources: list, # functions that give documents
+    options: dict, # of `UsageRun`
+    identity: str, # of what is counted
+    output: Path | None, # folder
+    about: dict, # model_type, data, part
+    pairs: tuple[int, int], # rows, tokens
+    threshold: float, # for hot rows
+) -> int: # exit code
+    "Count, and write what was found"
+    from peer_nb.analysis.expert_usage import UsageRun
+    texts = lambda: in_turn([source() for source in sources])
+    run, folder = UsageRun(*loaded, **options), None if output is None else writable_folder(output)
+    if folder is not None and load_state(folder, run, identity): say(f"going on after {run.documents:,} documents, {run.tokens:,} tokens")
+    complete = count_texts(run, texts(), folder, identity)
+    if not run.tokens: raise UserError(f"no text: {', '.join(about['data'])} ({about['part']}) has no tokens")
+    together = run.read_pairs(texts(), *pairs) if pairs[0] > 1 and complete else None
+    result = result_of("usage", [checkpoint], about | run.result(threshold, together), complete)
+    say("" if complete else "\ninterrupted; the same command goes on from here" if folder else "\ninterrupted")
+    say(usage_text(result))
+    finish("usage", result, folder)
+    if complete and folder is not None: (folder/STATE).unlink(missing_ok=True)
+    return 0 if complete else 130
+
+# %% ../../nbs/analysis/08_command.ipynb #21e89e72
 def usage(
     checkpoint: Path, # folder of a model with memory layers
     files: list[str] | None = None, # text files to read, each as one document
@@ -348,33 +379,7 @@ def usage(
     return measure(checkpoint, (model, tokenizer), sources, options, identity, output, dict(model_type="peer_mla", data=data, part="files" if files else part), (pairs, pair_tokens),
                    threshold or model.config.peer_config["usage_threshold"])
 
-def measure(
-    checkpoint: Path, # as given
-    loaded: tuple[Any, Any], # model, tokenizer
-    sources: list, # functions that give documents
-    options: dict, # of `UsageRun`
-    identity: str, # of what is counted
-    output: Path | None, # folder
-    about: dict, # model_type, data, part
-    pairs: tuple[int, int], # rows, tokens
-    threshold: float, # for hot rows
-) -> int: # exit code
-    "Count, and write what was found"
-    from peer_nb.analysis.expert_usage import UsageRun
-    texts = lambda: in_turn([source() for source in sources])
-    run, folder = UsageRun(*loaded, **options), None if output is None else writable_folder(output)
-    if folder is not None and load_state(folder, run, identity): say(f"going on after {run.documents:,} documents, {run.tokens:,} tokens")
-    complete = count_texts(run, texts(), folder, identity)
-    if not run.tokens: raise UserError(f"no text: {', '.join(about['data'])} ({about['part']}) has no tokens")
-    together = run.read_pairs(texts(), *pairs) if pairs[0] > 1 and complete else None
-    result = result_of("usage", [checkpoint], about | run.result(threshold, together), complete)
-    say("" if complete else "\ninterrupted; the same command goes on from here" if folder else "\ninterrupted")
-    say(usage_text(result))
-    finish("usage", result, folder)
-    if complete and folder is not None: (folder/STATE).unlink(missing_ok=True)
-    return 0 if complete else 130
-
-# %% ../../nbs/analysis/08_command.ipynb #1a99b314
+# %% ../../nbs/analysis/08_command.ipynb #92b25a06
 def checkpoint_text(
     result: dict, # of kind checkpoint
 ) -> str: # for a terminal
@@ -385,6 +390,7 @@ def checkpoint_text(
     dtypes = ", ".join(f"{n:,} {kind}" for kind, n in result["dtypes"].items())
     return "\n".join([*lines, "", f"{len(result['tensors'])} tensors, {dtypes}, {size_text(result['bytes'])}; not finite: {result['nan'] + result['infinite']:,}"])
 
+# %% ../../nbs/analysis/08_command.ipynb #e7647e1f
 def checkpoint(
     path: Path, # checkpoint folder, or a .safetensors file
     output: Path | None = None, # folder for checkpoint.json and checkpoint.html
@@ -399,7 +405,7 @@ def checkpoint(
     if found["misfits"]: raise UserError(f"{path}: the weights do not fit config.json: " + "; ".join(found["misfits"][:5]))
     return 0
 
-# %% ../../nbs/analysis/08_command.ipynb #5ed8b93d
+# %% ../../nbs/analysis/08_command.ipynb #ade7d70f
 def compare_text(
     result: dict, # of kind compare
 ) -> str: # for a terminal
@@ -414,6 +420,7 @@ def compare_text(
     lines += [f"{s['name']}: shape {s['shapes'][0]} and {s['shapes'][1]}" for s in result["shapes"]]
     return "\n".join(lines + [f"config {c['key']}: {c['values'][0]!r:.60} and {c['values'][1]!r:.60}" for c in result["config"]])
 
+# %% ../../nbs/analysis/08_command.ipynb #0afd08b6
 def compare(
     first: Path, # checkpoint folder or .safetensors file
     second: Path, # another
@@ -429,6 +436,7 @@ def compare(
     finish("compare", result_of("compare", [first, second], found), output)
     return 0
 
+# %% ../../nbs/analysis/08_command.ipynb #8216769c
 def page(
     result: Path, # a .json file that peer-analyze wrote
     output: Path | None = None, # folder; default: the file's own

@@ -34,7 +34,7 @@ def heading_html(
     partial = [] if result["complete"] else ["Partial: the analysis was interrupted, or not everything could be read. The numbers are of the part that was."]
     return f'<h1>{html.escape(title)}</h1><p class="soft">{source}</p><p>{html.escape(lead)}</p>{note_html(partial)}<!-- {html.escape(versions)} -->'
 
-# %% ../../nbs/analysis/07_drawings.ipynb #f4c8fc80
+# %% ../../nbs/analysis/07_drawings.ipynb #c6af3ac5
 def components_figure(
     result: dict, # of kind parameters
 ) -> go.Figure: # bars
@@ -49,6 +49,7 @@ def components_figure(
     figure.update_xaxes(type="log", dtick=1, range=[math.log10(min(v for v in held.values() if v)) - .5, math.log10(max(held.values())) + 1])
     return figure
 
+# %% ../../nbs/analysis/07_drawings.ipynb #cea998aa
 def layers_figure(
     result: dict, # of kind parameters
     key: str, # active, flops or total
@@ -102,7 +103,7 @@ def draw_parameters(
     return (heading_html(result, "Parameters", lead) + facts_html(facts) + "".join(f'<p class="soft">{html.escape(line)}</p>' for line in found) + figures + memory_html(result)
             + f"<h2>Layer by layer</h2>{table}<h2>Bytes</h2>{sizes}")
 
-# %% ../../nbs/analysis/07_drawings.ipynb #f4965937
+# %% ../../nbs/analysis/07_drawings.ipynb #261122fc
 def curves_figure(
     result: dict, # of kind usage
 ) -> go.Figure: # a line per layer
@@ -119,6 +120,7 @@ def curves_figure(
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
     return figure
 
+# %% ../../nbs/analysis/07_drawings.ipynb #ca6e3a6f
 def histogram_figure(
     result: dict, # of kind usage
 ) -> go.Figure: # a line per layer
@@ -133,7 +135,7 @@ def histogram_figure(
     figure.update_yaxes(type="log", dtick=1)
     return figure
 
-# %% ../../nbs/analysis/07_drawings.ipynb #48be9258
+# %% ../../nbs/analysis/07_drawings.ipynb #68822b68
 def heads_figure(
     result: dict, # of kind usage
     key: str, # used or unevenness
@@ -149,6 +151,7 @@ def heads_figure(
     figure.update_yaxes(type="category", autorange="reversed")
     return figure
 
+# %% ../../nbs/analysis/07_drawings.ipynb #a490bb24
 def classes_figure(
     result: dict, # of kind usage
     name: str, # types or positions
@@ -163,7 +166,7 @@ def classes_figure(
     figure.update_xaxes(type="category")
     return figure
 
-# %% ../../nbs/analysis/07_drawings.ipynb #6e4e4614
+# %% ../../nbs/analysis/07_drawings.ipynb #640c5068
 def hot_figure(
     result: dict, # of kind usage
     most: int = 20, # rows
@@ -175,6 +178,7 @@ def hot_figure(
     figure.add_vline(x=result["threshold"], line=dict(color="#8b919b", dash="dot", width=1))
     return figure
 
+# %% ../../nbs/analysis/07_drawings.ipynb #e85fefbd
 def pairs_figure(
     layer: dict, # of a result of kind usage, with pairs
 ) -> go.Figure: # heat map
@@ -252,7 +256,7 @@ def natural(
     "A key to sort names by"
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
-# %% ../../nbs/analysis/07_drawings.ipynb #a467e04f
+# %% ../../nbs/analysis/07_drawings.ipynb #f8030c07
 def tensors_figure(
     rows: list[dict], # tensors
     key: str, # rms, relative, ...
@@ -266,6 +270,7 @@ def tensors_figure(
     figure.update_xaxes(type="category", showticklabels=len(shown) <= 40, tickfont=dict(size=9), tickangle=-60)
     return figure
 
+# %% ../../nbs/analysis/07_drawings.ipynb #8b1fa7c5
 def row_norms_figure(
     tensors: list[dict], # with row_norms
 ) -> go.Figure: # a line per table

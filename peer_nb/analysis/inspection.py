@@ -56,7 +56,7 @@ def read_header(
     if needed != size: raise UserError(f"{file}: {'cut off' if size < needed else 'longer than it should be'}: it has {size:,} bytes, its header says {needed:,}")
     return {name: stored for name, (stored, _) in found.items()}
 
-# %% ../../nbs/analysis/04_inspection.ipynb #5a741e42
+# %% ../../nbs/analysis/04_inspection.ipynb #6fbba2bd
 @dataclass
 class Checkpoint:
     "A folder of weights, by its headers"
@@ -82,6 +82,7 @@ def _check_index(
     where = tensors[name].file.name if name in tensors else "no file"
     raise UserError(f"{folder}: the index says {name} is in {said.get(name, 'no file')}, it is in {where} ({len(wrong)} such tensors): a file is missing or was exchanged")
 
+# %% ../../nbs/analysis/04_inspection.ipynb #131e2b0a
 def open_checkpoint(
     path: str | Path, # folder with config.json and safetensors files, or one such file
 ) -> Checkpoint: # nothing but headers is read
@@ -206,7 +207,7 @@ def inspect_checkpoint(
                 norm=math.sqrt(sum(t["norm"]**2 for t in tensors if t["dtype"].startswith(("F", "BF")))), nan=sum(t["nan"] for t in tensors), infinite=sum(t["infinite"] for t in tensors),
                 misfits=found, tensors=tensors)
 
-# %% ../../nbs/analysis/04_inspection.ipynb #10856aad
+# %% ../../nbs/analysis/04_inspection.ipynb #aff4e0da
 def tensor_change(
     a: Stored, # before
     b: Stored, # after, of the same shape
@@ -224,6 +225,7 @@ def tensor_change(
     return dict(name=a.name, shape=a.shape, dtypes=[a.dtype, b.dtype], numbers=a.numbers, changed=changed, rows=a.shape[0] if a.shape else 1, changed_rows=rows,
                 difference=math.sqrt(squares), relative=relative, largest=largest)
 
+# %% ../../nbs/analysis/04_inspection.ipynb #5a416f38
 def compare_checkpoints(
     a: Checkpoint, # before
     b: Checkpoint, # after
