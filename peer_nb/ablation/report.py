@@ -51,7 +51,7 @@ def match_sentences(
         elif near: out.append((f"{axis} is matched: " + ", ".join(near) + ".", False))
     return out
 
-# %% ../../nbs/ablation/02_report.ipynb #68b4417b
+# %% ../../nbs/ablation/02_report.ipynb #34c8a977
 STYLE = """
 :root{--ink:#1d2129;--soft:#626a76;--line:#e3e6ea;--back:#fff;--card:#f6f7f9;--accent:#2563b8;--warn:#fff4dc;--warnink:#7a5200;--off:#96540a;--bad:#b3261e;--good:#1b7f4d;color-scheme:light dark}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e8ec;--soft:#9aa2ae;--line:#30353d;--back:#15181d;--card:#1d2127;--accent:#7db2ff;--warn:#3a2f14;--warnink:#f2d391;--off:#f0b563;--bad:#ff8a80;--good:#6fd3a0}}
@@ -61,7 +61,7 @@ p{margin:8px 0;max-width:75ch}a{color:var(--accent)}.soft,small{color:var(--soft
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:22px 0}.facts div{background:var(--card);border-radius:10px;padding:12px 14px}.facts b{display:block;font-size:1.3rem;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}.facts span{color:var(--soft);font-size:.85rem}
 .note{background:var(--warn);color:var(--warnink);border-radius:10px;padding:12px 16px;margin:14px 0}.note p{margin:4px 0;max-width:none}.bad{color:var(--bad)}.off{color:var(--off)}.good{color:var(--good)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(320px,100%),1fr));gap:8px 18px}.charts>div,.chart{min-width:0}.wide{overflow-x:auto;-webkit-overflow-scrolling:touch}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;margin:6px 0}th{color:var(--soft);font-weight:500;text-align:left;white-space:nowrap}th,td{padding:6px 14px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}td.n,th.n{text-align:right}
+table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;margin:6px 0}th{color:var(--soft);font-weight:500;text-align:left;white-space:nowrap}th,td{padding:6px 14px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}td.n,th.n{text-align:right;white-space:nowrap}
 table.sort th{cursor:pointer;user-select:none}table.sort th[data-way=up]::after{content:" ↑"}table.sort th[data-way=down]::after{content:" ↓"}td.keep{white-space:nowrap}
 .tabs{display:flex;flex-wrap:wrap;gap:6px;margin:8px 0}.tabs button{font:inherit;font-size:.85rem;padding:4px 12px;border:1px solid var(--line);border-radius:99px;background:none;color:var(--ink);cursor:pointer}.tabs button[aria-pressed=true]{background:var(--accent);border-color:var(--accent);color:var(--back)}
 .chip{display:inline-block;padding:1px 9px;border-radius:99px;font-size:.78rem;font-weight:600;border:1px solid currentColor;white-space:nowrap}.SUPPORTED{color:var(--good)}.REFUTED{color:var(--bad)}.INCONCLUSIVE,.PARTIAL{color:var(--off)}.TODO{color:var(--soft)}td.say{min-width:17rem;max-width:34rem;white-space:normal}
@@ -245,7 +245,7 @@ def shown_metrics(
     "The metrics that get figures"
     return [m for m in dict.fromkeys([plan.metric, *(m for m in metric_names(rows) if m.endswith("/bits_per_byte"))]) if m in rows]
 
-# %% ../../nbs/ablation/02_report.ipynb #621c35ee
+# %% ../../nbs/ablation/02_report.ipynb #c52cded0
 TOP = """<h1>{{ plan.study.name }}</h1><p class="soft">{{ compared }}</p>
 <div class="facts">{% for value, what in facts %}<div><b>{{ value }}</b><span>{{ what }}</span></div>{% endfor %}</div>
 {% for metric, lines in found.items() if lines %}<p><b>{{ metric }}</b>{{ ' (primary, ' + plan.direction + ')' if metric == plan.metric else '' }}</p><ul>{% for line in lines %}<li>{{ line }}</li>{% endfor %}</ul>{% endfor %}
@@ -266,7 +266,7 @@ EFFECTS = """<h2>Main effects</h2>
 <div class="charts">{% for chart in metric_charts[metric] %}<div>{{ chart|safe }}</div>{% endfor %}</div>
 <div class="chart">{{ intervals[metric]|safe }}</div>{% if noise[metric] %}<p class="soft">{{ noise[metric] }}</p>{% endif %}
 <div class="wide"><table><tr><th>axis</th><th>level</th><th class="n">mean</th><th class="n">runs</th><th class="n">difference to the first level</th><th class="n">95 % interval</th><th class="n">p after Holm</th><th class="n">effect size</th><th class="n">seeds</th><th class="n">pairs</th></tr>
-{% for e in effects[metric] %}<tr><td>{{ e.axis }}</td><td>{{ e.level }}</td><td class="n">{{ e.mean|number }}</td><td class="n">{{ e.n }}</td><td class="n">{{ e.difference|change if e.pairs else '–' }}</td><td class="n">{{ e.low|change ~ ' to ' ~ e.high|change if e.known else 'one seed: anecdotal' if e.seeds == 1 else '–' }}</td><td class="n">{{ '%.2g'|format(e.p_holm) if e.known else '–' }}</td><td class="n">{{ e.effect_size|number(1) if e.known else '–' }}</td><td class="n">{{ e.seeds }}</td><td class="n">{{ e.pairs }} of {{ e.planned }}</td></tr>{% endfor %}</table></div>{% endfor %}
+{% for e in effects[metric] %}<tr><td>{{ e.axis }}</td><td>{{ e.level }}</td><td class="n">{{ e.mean|number }}</td><td class="n">{{ e.n }}</td><td class="n">{{ e.difference|change if e.pairs else '–' }}</td><td class="n">{{ e.low|change ~ ' to ' ~ e.high|change if e.known else 'one seed: anecdotal' if e.seeds == 1 else '–' }}</td><td class="n">{{ '%.2g'|format(e.p_holm) if e.known else '–' }}</td><td class="n">{{ e.effect_size|number(1) if e.known else '–' }}</td><td class="n">{{ e.seeds }}</td><td class="n">{{ e.pairs ~ ' of ' ~ e.planned if e.planned }}</td></tr>{% endfor %}</table></div>{% endfor %}
 <p><small>The unit is the seed: pairs are averaged within a seed before they are tested. Effect size: mean over spread of the seeds' differences, corrected for their number. Holm counts all levels of all axes.</small></p>
 """
 
@@ -488,14 +488,15 @@ def write_figures(
         _write_static(target, f"loss-{_file_name(axis)}", static_losses(read, plan, axis))
         alone(f"loss-{_file_name(axis)}", f"training loss by {axis}", loss_figure(read, plan, axis))
 
-# %% ../../nbs/ablation/02_report.ipynb #0e571730
+# %% ../../nbs/ablation/02_report.ipynb #01ae7992
 def write_report(
     folder: str | Path, # of a study
+    rows: pd.DataFrame | None = None, # its runs, where they are read already
 ) -> Path: # index.html
     "Write the study's page and figures from its run folders"
     folder = Path(folder).resolve()
     plan = load_plan(folder/"plan.json")
-    rows = read_runs(folder, plan)
+    rows = read_runs(folder, plan) if rows is None else rows
     read = curves(folder, plan)
     write_plotly(folder)
     write_figures(folder, plan, rows, read)

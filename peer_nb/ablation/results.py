@@ -23,8 +23,9 @@ if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
 __all__ = ['State', 'COLUMNS', 'FIRST', 'ANECDOTAL', 'process_mark', 'is_alive', 'valid_result', 'run_state', 'peaks',
-           'metric_columns', 'run_row', 'read_runs', 'metric_names', 'write_csv', 'long_table', 'write_parquet',
-           'main_effects', 'loss_curve', 'best_run', 'signed', 'effect_sentence', 'study_findings', 'summary_lines']
+           'run_metrics', 'metric_columns', 'run_row', 'read_runs', 'metric_names', 'write_csv', 'long_table',
+           'write_parquet', 'main_effects', 'loss_curve', 'best_run', 'signed', 'effect_sentence', 'study_findings',
+           'summary_lines']
 
 # %% ../../nbs/ablation/01_results.ipynb #748c0e37
 def process_mark(
@@ -88,25 +89,32 @@ def peaks(
         out[metric] = dict(peak=peak, peak_step=step, degradation=sign*(peak - end) if math.isfinite(end) else None)
     return out
 
-# %% ../../nbs/ablation/01_results.ipynb #e14e7c43
-_PEAKS: dict[str, tuple] = {}
+# %% ../../nbs/ablation/01_results.ipynb #af1cee3a
+_READ: dict[str, tuple] = {}
 
-def _run_peaks(run: Path, result: dict) -> dict[str, dict]:
-    "The peaks of a run that is done"
-    path = run/"metrics.jsonl"
-    sign = (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
-    key = (sign, tuple(result["metrics"].items()))
-    if _PEAKS.get(str(run), (None,))[0] != key:
-        _PEAKS[str(run)] = key, peaks(read_jsonl(path) if sign else [], result["metrics"], (result.get("training") or {}).get("steps"))
-    return _PEAKS[str(run)][1]
+def run_metrics(
+    run: str | Path, # folder of a run
+) -> tuple[list[tuple[int, float]], list[dict]]: # (tokens or step, loss) in order; lines that have evaluations
+    "What a run wrote while it trained"
+    path = Path(run)/"metrics.jsonl"
+    if not path.exists(): return [], []
+    mark = (path.stat().st_mtime_ns, path.stat().st_size)
+    if _READ.get(str(path), (None,))[0] == mark: return _READ[str(path)][1]
+    try: lines = json.loads("[" + ",".join(filter(None, path.read_text(encoding="utf-8").splitlines())) + "]")
+    except ValueError: lines = read_jsonl(path)
+    losses = {r.get("tokens", r.get("step")): r["loss"] for r in lines if isinstance(r.get("loss"), (int, float)) and math.isfinite(r["loss"])}   # a resumed run may have written a step twice
+    found = sorted(losses.items()), [r for r in lines if any(k.startswith("eval/") for k in r)]
+    _READ[str(path)] = mark, found
+    return found
 
+# %% ../../nbs/ablation/01_results.ipynb #59cec24f
 def metric_columns(
     run: Path, # its folder
     result: dict, # its result file's content
 ) -> dict[str, float | None]: # column: value
     "A run's metrics: final value, peak, step of the peak, degradation, standard error over items"
     errors = {f"{n}/bits_per_byte": score.get("bits_per_byte_se") for n, score in (result.get("heldout") or {}).items()} | (result.get("standard_errors") or {})
-    best = _run_peaks(run, result)
+    best = peaks(run_metrics(run)[1], result["metrics"], (result.get("training") or {}).get("steps"))
     return {**result["metrics"], **{f"{m}:{k}": v for m, found in best.items() for k, v in found.items()}, **{f"{m}:se": e for m, e in errors.items() if e is not None}}
 
 # %% ../../nbs/ablation/01_results.ipynb #a7e7e9e6
@@ -169,13 +177,15 @@ def metric_names(
     "The columns that are metrics at the end of a run: a slash in the name, and no part of it after a colon"
     return [c for c in rows.columns if "/" in c and ":" not in c]
 
-# %% ../../nbs/ablation/01_results.ipynb #76236964
+# %% ../../nbs/ablation/01_results.ipynb #0a6c5414
 def write_csv(
     folder: str | Path, # of a study
     plan: Plan | None = None, # read from the folder when not given
+    rows: pd.DataFrame | None = None, # read from the folder when not given
 ) -> Path: # ablation_results.csv
     "Write the table of all runs"
-    return write_atomic(Path(folder)/"ablation_results.csv", read_runs(folder, plan).to_csv(index=False))
+    rows = read_runs(folder, plan) if rows is None else rows
+    return write_atomic(Path(folder)/"ablation_results.csv", rows.to_csv(index=False))
 
 def long_table(
     rows: pd.DataFrame, # as read_runs gives them
@@ -219,14 +229,13 @@ def main_effects(
             out.append({"axis": axis, "level": level, "mean": own.mean(), "n": len(own), "difference": diff.mean(), "sd": diff.std(ddof=1), "pairs": len(diff)})
     return pd.DataFrame(out)
 
-# %% ../../nbs/ablation/01_results.ipynb #3cb6276f
+# %% ../../nbs/ablation/01_results.ipynb #d1dce524
 def loss_curve(
     run: str | Path, # folder of a run
     points: int = 300, # at most about so many
 ) -> tuple[list[int], list[float]]: # tokens, training loss
     "The training loss of a run against tokens"
-    records = [(r.get("tokens", r.get("step")), r["loss"]) for r in read_jsonl(Path(run)/"metrics.jsonl") if isinstance(r.get("loss"), (int, float))]
-    records = sorted({t: l for t, l in records if math.isfinite(l)}.items())   # a resumed run may have written a step twice
+    records = run_metrics(run)[0]
     every = max(1, math.ceil(len(records)/points))
     thin = records[::every] + (records[-1:] if records and (len(records) - 1) % every else [])
     return [t for t, _ in thin], [l for _, l in thin]

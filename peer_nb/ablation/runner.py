@@ -393,7 +393,7 @@ def interruptible() -> Iterator[None]:
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../../nbs/ablation/04_runner.ipynb #0a784c2a
+# %% ../../nbs/ablation/04_runner.ipynb #c7bd8e7c
 def finish(
     folder: Path, # of the study
     plan: Plan, # of the study
@@ -401,10 +401,10 @@ def finish(
     "Table, figures, page, and the study in a few lines"
     from peer_nb.ablation.report import write_report
     from peer_nb.ablation.results import read_runs, summary_lines, write_csv, write_parquet
-    write_csv(folder, plan)
     rows = read_runs(folder, plan)
+    write_csv(folder, plan, rows)
     write_parquet(folder, plan, rows)
-    page = write_report(folder)
+    page = write_report(folder, rows)
     print("", *summary_lines(rows, plan), f"page: {page}", sep="\n")
     return 0 if set(rows.state) <= {"DONE", "REUSE"} else 1
 
@@ -534,7 +534,7 @@ def status(
                      "seconds": said.get("seconds", ""), "error": (said.get("error") or {}).get("class", "") if state == "FAILED" else ""})
     print(folder, text_table(rows), sep="\n")
 
-# %% ../../nbs/ablation/04_runner.ipynb #f040090d
+# %% ../../nbs/ablation/04_runner.ipynb #4569aa97
 def report(
     folder: Path, # of a study, or of studies: then the newest
 ):
@@ -543,8 +543,8 @@ def report(
     from peer_nb.ablation.results import read_runs, write_csv, write_parquet
     folder = _study_folder(folder)
     frozen = load_plan(folder/"plan.json")
-    table = write_csv(folder, frozen)
-    print(table, write_parquet(folder, frozen, read_runs(folder, frozen)), write_report(folder), sep="\n")
+    rows = read_runs(folder, frozen)
+    print(write_csv(folder, frozen, rows), write_parquet(folder, frozen, rows), write_report(folder, rows), sep="\n")
 
 # %% ../../nbs/ablation/04_runner.ipynb #22e87ea3
 main = make_main("peer-ablate", dict(run=run, plan=plan, status=status, report=report), default="run",
