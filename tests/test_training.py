@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peer_nb.config import Config, DatasetConfig, DatasetEntry, EvalConfig, MLAConfig, ModelConfig, PeerConfig, TrainConfig, UserError, save_config
-from peer_nb.evaluation.perplexity import main as peer_eval
+from peer_nb.evaluation.command import main as peer_eval
 from peer_nb.files import folder_lock, read_json, read_jsonl
 from peer_nb.training import checkpoints
 from peer_nb.training.checkpoints import latest_checkpoint
