@@ -196,7 +196,7 @@ def test_checkpoint_scores_as_the_run_did(text, undisturbed, tmp_path):
     "peer-eval on the saved folder, without a configuration, repeats the last line of metrics"
     scores = tmp_path/"scores.json"
     assert peer_eval(["perplexity", "--checkpoint", str(latest_checkpoint(undisturbed)), "--output", str(scores)]) == 0
-    assert read_json(scores)["sums"]["bits_per_byte"] == pytest.approx(timeless(undisturbed)[-1]["eval/sums/bits_per_byte"], abs=1e-7)
+    assert read_json(scores)["texts"]["sums"]["bits_per_byte"] == pytest.approx(timeless(undisturbed)[-1]["eval/sums/bits_per_byte"], abs=1e-7)
 
 
 def test_gradient_checkpointing_changes_nothing(text, tmp_path):

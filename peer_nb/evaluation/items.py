@@ -21,8 +21,8 @@ from ..files import UserError, cache_folder, sha256_of, write_atomic
 # %% auto #0
 __all__ = ['TEXT', 'ANY_TEXT', 'INDEX', 'LABEL', 'FOUR', 'WORKED', 'BOXED', 'NUMBER', 'TARGETS', 'ROWS', 'Converted', 'EXAMPLES',
            'SOURCES', 'CONVERTERS', 'Field', 'check_row', 'read_text', 'read_lines', 'gsm8k', 'humaneval', 'math500',
-           'hellaswag', 'mmlu', 'truthfulqa', 'write_hub_shape', 'convert_source', 'data_root', 'find_items',
-           'configurations', 'reading_cache']
+           'hellaswag', 'mmlu', 'truthfulqa', 'write_hub_shape', 'convert_source', 'trial_note', 'data_root',
+           'find_items', 'configurations', 'reading_cache']
 
 # %% ../../nbs/evaluation/02_items.ipynb #77773c5f
 class Field(NamedTuple):
@@ -119,7 +119,7 @@ def math500(
     "500 competition problems"
     return {"default": {"test": read_lines(folder/"test.jsonl", "HuggingFaceH4/MATH-500")}}
 
-# %% ../../nbs/evaluation/02_items.ipynb #c38ae380
+# %% ../../nbs/evaluation/02_items.ipynb #997f3867
 def _hellaswag_item(lines: list[str], place: str) -> dict:
     "A row from six lines"
     activity, colon, context = lines[0].partition(": ")
@@ -130,11 +130,13 @@ def _hellaswag_item(lines: list[str], place: str) -> dict:
 def hellaswag(
     folder: Path, # hellaswag_val.jsonl, or hellaswag_val_full.txt (.bz2)
 ) -> Converted:
-    "Endings of everyday scenes"
-    path = _first(folder, "hellaswag_val.jsonl", "hellaswag_val_full.txt.bz2", "hellaswag_val_full.txt")
-    if path.suffix == ".jsonl": return {"default": {"validation": read_lines(path, "Rowan/hellaswag")}}
-    lines = read_text(path).rstrip("\n").split("\n")
-    return {"default": {"validation": [_hellaswag_item(lines[i:i + 6], f"{path}: line {i + 1}") for i in range(0, len(lines), 6)]}}
+    "Endings of everyday scenes; the task is asked without examples, and takes them, if told to, from the training file"
+    path, train = _first(folder, "hellaswag_val.jsonl", "hellaswag_val_full.txt.bz2", "hellaswag_val_full.txt"), folder/"hellaswag_train.jsonl"
+    if path.suffix == ".jsonl": rows = read_lines(path, "Rowan/hellaswag")
+    else:
+        lines = read_text(path).rstrip("\n").split("\n")
+        rows = [_hellaswag_item(lines[i:i + 6], f"{path}: line {i + 1}") for i in range(0, len(lines), 6)]
+    return {"default": {"train": read_lines(train, "Rowan/hellaswag") if train.is_file() else rows[:EXAMPLES], "validation": rows}}
 
 # %% ../../nbs/evaluation/02_items.ipynb #ca61053d
 def _mmlu_rows(path: Path) -> list[dict]:
@@ -203,8 +205,8 @@ def write_hub_shape(
     write_atomic(folder/"README.md", "\n".join([*head, "---", ""]))   # last: it says that the folder is whole
     return folder
 
-# %% ../../nbs/evaluation/02_items.ipynb #d66e20f3
-CONVERTERS = 1   # raised when a converter changes what it writes
+# %% ../../nbs/evaluation/02_items.ipynb #a3ea3245
+CONVERTERS = 2   # raised when a converter changes what it writes
 
 def convert_source(
     dataset: str, # name on the hub
@@ -215,6 +217,18 @@ def convert_source(
     key = sha256_of([CONVERTERS, dataset, *[[str(p.relative_to(folder)), sha256_of(p.read_bytes())] for p in files]])
     target = cache_folder()/"benchmarks"/key[:16]/dataset.rpartition("/")[2]
     return target if (target/"README.md").is_file() else write_hub_shape(SOURCES[dataset][1](folder), target)
+
+# %% ../../nbs/evaluation/02_items.ipynb #848c2b38
+def trial_note(
+    dataset: str, # name on the hub
+    root: Path,   # folder of benchmark items, which has the authors' files
+) -> str: # empty: nothing to say
+    "What a reader of scores on these files must know"
+    folder = root/SOURCES[dataset][0]
+    if dataset == "openai/gsm8k" and not (folder/"test.jsonl").is_file():
+        return f"gsm8k: there is no test.jsonl; the items are the training file's, but for the first {EXAMPLES}, which serve as examples: for trials, not for reports"
+    if dataset == "Rowan/hellaswag" and not (folder/"hellaswag_train.jsonl").is_file(): return "hellaswag: there is no training file; examples, if asked for, are among the items"
+    return "math500: examples, if asked for, are among the items" if dataset == "HuggingFaceH4/MATH-500" else ""
 
 # %% ../../nbs/evaluation/02_items.ipynb #31e34796
 def data_root(
