@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ['ALIASES', 'GROUPS', 'FEWSHOT_SEED', 'require_lm_eval', 'names_in', 'task_folders', 'resolve_names', 'family',
            'task_manager', 'point_offline', 'quiet_engine', 'LoadedTasks', 'load_tasks', 'Answers', 'question_keys',
            'Remembering', 'causal_lm', 'prepare', 'cut_prompts', 'Scored', 'ask', 'interval', 'chance_level',
-           'summarize', 'sample_lines', 'run_tasks', 'run_benchmarks', 'benchmark_metrics']
+           'summarize', 'sample_lines', 'run_tasks', 'run_benchmarks', 'check_benchmarks', 'benchmark_metrics']
 
 # %% ../../nbs/evaluation/07_benchmarks.ipynb #a00c0cd6
 def require_lm_eval() -> Path: # the folder of its tasks
@@ -298,7 +298,7 @@ class Remembering:
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]: return self._ask("loglikelihood_rolling", requests)
     def generate_until(self, requests: list[Instance]) -> list[str]: return self._ask("generate_until", requests)
 
-# %% ../../nbs/evaluation/07_benchmarks.ipynb #aefe35d1
+# %% ../../nbs/evaluation/07_benchmarks.ipynb #5485f429
 def causal_lm(
     model: Any,      # a causal language model
     tokenizer: Any,  # from transformers; copied, since lm-eval gives it a padding token
@@ -314,7 +314,7 @@ def causal_lm(
             if len(after) > self.max_length: raise UserError(f"an answer has {len(after)} tokens, and the window only {self.max_length}: {continuation[:60]!r}; this benchmark needs a longer window")
             return before, after
 
-    return CheckedLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size, max_length=window, device=str(model.device), logits_cache=False)
+    with quiet_engine(): return CheckedLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size, max_length=window, device=str(model.device), logits_cache=False)
 
 # %% ../../nbs/evaluation/07_benchmarks.ipynb #dfc2d191
 def prepare(
@@ -392,7 +392,7 @@ def ask(
             result, partial = evaluate(Remembering(None, answers), seeded({name: loaded.tasks[name] for name in done}), samples=done, **options), True
     return Scored(result, partial, [])
 
-# %% ../../nbs/evaluation/07_benchmarks.ipynb #c4098fd6
+# %% ../../nbs/evaluation/07_benchmarks.ipynb #83428183
 def interval(
     values: list[float], # of the items
     mean: float,
@@ -400,9 +400,9 @@ def interval(
 ) -> list[float] | None: # [low, high], 95 %
     "Wilson's interval for right-or-wrong items, a normal one otherwise"
     from scipy.stats import binomtest
-    if values and all(v in (0, 1) for v in values):
+    if values and all(v in (0, 1) for v in values) and math.isclose(sum(values) / len(values), mean, abs_tol=1e-9):
         bounds = binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
-        return [bounds.low, bounds.high]
+        return [float(bounds.low), float(bounds.high)]
     return None if se is None else [mean - 1.96*se, mean + 1.96*se]
 
 def chance_level(
@@ -414,7 +414,7 @@ def chance_level(
     for request in task.instances: choices[request.doc_id] = choices.get(request.doc_id, 0) + 1
     return sum(1/n for n in choices.values()) / len(choices)
 
-# %% ../../nbs/evaluation/07_benchmarks.ipynb #d1e88d7c
+# %% ../../nbs/evaluation/07_benchmarks.ipynb #65518343
 def _metrics(row: dict, items: list[dict], better: dict[str, bool]) -> dict[str, dict]: # name -> value, se, ci, higher_is_better
     "lm-eval's metrics of one task, named without a filter where there is only one"
     keys = [k for k in row if "," in k and not k.split(",")[0].endswith("_stderr")]
@@ -428,6 +428,10 @@ def _metrics(row: dict, items: list[dict], better: dict[str, bool]) -> dict[str,
         found[metric if alone else f"{metric}/{kept}"] = dict(value=float(row[key]), se=se, ci=interval(values, float(row[key]), se), higher_is_better=better.get(metric, True))
     return found
 
+def _leaves(name: str, below: dict[str, list[str]]) -> list[str]:
+    "The tasks beneath a group"
+    return [leaf for part in below[name] for leaf in _leaves(part, below)] if name in below else [name]
+
 def summarize(
     scored: Scored,
     loaded: LoadedTasks,
@@ -436,23 +440,22 @@ def summarize(
     tasks, groups = {}, {}
     engine = scored.engine
     for name, row in engine.get("results", {}).items():
-        task = loaded.tasks.get(name)
-        found = dict(metrics=_metrics(row, engine["samples"].get(name, []), engine["higher_is_better"].get(name) or {}), items=row.get("sample_len", 0))
-        if task is None:
-            if found["metrics"]: groups[name] = found | dict(tasks=engine["group_subtasks"].get(name, []))
-            continue
-        counts = engine["n-samples"][name]
-        tasks[name] = found | dict(items_in_set=counts["original"], num_fewshot=engine["n-shot"].get(name), version=engine["versions"].get(name),
-                                   output_type=task.get_config("output_type"), chance=chance_level(task))
-    return dict(tasks=tasks, groups=groups)
+        leaves = [leaf for leaf in _leaves(name, engine["group_subtasks"]) if leaf in engine["samples"]]
+        items, counts = [item for leaf in leaves for item in engine["samples"][leaf]], [engine["n-samples"][leaf] for leaf in leaves]
+        chances = [chance_level(loaded.tasks[leaf]) for leaf in leaves]
+        chance = None if None in chances or not chances else sum(c*n["effective"] for c, n in zip(chances, counts)) / sum(n["effective"] for n in counts)
+        found = dict(metrics=_metrics(row, items, engine["higher_is_better"].get(name) or {}), items=row.get("sample_len", 0), items_in_set=sum(n["original"] for n in counts), chance=chance)
+        if name in loaded.tasks: tasks[name] = found | dict(num_fewshot=engine["n-shot"].get(name), version=engine["versions"].get(name), output_type=loaded.tasks[name].get_config("output_type"))
+        elif found["metrics"]: groups[name] = found | dict(tasks=leaves)
+    return dict(tasks=tasks, groups=dict(sorted(groups.items(), key=lambda pair: -len(pair[1]["tasks"]))))
 
-# %% ../../nbs/evaluation/07_benchmarks.ipynb #8c47a370
+# %% ../../nbs/evaluation/07_benchmarks.ipynb #31c4862a
 def sample_lines(
     items: list[dict], # lm-eval's samples of one task
 ) -> list[dict]:
     "The samples of a task without the items' texts"
     kept = ("doc_id", "doc_hash", "prompt_hash", "target_hash", "filter", "target")
-    return [{key: item[key] for key in kept} | dict(answer=item["filtered_resps"], metrics={m: item[m] for m in item["metrics"]}) for item in items]
+    return [{key: item[key] for key in kept} | dict(answer=item["filtered_resps"], metrics={m: float(item[m]) if isinstance(item[m], (int, float)) else item[m] for m in item["metrics"]}) for item in items]
 
 # %% ../../nbs/evaluation/07_benchmarks.ipynb #f2a3f42d
 def run_tasks(
@@ -473,7 +476,7 @@ def run_tasks(
                   window=window, lm_eval=version("lm_eval"))
     return result, scored
 
-# %% ../../nbs/evaluation/07_benchmarks.ipynb #a8a47ece
+# %% ../../nbs/evaluation/07_benchmarks.ipynb #e6457062
 def run_benchmarks(
     model: Any,               # a causal language model; its mode is restored
     tokenizer: Any,           # the one it was trained with
@@ -491,6 +494,12 @@ def run_benchmarks(
             lm = causal_lm(model, tokenizer, chosen.eval_batch_size, window)
             return run_tasks(lm, loaded, window, limit=limit)[0]
     finally: model.train(training)
+
+def check_benchmarks(
+    cfg: Config, # eval_config: evals, evals_registry_path
+):
+    "Refuse a name that nobody knows before a training is begun, not after it"
+    if cfg.eval_config.evals: resolve_names(cfg.eval_config.evals, cfg.eval_config.evals_registry_path)
 
 def benchmark_metrics(
     result: dict, # of `run_benchmarks`

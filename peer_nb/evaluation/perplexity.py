@@ -265,25 +265,29 @@ def evaluate_heldout(
             raise UserError(f"held-out part of {entry.name} ({entry.path}): {error}") from error
     return scores
 
-# %% ../../nbs/evaluation/00_perplexity.ipynb #310e0f72
+# %% ../../nbs/evaluation/00_perplexity.ipynb #2f37b1dd
 def load_checkpoint_model(
     checkpoint: str, # folder that `from_pretrained` can read, or a name on the hub
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # in evaluation mode, on the GPU if there is one
     "A causal language model and its tokenizer"
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     import peer_nb.models.causal_lm  # noqa: F401  (registers the model with transformers)
     local = Path(checkpoint).is_dir()
     if local and not (Path(checkpoint)/"config.json").is_file(): raise UserError(f"--checkpoint {checkpoint}: not a checkpoint folder (it has no config.json)")
     if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint): raise UserError(f"--checkpoint {checkpoint}: no such folder")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, bars = "cuda" if torch.cuda.is_available() else "cpu", logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=local).to(device).eval()
         return model, AutoTokenizer.from_pretrained(checkpoint, local_files_only=local)
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise UserError(f"--checkpoint {checkpoint}: {'cannot be loaded' if local else 'no such folder, and no model of this name can be had from the hub'} ({reason})") from error
+    finally:
+        if bars: logging.enable_progress_bar()
 
 def model_fingerprint(
     model: PreTrainedModel,             # a causal language model
@@ -405,7 +409,7 @@ def show_progress(
     bits, size = sum(s.nats for s in scores) / math.log(2), sum(s.bytes for s in scores)
     print(f"\r{name}: {len(scores):,} documents, {sum(s.tokens for s in scores):,} tokens, {bits/size:.4f} bits per byte so far ", end="", flush=True)
 
-# %% ../../nbs/evaluation/00_perplexity.ipynb #4e7f2e31
+# %% ../../nbs/evaluation/00_perplexity.ipynb #accf66ea
 def perplexity(
     checkpoint: str,                 # folder of a model that transformers can read (output/checkpoint-N), or its name on the hub
     files: list[str] | None = None,  # text files to score, each as one document
@@ -444,6 +448,7 @@ def perplexity(
     if result["partial"]: raise KeyboardInterrupt
     return 0
 
+# %% ../../nbs/evaluation/00_perplexity.ipynb #453d26cc
 def _record(output: Path, whose: dict) -> Path: # JSON lines
     "The documents' file beside the scores, emptied when it holds those of another model or setting"
     record = output.with_suffix(".documents.jsonl")
