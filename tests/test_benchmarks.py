@@ -246,7 +246,7 @@ def test_lm_evals_own_command_gives_the_same_scores(tiny, items):
 
 def start(checkpoint: Path, items: Path, output: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", "import sys; from peer_nb.evaluation.command import main; sys.exit(main())", "benchmark", str(checkpoint), "truthfulqa_mc1", "--data-root", str(items),
-                             "--output", str(output), "--batch-size", "1", "--window", "320", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                             "--output", str(output), "--batch-size", "1", "--window", "320", "--limit", "8", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_interrupted_run_keeps_what_it_has_and_continues(checkpoint, items, tmp_path):
@@ -260,14 +260,14 @@ def test_interrupted_run_keeps_what_it_has_and_continues(checkpoint, items, tmp_
     if process.returncode == 0: pytest.skip("the run ended before it could be interrupted")
     assert process.returncode == 130 and "Traceback" not in errors, errors
     done = result["tasks"]["truthfulqa_mc1"]["items"]
-    assert result["partial"] and 0 < done < 12 and "Interrupted" in (out/"index.html").read_text()
+    assert result["partial"] and 0 < done < 8 and "Interrupted" in (out/"index.html").read_text()
     kept = len(Answers(out/"answers.jsonl").known)
-    words = ["benchmark", str(checkpoint), "truthfulqa_mc1", "--data-root", str(items), "--batch-size", "1", "--window", "320"]
+    words = ["benchmark", str(checkpoint), "truthfulqa_mc1", "--data-root", str(items), "--batch-size", "1", "--window", "320", "--limit", "8"]
     assert main([*words, "--output", str(out)]) == 0 and main([*words, "--output", str(tmp_path/"fresh")]) == 0
     again, fresh = (read_json(folder/"results.json") for folder in (out, tmp_path/"fresh"))
     assert again["tasks"] == fresh["tasks"] and not again["partial"]
     assert len(Answers(out/"answers.jsonl").known) == len(Answers(tmp_path/"fresh"/"answers.jsonl").known) > kept
-    assert len(read_jsonl(out/"samples"/"truthfulqa_mc1.jsonl")) == 12
+    assert len(read_jsonl(out/"samples"/"truthfulqa_mc1.jsonl")) == 8
 
 
 @real_items
