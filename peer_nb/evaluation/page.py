@@ -75,7 +75,7 @@ svg { width: 100%; height: auto; font-size: 13px } svg text { fill: var(--ink) }
 svg .whisker { stroke: var(--mark); stroke-width: 3; stroke-linecap: round } svg circle { fill: var(--mark) } svg .chance { stroke: var(--soft); stroke-width: 2; stroke-dasharray: 3 2 }
 """
 
-# %% ../../nbs/evaluation/08_page.ipynb #9511b9c2
+# %% ../../nbs/evaluation/08_page.ipynb #32b81d7a
 def table(
     head: list[str],              # columns
     rows: Iterable[list[Any]],    # floats get four decimals, None a dash
@@ -83,7 +83,7 @@ def table(
     "A table; text is escaped"
     def cell(value: Any) -> str:
         if value is None: return "–"
-        return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else html.escape(str(value))
+        return (f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3g}") if isinstance(value, float) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else html.escape(str(value))
     body = "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{"".join(f"<th>{html.escape(h)}</th>" for h in head)}</tr></thead><tbody>{body}</tbody></table></div>'
 
