@@ -468,8 +468,6 @@ UNFINISHED: dict[str, str] = {   # dotted key, or the section around it -> why i
     "train_config.fp8": "float8 training is not built",
     "train_config.per_device_eval_batch_size": "evaluations take eval_config.eval_batch_size",
     "train_config.parallel": "training runs on one device",
-    "eval_config.evals": "benchmarks are not run",
-    "eval_config.evals_registry_path": "benchmarks are not run",
     "wandb_config": "nothing is sent to Weights & Biases"}
 
 def unfinished(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peer_nb.config import Config, DatasetConfig, DatasetEntry, EvalConfig, MLAConfig, ModelConfig, PeerConfig, TrainConfig, UserError, save_config
-from peer_nb.evaluation.perplexity import main as peer_eval
+from peer_nb.evaluation.command import main as peer_eval
 from peer_nb.files import folder_lock, read_json, read_jsonl
 from peer_nb.training import checkpoints
 from peer_nb.training.checkpoints import latest_checkpoint
@@ -196,7 +196,7 @@ def test_checkpoint_scores_as_the_run_did(text, undisturbed, tmp_path):
     "peer-eval on the saved folder, without a configuration, repeats the last line of metrics"
     scores = tmp_path/"scores.json"
     assert peer_eval(["perplexity", "--checkpoint", str(latest_checkpoint(undisturbed)), "--output", str(scores)]) == 0
-    assert read_json(scores)["sums"]["bits_per_byte"] == pytest.approx(timeless(undisturbed)[-1]["eval/sums/bits_per_byte"], abs=1e-7)
+    assert read_json(scores)["texts"]["sums"]["bits_per_byte"] == pytest.approx(timeless(undisturbed)[-1]["eval/sums/bits_per_byte"], abs=1e-7)
 
 
 def test_gradient_checkpointing_changes_nothing(text, tmp_path):
