@@ -209,7 +209,7 @@ CONFIGURATIONS = [(shuffle, mixed, packing, workers) for shuffle in SHUFFLES for
                   for packing in ("rows", "varlen") for workers in (0, 2)]
 SETUP = """
 import hashlib, json, sys
-from peer_nb.config import *
+from peer_nb.config import *; from peer_nb.schema import *
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.data.packing import StreamingRows, build_dataloader
 StreamingRows.block = 16
@@ -399,7 +399,7 @@ def test_varlen_batch_trains_as_its_documents_one_by_one(cache, files):
 def test_killed_while_tokenising_leaves_nothing_that_is_believed(cache, files):
     code = """
 import os, signal, sys
-from peer_nb.config import *
+from peer_nb.config import *; from peer_nb.schema import *
 from peer_nb.data import packing
 from peer_nb.data.corpora import load_tokenizer
 made, done = packing.token_arrays, []
@@ -424,7 +424,7 @@ packing.tokenised(DatasetEntry("ants", sys.argv[1]), load_tokenizer(DatasetConfi
 def test_two_processes_that_want_the_same_caches(cache, files):
     code = """
 import hashlib, sys
-from peer_nb.config import *
+from peer_nb.config import *; from peer_nb.schema import *
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.data.packing import build_dataloader
 data = DatasetConfig([DatasetEntry("ants", sys.argv[1])], "corpus:bpe:300", max_seq_length=32)

@@ -533,10 +533,11 @@ def build_dataloader(
     *,
     rank: int = 0, # which process this is
     world_size: int = 1, # of how many
-    num_workers: int | None = None, # threads that prepare batches ahead; 0: each is made when it is asked for; None: 2 with a stream, else 0
+    num_workers: int | None = None, # threads that prepare batches ahead; 0: each is made when it is asked for; None: `dataset_config.num_workers`, and if that is null 2 with a stream, else 0
 ) -> PackedBatches | PrefetchedBatches:
     "The training batches of a run"
     data, train = cfg.dataset_config, cfg.train_config
+    if num_workers is None: num_workers = data.num_workers
     if num_workers is None: num_workers = 2*any(map(is_streamed, data.datasets))
     check_run(cfg, tokenizer, rank, world_size, num_workers)
     sources, size = {}, 0
