@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="triton is not installed (it comes with the dev extra)")
 
-from peer_nb.models.kernels import ops, retrieval, rows    # noqa: E402
+from peer_nb.models.kernels import ops, retrieval, rows, updates    # noqa: E402
 from peer_nb.models.peer import MEMORY_KINDS    # noqa: E402
 from peer_nb.models.product_keys import brute_force_top_k    # noqa: E402
 
@@ -92,6 +92,7 @@ def test_experts_of_the_models_width(width, device, poison):
     out, pre = rows.run_experts(*(c[name] for name in ("down", "up", "x", "index", "weights", "kind")))
     found, want = rows.by_row(c["grad"], c["weights"], rows.segments(c["index"], 9), c["up"], c["x"], pre, c["kind"]), twin(c)
     for got, w in zip((out, found.down, found.up), want): close(got, w, torch.bfloat16)
+    assert out.shape == (2, width)
 
 
 def test_all_tokens_on_one_expert(device, poison):
@@ -270,9 +271,11 @@ def test_checkpointing_and_autocast(kind, device):
 @pytest.mark.parametrize("kind", list(MEMORY_KINDS))
 def test_compiled_without_a_break(kind, device):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     layer, x, g = layer_of(kind, device), torch.randn(2, 3, 12, device=device), torch.randn(2, 3, 12, device=device)
     compiled = torch.compile(layer, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
     assert_same(gradients(layer, x, g, compiled), gradients(layer, x, g), rtol=1e-4, atol=1e-5)
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_opcheck(device):
@@ -332,3 +335,79 @@ except ValueError as e: print(e)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert "pip install triton" in first and "TRITON_INTERPRET=1" in second
+
+
+def test_the_key_reaches_the_layer():
+    from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
+    small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=16, peer_start_layer=0,
+                 mla_config=dict(q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4))
+    peer = dict(num_experts=16, product_key_dim=[4, 4], num_experts_per_tok=2, num_heads=1, query_dim=8)
+    for kernel in ("auto", "eager", "triton"):
+        model = PeerMLAForCausalLM(PeerMLAConfig(**small, peer_config=peer | dict(kernel=kernel)))
+        assert model.model.layers[0].memory.kernel == kernel
+    with pytest.raises(ValueError, match="choose one of"): PeerMLAForCausalLM(PeerMLAConfig(**small, peer_config=peer | dict(kernel="fast")))
+
+
+# updates
+
+def update_case(seed, device, dtype, long=2):
+    g = torch.Generator().manual_seed(seed)
+    index, numbers, vectors = torch.randint(0, 4, (5, 3), generator=g).to(device), torch.randn(5, 6, generator=g).to(device), torch.randn(5, 256, generator=g).to(device, dtype)
+    return index, updates.factored(index, numbers, vectors, 4, long), updates.factored_reference(index, numbers.double(), vectors.double(), 4)
+
+
+def no_moments(device):
+    "Zero, with two lists of values that rise"
+    line = torch.linspace(-1, 1, 256)
+    signed, unsigned = line.sign()*line.abs()**3, torch.linspace(0, 1, 256)**4
+    zero = int(signed.abs().argmin())
+    codes = torch.full((4, 512), zero, dtype=torch.uint8)
+    parts = codes, torch.zeros(8), torch.zeros_like(codes), torch.zeros(8), signed, unsigned
+    return updates.EightBitMoments(*(t.to(device) for t in parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_from_factors_is_the_update_of_the_gradient(dtype, device, poison):
+    tables, moments = [torch.ones(4, 512, device=device) for _ in range(2)], [no_moments(device) for _ in range(2)]
+    for step in (1, 2):
+        index, factors, grad = update_case(step, device, dtype)
+        norm = updates.gradient_norm(factors, tables[0])
+        torch.testing.assert_close(norm.double(), grad.norm(), rtol=1e-5, atol=0)
+        factor = updates.clipping(norm, 1.0)
+        updates.adamw_8bit_(tables[0], factors, moments[0], factor, step, 0, lr=.01, weight_decay=.1)
+        updates.adamw_8bit_reference(tables[1], grad.float(), moments[1], factor.item(), step, lr=.01, weight_decay=.1)
+    torch.testing.assert_close(tables[0], tables[1], rtol=0, atol=2e-4)
+    off = [(a.int() - b.int()).abs() for a, b in zip(moments[0], moments[1]) if a.dtype == torch.uint8]
+    assert all(d.max() <= 1 and (d > 0).float().mean() < .01 for d in off)
+
+
+def test_what_is_not_finite_is_not_written(device):
+    table, moments = torch.ones(4, 512, device=device), no_moments(device)
+    _, factors, _ = update_case(0, device, torch.float32)
+    factors.vectors[1, 7] = torch.nan
+    before = [t.clone() for t in moments]
+    updates.adamw_8bit_(table, factors, moments, updates.clipping(updates.gradient_norm(factors, table), 1.0), 1, 0, lr=.01)
+    assert (table == 1).all() and all(torch.equal(a, b) for a, b in zip(moments, before))
+
+
+# benchmarks
+
+@pytest.mark.parametrize("script,says", [("peer_gpu", "all agree with float64"), ("mla_gpu", "largest relative difference")])
+def test_benchmarks_check_themselves(script, says):
+    done = subprocess.run([sys.executable, ROOT/"benchmarks"/f"{script}.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0 and says in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("script", ["peer_gpu", "mla_gpu"])
+@pytest.mark.slow
+def test_benchmarks_without_a_gpu_say_so(script):
+    done = subprocess.run([sys.executable, ROOT/"benchmarks"/f"{script}.py"], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_sm_90_without_spilling():
+    done = subprocess.run([sys.executable, ROOT/"benchmarks"/"peer_gpu.py", "--compile"], capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if "registers" in line]
+    assert done.returncode == 0 and len(lines) == 14, done.stderr
+    assert all(" 0 bytes spilled" in line for line in lines), done.stdout
