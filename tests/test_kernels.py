@@ -411,3 +411,40 @@ def test_every_kernel_compiles_for_sm_90_without_spilling():
     lines = [line for line in done.stdout.splitlines() if "registers" in line]
     assert done.returncode == 0 and len(lines) == 14, done.stderr
     assert all(" 0 bytes spilled" in line for line in lines), done.stdout
+
+
+PARALLEL = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from peer_nb.models.peer import PEER
+rank, way, store = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group('gloo', init_method='file://' + store, rank=rank, world_size=2)
+torch.set_num_threads(1)
+def build(kernel):
+    torch.manual_seed(0)
+    return PEER(8, num_experts=6, num_experts_per_tok=2, num_heads=1, product_key_dim=[2, 3], query_dim=8, query_norm='layer', kernel=kernel)
+x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+whole = build('eager')
+whole(x).square().mean().backward()
+layer = build('triton')
+if way == 'ddp': run = DistributedDataParallel(layer)
+else: run = fully_shard(layer, mesh=init_device_mesh('cpu', (2,)))
+run(x[2*rank:2*rank + 2]).square().mean().backward()
+for (name, p), q in zip(layer.named_parameters(), whole.parameters()):
+    grad = p.grad.full_tensor() if way == 'fsdp2' else p.grad
+    torch.testing.assert_close(grad, q.grad, rtol=1e-4, atol=1e-7, msg=lambda m: name + m)
+print('same')
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_two_processes_get_the_gradients_of_one(way, tmp_path):
+    both = [subprocess.Popen([sys.executable, "-c", PARALLEL, str(rank), way, str(tmp_path/"store")], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0 and "same" in out, err
