@@ -82,6 +82,7 @@ class PeerConfig:
     query_norm: Literal["layer", "batch", "none"] | None = None # null follows batch_norm_query: layer if true, else none
     shared_keys: bool = False # all retrieval heads use the same sub-keys
     table_gradient: Literal["dense", "sparse", "consumed"] = "dense" # how expert tables receive gradients
+    kernel: Literal["auto", "eager", "triton"] = "auto" # how rows are found and read: by fused kernels on a GPU, never by them, always
     log_expert_usage: bool = True # record which experts are used
     log_freq: Count = 1000 # steps between two records of expert usage
     usage_threshold: Positive = 5.0 # an expert used this many times more than the mean is flagged as hot

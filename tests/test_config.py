@@ -64,6 +64,7 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.peer_config.score": (ROUTER, "expert weights; logits"),
     "model_config.peer_config.query_norm": (ROUTER, "kind of the query's normalisation"),
     "model_config.peer_config.table_gradient": ("models/peer.py", "layout of the tables' gradients"),
+    "model_config.peer_config.kernel": ("models/peer.py", "which operations find and read rows; what is refused"),
     "model_config.peer_config.shared_keys": (MODEL, "first dimension of the keys"),
     "model_config.mla_config.q_lora_rank": ("models/mla.py", "shape of the query projection"),
     "model_config.mla_config.kv_lora_rank": ("models/mla.py", "shape of the latent's projections; size of the cache"),
@@ -183,7 +184,7 @@ YARN = dict(rope_type="yarn", factor=4, original_max_position_embeddings=256, ms
 SCALING = {name: {f"mla_config.rope_scaling.{name}": value} for name, value in dict(rope_type="linear", factor=8, original_max_position_embeddings=16,
     beta_fast=2, beta_slow=0.1, mscale=2, mscale_all_dim=1).items()}
 CHANGES |= {f"mla_config.rope_scaling.{name}": change for name, change in SCALING.items()}   # of a model that is stretched
-ELSEWHERE = {"max_position_embeddings", "loss_chunk_size", "peer_config.table_gradient"}   # seen in what the model refuses, in what it returns beside logits, and in gradients
+ELSEWHERE = {"max_position_embeddings", "loss_chunk_size", "peer_config.table_gradient", "peer_config.kernel"}   # seen in what the model refuses, in what it returns beside logits, in gradients and in the graph
 
 
 def fingerprint(cfg: Config):
