@@ -498,7 +498,7 @@ def run(self: Trainer,
                 raise Preempted
     if self.heldout is None: self.examine()
 
-# %% ../../nbs/training/02_loop.ipynb #768652e1
+# %% ../../nbs/training/02_loop.ipynb #56109d86
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 @contextmanager
@@ -509,12 +509,13 @@ def disk_errors(
     try: yield
     except (OSError, SafetensorError, RuntimeError) as error:
         number = error.errno if isinstance(error, OSError) else None
-        torn = isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error)
+        torn = isinstance(error, SafetensorError) or "inline_container" in str(error)   # the writers of weights and of torch.save
         if number not in NO_SPACE and not torn: raise
         newest = latest_checkpoint(out)
         for leftover in out.glob("checkpoint-*.tmp"): remove_folder(leftover)
-        raise UserError(f"{out}: cannot be written to ({os.strerror(number) if number else str(error).splitlines()[0]}). Make room and continue "
-                        f"with --resume; the newest whole checkpoint is {newest or 'none'}") from error
+        reason = os.strerror(number) if number else str(error).splitlines()[0]
+        raise UserError(f"{out}: cannot be written to ({reason}). Make room and continue with --resume; the newest whole checkpoint is "
+                        f"{newest or 'none'}") from error
 
 # %% ../../nbs/training/02_loop.ipynb #8590574f
 def train(
