@@ -498,7 +498,7 @@ def run(self: Trainer,
                 raise Preempted
     if self.heldout is None: self.examine()
 
-# %% ../../nbs/training/02_loop.ipynb #56109d86
+# %% ../../nbs/training/02_loop.ipynb #4e2e835d
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 @contextmanager
@@ -509,7 +509,7 @@ def disk_errors(
     try: yield
     except (OSError, SafetensorError, RuntimeError) as error:
         number = error.errno if isinstance(error, OSError) else None
-        torn = isinstance(error, SafetensorError) or "inline_container" in str(error)   # the writers of weights and of torch.save
+        torn = isinstance(error, SafetensorError) or any(word in str(error) for word in ("inline_container", "iostream"))   # torch.save's writer
         if number not in NO_SPACE and not torn: raise
         newest = latest_checkpoint(out)
         for leftover in out.glob("checkpoint-*.tmp"): remove_folder(leftover)
