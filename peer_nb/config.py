@@ -454,11 +454,8 @@ def load_data_mixes(
         for where, problem in _entry_problems(mix.datasets, f"data_mixes.{key}.datasets"): raise ConfigError(file, where, problem)
     return mixes
 
-# %% ../nbs/00_config.ipynb #fa99c1fc
+# %% ../nbs/00_config.ipynb #b72cb8dc
 UNFINISHED: dict[str, str] = {   # dotted key, or the section around it -> why it has no effect yet
-    "model_config.peer_config.log_expert_usage": "expert usage is not recorded",
-    "model_config.peer_config.log_freq": "expert usage is not recorded",
-    "model_config.peer_config.usage_threshold": "expert usage is not recorded",
     "dataset_config.datasets.*.task_arguments": "generated tasks are not read",
     "dataset_config.tokenizer_corpus.*.task_arguments": "generated tasks are not read",
     "eval_config.datasets.*.task_arguments": "generated tasks are not read",
@@ -468,12 +465,8 @@ UNFINISHED: dict[str, str] = {   # dotted key, or the section around it -> why i
     "train_config.pretrained_layer_step": "no layers are taken over",
     "train_config.pretrained_layer_map": "no layers are taken over",
     "train_config.pretrained_layer_strict": "no layers are taken over",
-    "train_config.fp8": "float8 training is not built",
-    "train_config.per_device_eval_batch_size": "evaluations take eval_config.eval_batch_size",
-    "train_config.parallel": "training runs on one device",
     "eval_config.evals": "benchmarks are not run",
-    "eval_config.evals_registry_path": "benchmarks are not run",
-    "wandb_config": "nothing is sent to Weights & Biases"}
+    "eval_config.evals_registry_path": "benchmarks are not run"}
 
 def unfinished(
     key: str, # dotted key
