@@ -565,7 +565,7 @@ def whole_run(self: Trainer,
     log.info("trained on %s", shares)
     return self.result(out)
 
-# %% ../../nbs/training/02_loop.ipynb #a653e7c5
+# %% ../../nbs/training/02_loop.ipynb #e4f085e6
 OWN_FILES = ("latest", "metrics.jsonl", "usage.jsonl", "heartbeat.json", "data.json", "wandb.json")   # written beside, and renamed
 
 @patch
@@ -579,9 +579,9 @@ def begin(self: Trainer,
     if self.processes.main:
         start = starting_point(out, self.train.resume_from_checkpoint if resume is None else resume)
         for leftover in [*out.glob("checkpoint-*.tmp"), *out.glob("checkpoint-*.removed")]: remove_folder(leftover)
+        for name in OWN_FILES:
+            for leftover in out.glob(f".{name}.*.tmp"): leftover.unlink()
     start = self.processes.from_main(start)
-    for name in OWN_FILES:
-        for leftover in out.glob(f".{name}.*.tmp"): leftover.unlink()
     if start:
         self.restore(start, approximate)
         log.info("continuing from %s", start)

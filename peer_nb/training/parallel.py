@@ -64,7 +64,7 @@ def default_device(
     "A GPU for each rank, or the CPU"
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
-# %% ../../nbs/training/06_parallel.ipynb #93246c1e
+# %% ../../nbs/training/06_parallel.ipynb #33d27dc4
 TIMEOUT = timedelta(minutes=10)
 
 def check_place(
@@ -87,9 +87,13 @@ def join_processes(
     if size == 1:
         yield Processes(device)
         return
-    if device.type == "cuda": torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
+    guest, gpu = dist.is_initialized(), device if device.type == "cuda" else None
+    if gpu: torch.cuda.set_device(gpu)
+    if not guest: dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT, device_id=gpu)
     mesh = dist.device_mesh.init_device_mesh(device.type, (size,)) if kind == "fsdp2" else None
+    if guest:
+        yield Processes(device, kind, rank, size, mesh)
+        return
     try: yield Processes(device, kind, rank, size, mesh)
     except Exception: raise   # the others are in no state to part from
     except BaseException:     # all stop at the same step
