@@ -426,7 +426,8 @@ def test_contradictions(key, tmp_path):
 
 @pytest.mark.parametrize("changes", [
     {"model_config.peer_config.num_experts_per_tok": 1}, {"model_config.peer_config.query_norm": "batch", "model_config.peer_config.batch_norm_query": False},
-    {"model_config.peer_config.table_gradient": "sparse", "train_config.parallel": "fsdp2"}, {"train_config.fp8": True, "train_config.bf16": True}])
+    {"model_config.peer_config.table_gradient": "sparse", "train_config.parallel": "fsdp2"},
+    {"model_config.peer_config.table_gradient": "consumed", "train_config.parallel": "fsdp2"}, {"train_config.fp8": True, "train_config.bf16": True}])
 def test_more_contradictions(changes):
     with pytest.raises(ConfigError): apply_overrides(Config(), changes)
 

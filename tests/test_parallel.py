@@ -22,13 +22,14 @@ from peer_nb.training.parallel import join_processes
 
 STEPS, STOP = 6, 3
 KINDS = ("ddp", "fsdp2")
+CURVES = {"ddp": {}, "fsdp2": {}, "sparse": dict(table_gradient="sparse"), "consumed": dict(table_gradient="consumed", gradient_accumulation_steps=1)}
 
 
-def config(text: Path, out: Path, kind: str = "none", rows: int = 2, dropout: float = 0.0, **train) -> Config:
+def config(text: Path, out: Path, kind: str = "none", rows: int = 2, dropout: float = 0.0, table_gradient: str = "dense", **train) -> Config:
     "Batch-normalised queries, accumulation, clipping that is active, a tied head, sizes that two do not divide"
     keys = dict(output_dir=str(out), per_device_train_batch_size=rows, gradient_accumulation_steps=2, learning_rate=1e-2, max_steps=STEPS, parallel=kind,
                 logging_steps=1, save_steps=STEPS, eval_steps=STEPS, log_level="info", max_grad_norm=0.3) | train
-    peer = PeerConfig(num_experts=63, product_key_dim=[9, 7], num_heads=1, num_experts_per_tok=4, query_dim=16, query_norm="batch")
+    peer = PeerConfig(num_experts=63, product_key_dim=[9, 7], num_heads=1, num_experts_per_tok=4, query_dim=16, query_norm="batch", table_gradient=table_gradient)
     model = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=63, vocab_size=259,
                         max_position_embeddings=64, peer_start_layer=1, peer_config=peer, tie_word_embeddings=True, dropout=dropout,
                         mla_config=MLAConfig(None, 16, 8, 16, 8))
@@ -56,16 +57,16 @@ def stopping(step):
 
 
 def rank_program(words: list[str]) -> int:
-    "What each of two processes does: three runs of each kind"
+    "What each of two processes does: a curve with each way to share, then runs that are stopped"
     text, place = map(Path, words)
     torch.set_num_threads(1)
     os.umask(0 if os.environ["RANK"] == "1" else 0o022)   # a file tells by its mode who wrote it
     plain, step = Trainer.read_batches, Trainer.step
     with join_processes("ddp") as processes, open(place/f"said-{processes.rank}.txt", "w") as said, redirect_stdout(said):
+        Trainer.read_batches = uneven(plain)
+        for name, keys in CURVES.items(): train(config(text, place/name/"curve", name if name in KINDS else "ddp", **keys))
+        Trainer.read_batches = plain
         for kind in KINDS:
-            Trainer.read_batches = uneven(plain)
-            train(config(text, place/kind/"curve", kind))
-            Trainer.read_batches = plain
             train(config(text, place/kind/"whole", kind, dropout=0.1, gradient_checkpointing=True))
             Trainer.step = stopping(step)
             try: train(config(text, place/kind/"halves", kind, dropout=0.1, gradient_checkpointing=True))
@@ -105,12 +106,14 @@ def place(text, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(text, tmp_path_factory) -> Path:
-    "One process that reads what two read"
-    out, plain = tmp_path_factory.mktemp("alone")/"run", Trainer.read_batches
+    "One process that reads what two read; a run for each table gradient"
+    place, plain = tmp_path_factory.mktemp("alone"), Trainer.read_batches
     Trainer.read_batches = uneven(plain)
-    try: train(config(text, out, rows=4))
+    try:
+        for name in ("ddp", "sparse", "consumed"): train(config(text, place/name, rows=4, **CURVES[name]))
     finally: Trainer.read_batches = plain
-    return out
+    (place/"fsdp2").symlink_to(place/"ddp")
+    return place
 
 
 def timeless(out: Path) -> list[dict]:
@@ -142,10 +145,10 @@ def assert_same_end(out: Path, undisturbed: Path):
     assert timeless(out) == timeless(undisturbed)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_curve_is_that_of_one_process(kind, place, alone):
+@pytest.mark.parametrize("name", CURVES)
+def test_the_curve_is_that_of_one_process(name, place, alone):
     "With unequal numbers of trained tokens, clipping, accumulation and batch-normalised queries"
-    single, double = timeless(alone), timeless(place/kind/"curve")
+    single, double = timeless(alone/name), timeless(place/name/"curve")
     assert [line["step"] for line in double] == list(range(1, STEPS + 1)) and single[0].keys() == double[0].keys()
     for one, two in zip(single, double):
         assert (one["tokens"], one["learning_rate"]) == (two["tokens"], two["learning_rate"]) and one["grad_norm"] > 0.3
@@ -155,7 +158,7 @@ def test_the_curve_is_that_of_one_process(kind, place, alone):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_checkpoint_is_that_of_one_process(kind, place, alone):
-    ours, theirs = latest_checkpoint(place/kind/"curve"), latest_checkpoint(alone)
+    ours, theirs = latest_checkpoint(place/kind/"curve"), latest_checkpoint(alone/kind)
     assert read_json(ours/"config.json") == read_json(theirs/"config.json")
     model, other = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (ours, theirs))
     for name in other: torch.testing.assert_close(model[name], other[name], rtol=0, atol=1e-3, msg=lambda m: f"{name}: {m}")   # Adam divides by what is near zero
