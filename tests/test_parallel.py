@@ -188,3 +188,86 @@ def test_resumed_in_new_processes_is_bit_identical(place, capfd):
     assert main([*again, "--processes", "2"]) == 0
     assert "step 6/6" in capfd.readouterr().out
     assert_same_end(out, place/"fsdp2"/"whole")
+
+
+LIGHT = """
+import os, signal, sys, time
+from pathlib import Path
+rank = int(os.environ["RANK"])
+
+def raises(words):
+    "In the middle of a collective"
+    import torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    for i in range(100_000):
+        if rank == 1 and i == 3: raise ValueError("row 70 of a table of 63")
+        dist.all_reduce(torch.ones(1))
+
+def hangs(words):
+    "Rank 0 does not notice: it waits for something else"
+    if rank == 1: raise ValueError("row 70 of a table of 63")
+    time.sleep(600)
+
+def killed(words):
+    if rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+
+def saves(words):
+    got = []
+    signal.signal(signal.SIGTERM, lambda *_: got.append(1))
+    Path(f"ready-{rank}-{os.getpid()}").touch()
+    while not got: time.sleep(0.01)
+    Path(f"saved-{rank}").touch()
+    return 75
+"""
+
+
+@pytest.fixture
+def light(tmp_path, monkeypatch):
+    "Programs that load no model"
+    (tmp_path/"light.py").write_text(LIGHT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
+    return tmp_path
+
+
+@pytest.mark.parametrize("program", ["raises", "hangs", "killed"])
+def test_a_dying_rank_ends_the_job_and_is_blamed(light, program):
+    begun = time.monotonic()
+    code, text = run_ranks(f"light:{program}", [], 2, cpu=True, shown=False)
+    if program == "killed": assert (code, text) == (137, "rank 1 of 2 was ended by SIGKILL: by somebody, or by the system for want of memory")
+    else:
+        assert code == 1 and text.startswith("Traceback") and f"in {program}\n" in text
+        assert text.endswith("rank 1 of 2 failed: ValueError: row 70 of a table of 63"), text
+    assert time.monotonic() - begun < 120   # and not the ten minutes of torch's patience, nor the ranks' own
+
+
+def started(light: Path, program: str) -> tuple[subprocess.Popen, list[int]]: # launcher, process ids of its ranks
+    "A launcher in a process of its own, whose ranks are at work"
+    code = f"import sys; from peer_nb.training.launch import run_ranks; sys.exit(run_ranks('light:{program}', [], 2, cpu=True)[0])"
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    while len(ready := list(light.glob("ready-*"))) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    return launcher, [int(path.name.split("-")[-1]) for path in ready]
+
+
+def alive(pid: int) -> bool:
+    "Whether a process runs; a zombie does not"
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError: return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals to process groups and their parents as Linux has them")
+def test_ctrl_c_lets_ranks_save_and_a_killed_launcher_takes_them_along(light):
+    launcher, _ = started(light, "saves")
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(60) == 75 and {path.name for path in light.glob("saved-*")} == {"saved-0", "saved-1"}
+    for path in light.glob("ready-*"): path.unlink()
+    launcher, ranks = started(light, "saves")
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 60
+    while any(map(alive, ranks)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
