@@ -116,6 +116,7 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "train_config.fp8": (LOOP, "linear layers that round to float8"),
     "train_config.tf32": ("training/precision.py", "precision of matrix products on a GPU"),
     "train_config.compile": (LOOP, "whether the model is compiled"),
+    "train_config.parallel": (LOOP, "how several processes share a run: what each holds, and which checkpoints it can continue"),
     "train_config.gradient_checkpointing": (LOOP, "memory of the backward pass"),
     "train_config.deterministic": ("training/precision.py", "torch's deterministic mode"),
     "train_config.resume_from_checkpoint": (LOOP, "the step training starts at"),
@@ -425,7 +426,8 @@ def test_contradictions(key, tmp_path):
 
 @pytest.mark.parametrize("changes", [
     {"model_config.peer_config.num_experts_per_tok": 1}, {"model_config.peer_config.query_norm": "batch", "model_config.peer_config.batch_norm_query": False},
-    {"model_config.peer_config.table_gradient": "sparse", "train_config.parallel": "fsdp2"}, {"train_config.fp8": True, "train_config.bf16": True}])
+    {"model_config.peer_config.table_gradient": "sparse", "train_config.parallel": "fsdp2"},
+    {"model_config.peer_config.table_gradient": "consumed", "train_config.parallel": "fsdp2"}, {"train_config.fp8": True, "train_config.bf16": True}])
 def test_more_contradictions(changes):
     with pytest.raises(ConfigError): apply_overrides(Config(), changes)
 
