@@ -504,7 +504,7 @@ def run(self: Trainer,
                 raise Preempted
     if self.heldout is None: self.examine()
 
-# %% ../../nbs/training/02_loop.ipynb #768652e1
+# %% ../../nbs/training/02_loop.ipynb #4e2e835d
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 @contextmanager
@@ -515,12 +515,13 @@ def disk_errors(
     try: yield
     except (OSError, SafetensorError, RuntimeError) as error:
         number = error.errno if isinstance(error, OSError) else None
-        torn = isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error)
+        torn = isinstance(error, SafetensorError) or any(word in str(error) for word in ("inline_container", "iostream"))   # torch.save's writer
         if number not in NO_SPACE and not torn: raise
         newest = latest_checkpoint(out)
         for leftover in out.glob("checkpoint-*.tmp"): remove_folder(leftover)
-        raise UserError(f"{out}: cannot be written to ({os.strerror(number) if number else str(error).splitlines()[0]}). Make room and continue "
-                        f"with --resume; the newest whole checkpoint is {newest or 'none'}") from error
+        reason = os.strerror(number) if number else str(error).splitlines()[0]
+        raise UserError(f"{out}: cannot be written to ({reason}). Make room and continue with --resume; the newest whole checkpoint is "
+                        f"{newest or 'none'}") from error
 
 # %% ../../nbs/training/02_loop.ipynb #06269a04
 def train(
