@@ -29,7 +29,7 @@ if TYPE_CHECKING: from transformers import PreTrainedModel
 
 # %% auto #0
 __all__ = ['NAME', 'SEAL', 'FREE', 'rng_state', 'set_rng_state', 'publish_folder', 'remove_folder', 'checkpoints',
-           'latest_checkpoint', 'seal_folder', 'check_seal', 'no_progress_bars', 'save_checkpoint', 'write_files',
+           'latest_checkpoint', 'seal_folder', 'check_seal', 'no_progress_bars', 'write_files', 'save_checkpoint',
            'refuse_other_config', 'refuse_other_world', 'stored_names', 'load_weights', 'load_checkpoint']
 
 # %% ../../nbs/training/01_checkpoints.ipynb #029b9256
@@ -141,7 +141,28 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown: hf_logging.enable_progress_bar()
 
-# %% ../../nbs/training/01_checkpoints.ipynb #08c2e371
+# %% ../../nbs/training/01_checkpoints.ipynb #f889d8d4
+def write_files(
+    folder: Path,            # replaced if it exists
+    step: int,               # steps taken
+    model: PreTrainedModel,  # its configuration, and its weights unless they are given
+    weights: dict | None,    # of a sharded model, whole
+    tokenizer,               # from transformers
+    cfg: Config,             # of the run
+    state: dict,             # without sharded tensors
+    world_size: int,         # processes of the run
+) -> None:
+    "All that rank 0 writes into a checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    with no_progress_bars(): model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    inside = folder/"trainer_state"
+    inside.mkdir()
+    torch.save(state, inside/"state.pt")
+    save_config(cfg, inside/"config.yaml")
+    write_json(inside/"about.json", dict(step=step, world_size=world_size, config_hash=config_hash(cfg), torch=torch.__version__))
+
+# %% ../../nbs/training/01_checkpoints.ipynb #0c6bdd62
 def save_checkpoint(
     output_dir: str | Path,    # of the run; must exist
     step: int,                 # steps taken
@@ -167,26 +188,6 @@ def save_checkpoint(
         for old in checkpoints(output_dir)[:-keep] if keep else (): remove_folder(old)
     processes.wait()
     return final
-
-def write_files(
-    folder: Path,            # replaced if it exists
-    step: int,               # steps taken
-    model: PreTrainedModel,  # its configuration, and its weights unless they are given
-    weights: dict | None,    # of a sharded model, whole
-    tokenizer,               # from transformers
-    cfg: Config,             # of the run
-    state: dict,             # without sharded tensors
-    world_size: int,         # processes of the run
-) -> None:
-    "All that rank 0 writes into a checkpoint"
-    shutil.rmtree(folder, ignore_errors=True)
-    with no_progress_bars(): model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
-    inside = folder/"trainer_state"
-    inside.mkdir()
-    torch.save(state, inside/"state.pt")
-    save_config(cfg, inside/"config.yaml")
-    write_json(inside/"about.json", dict(step=step, world_size=world_size, config_hash=config_hash(cfg), torch=torch.__version__))
 
 # %% ../../nbs/training/01_checkpoints.ipynb #7a906ace
 FREE = {f"train_config.{key}" for key in ("output_dir", "log_level", "logging_steps", "save_steps", "save_total_limit", "eval_steps",

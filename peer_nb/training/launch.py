@@ -49,7 +49,7 @@ def as_rank(
     if code == 1: os._exit(1)
     sys.exit(code)
 
-# %% ../../nbs/training/07_launch.ipynb #d6d7e5c5
+# %% ../../nbs/training/07_launch.ipynb #56434cfd
 @dataclass
 class Rank:
     "A process of the run, seen from the launcher"
@@ -58,6 +58,7 @@ class Rank:
     error: Path                      # where it leaves its traceback
     said: deque                      # the last lines that it wrote, where they were not shown at once
 
+# %% ../../nbs/training/07_launch.ipynb #a816e63e
 def rank_environment(
     number: int,  # its rank
     size: int,    # ranks
@@ -90,7 +91,7 @@ def start_rank(
     if not shown: threading.Thread(target=lambda: rank.said.extend(process.stdout), daemon=True).start()
     return rank
 
-# %% ../../nbs/training/07_launch.ipynb #139a4c90
+# %% ../../nbs/training/07_launch.ipynb #af688d8d
 STOPPED, REFUSED = 75, 2   # exit codes: asks to be started again; a mistake of the user
 
 def cause(
@@ -103,6 +104,7 @@ def cause(
         return (code >= 0, code != REFUSED, 0 if code == REFUSED else said.get("time", seen[rank.number]), rank.number)
     return min(failed, key=order)
 
+# %% ../../nbs/training/07_launch.ipynb #7f845e01
 def why(
     rank: Rank,  # ended
     size: int,   # ranks
@@ -131,7 +133,7 @@ def collected_signals() -> Iterator[list[int]]: # numbers, as they come in
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
-# %% ../../nbs/training/07_launch.ipynb #a5c7fb97
+# %% ../../nbs/training/07_launch.ipynb #b18ef308
 GRACE = 3.0   # seconds
 
 @dataclass
@@ -142,26 +144,33 @@ class Ranks:
     asked: int = 0               # how many stop signals were passed on
     blamed: list[Rank] = field(default_factory=list) # failed by themselves, not because they were killed here
 
-    def poll(self) -> list[Rank]: # still running
-        "Look which ones are over"
-        for rank in self.ranks:
-            if rank.number not in self.seen and rank.process.poll() is not None: self.seen[rank.number] = time.time()
-        return [rank for rank in self.ranks if rank.number not in self.seen]
+# %% ../../nbs/training/07_launch.ipynb #6fa6d51e
+@patch
+def poll(self: Ranks) -> list[Rank]: # still running
+    "Look which ones are over"
+    for rank in self.ranks:
+        if rank.number not in self.seen and rank.process.poll() is not None: self.seen[rank.number] = time.time()
+    return [rank for rank in self.ranks if rank.number not in self.seen]
 
-    def gone(self) -> list[Rank]:
-        "Those that ended with neither 0 nor 75"
-        return [rank for rank in self.ranks if rank.number in self.seen and rank.process.returncode not in (0, STOPPED)]
+@patch
+def gone(self: Ranks) -> list[Rank]:
+    "Those that ended with neither 0 nor 75"
+    return [rank for rank in self.ranks if rank.number in self.seen and rank.process.returncode not in (0, STOPPED)]
 
-    def send(self, number: int) -> None:
-        "A signal for all that still run"
-        for rank in self.poll(): rank.process.send_signal(number)
+# %% ../../nbs/training/07_launch.ipynb #2888abe8
+@patch
+def send(self: Ranks,
+    number: int, # a signal
+) -> None:
+    "A signal for all that still run"
+    for rank in self.poll(): rank.process.send_signal(number)
 
-    def kill(self) -> None:
-        "End all that still run, now"
-        self.send(signal.SIGKILL)
-        for rank in self.ranks: rank.process.wait()
+@patch
+def kill(self: Ranks) -> None:
+    "End all that still run, now"
+    self.send(signal.SIGKILL)
+    for rank in self.ranks: rank.process.wait()
 
-# %% ../../nbs/training/07_launch.ipynb #4b3019d8
 @patch
 def pass_on(self: Ranks,
     signals: list[int], # received so far
@@ -175,6 +184,7 @@ def pass_on(self: Ranks,
             raise KeyboardInterrupt
         self.send(signal.SIGTERM if number == signal.SIGINT else number)
 
+# %% ../../nbs/training/07_launch.ipynb #48321a89
 @patch
 def watch(self: Ranks,
     signals: list[int],         # grows
@@ -282,19 +292,23 @@ class Follower:
         self.bar = progress_bar(range(beat["total_steps"]))
         self.bar.update(0)
 
-# %% ../../nbs/training/07_launch.ipynb #a7912cc8
-@dataclass
+# %% ../../nbs/training/07_launch.ipynb #9d0e2247
+@dataclass(repr=False)
 class Launched:
     "What a run of several processes has left"
     exit_code: int               # 0, or 75: it was asked to stop, and saved
     metrics: list[dict]          # the lines of metrics.jsonl
     checkpoint: Path | None      # the newest
 
+    def __repr__(self) -> str:
+        return f"{'stopped' if self.exit_code else 'finished'}, {self.checkpoint.name if self.checkpoint else 'no checkpoint'}"
+
     def _repr_markdown_(self) -> str:
         last = self.metrics[-1] if self.metrics else {}
         rows = [f"| {key} | {value:,.4g} |" for key, value in last.items() if isinstance(value, (int, float)) and "second" not in key]
-        return "\n".join([f"| {'stopped' if self.exit_code else 'finished'} | {self.checkpoint.name if self.checkpoint else 'no checkpoint'} |", "|---|---:|", *rows])
+        return "\n".join(["| " + repr(self).replace(", ", " | ") + " |", "|---|---:|", *rows])
 
+# %% ../../nbs/training/07_launch.ipynb #21cfbf8f
 def launch(
     cfg: Config,                   # of the run
     processes: int | None = None,  # ranks on the CPU

@@ -602,7 +602,7 @@ def spell_resume(
         spelt.append(f"train_config.resume_from_checkpoint={path}" if word == "--resume" and path else word + equals + path)
     return spelt
 
-# %% ../../nbs/training/02_loop.ipynb #caec29f6
+# %% ../../nbs/training/02_loop.ipynb #1d972b69
 def peer_train(
     config: str,                      # YAML file of the run
     tokens: int | None = None,        # train on this many tokens instead of the configuration's duration
@@ -621,7 +621,7 @@ def peer_train(
     peer-train --config configs/small.yaml --gpus 4 train_config.parallel=fsdp2
 
     The output folder gets metrics.jsonl, usage.jsonl (experts), heartbeat.json, data.json and checkpoint-<step>/.
-    SIGTERM, SIGUSR1 and SIGUSR2 save after the step in progress and exit with code 75; --resume goes on to the bit."""
+    SIGTERM, SIGUSR1 and SIGUSR2 (with several processes Ctrl-C, too) save after the step in progress and exit with code 75; --resume goes on to the bit."""
     changes = {"train_config.output_dir": output_dir} if output_dir else {}
     if tokens: changes |= {"train_config.max_tokens": tokens, "train_config.max_steps": None, "train_config.num_train_epochs": None}
     cfg = apply_overrides(load_config(config, overrides), changes)
