@@ -205,7 +205,7 @@ def _model_problems(m: ModelConfig) -> Problems:
         if layer in m.memory_layers[:i]: yield key, f"{layer} is named twice"
     yield from _memory_problems(m)
 
-# %% ../nbs/00_config.ipynb #4426ae07
+# %% ../nbs/00_config.ipynb #cfcdd361
 def _train_problems(t: TrainConfig, p: PeerConfig) -> Problems:
     "Duration, precision, and how tables get their gradients"
     lengths = [key for key in ("max_steps", "max_tokens", "num_train_epochs") if getattr(t, key) is not None]
@@ -213,8 +213,8 @@ def _train_problems(t: TrainConfig, p: PeerConfig) -> Problems:
     precisions = [key for key in ("fp16", "bf16", "fp8") if getattr(t, key)]
     if len(precisions) > 1: yield f"train_config.{precisions[1]}", f"true contradicts {precisions[0]}: true; set one of them to false"
     table = "model_config.peer_config.table_gradient"
-    if p.table_gradient == "sparse" and t.parallel == "fsdp2":
-        yield table, "sparse does not work with train_config.parallel: fsdp2, which shards dense gradients; choose dense, or parallel ddp"
+    if p.table_gradient != "dense" and t.parallel == "fsdp2":
+        yield table, f"{p.table_gradient} does not work with train_config.parallel: fsdp2, which shards dense gradients; choose dense, or parallel ddp"
     if p.table_gradient == "consumed" and t.gradient_accumulation_steps > 1:
         yield table, f"consumed updates the tables in the backward pass, so gradient_accumulation_steps must be 1, not {t.gradient_accumulation_steps}"
 
@@ -454,21 +454,14 @@ def load_data_mixes(
         for where, problem in _entry_problems(mix.datasets, f"data_mixes.{key}.datasets"): raise ConfigError(file, where, problem)
     return mixes
 
-# %% ../nbs/00_config.ipynb #fa99c1fc
+# %% ../nbs/00_config.ipynb #b72cb8dc
 UNFINISHED: dict[str, str] = {   # dotted key, or the section around it -> why it has no effect yet
-    "model_config.peer_config.log_expert_usage": "expert usage is not recorded",
-    "model_config.peer_config.log_freq": "expert usage is not recorded",
-    "model_config.peer_config.usage_threshold": "expert usage is not recorded",
     "train_config.freeze_layer_map": "nothing is frozen",
     "train_config.freeze_strict": "nothing is frozen",
     "train_config.pretrained_layer_path": "no layers are taken over",
     "train_config.pretrained_layer_step": "no layers are taken over",
     "train_config.pretrained_layer_map": "no layers are taken over",
-    "train_config.pretrained_layer_strict": "no layers are taken over",
-    "train_config.fp8": "float8 training is not built",
-    "train_config.per_device_eval_batch_size": "evaluations take eval_config.eval_batch_size",
-    "train_config.parallel": "training runs on one device",
-    "wandb_config": "nothing is sent to Weights & Biases"}
+    "train_config.pretrained_layer_strict": "no layers are taken over"}
 
 def unfinished(
     key: str, # dotted key

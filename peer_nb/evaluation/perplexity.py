@@ -238,14 +238,15 @@ def heldout_texts(
     if limit: texts = sorted(texts, key=lambda text: sha256(text.encode()).digest())
     return texts, limit
 
-# %% ../../nbs/evaluation/00_perplexity.ipynb #d27af544
+# %% ../../nbs/evaluation/00_perplexity.ipynb #676c8fb3
 def autocast_for(
-    train: TrainConfig,    # bf16, fp16
+    train: TrainConfig,    # bf16, fp16, fp8
     device: torch.device,  # where the model is
 ) -> AbstractContextManager: # a fresh context for each use
-    "Half precision where the configuration asks for it and the device has it; nothing on a CPU"
-    if device.type != "cuda" or not (train.bf16 or train.fp16): return nullcontext()
-    return torch.autocast("cuda", dtype=torch.bfloat16 if train.bf16 else torch.float16)
+    "Half precision where the configuration asks for it and the device is quick in it"
+    gpu = device.type == "cuda"
+    if train.bf16 or train.fp8 and gpu: return torch.autocast(device.type, dtype=torch.bfloat16)   # what is around the float8 layers
+    return torch.autocast("cuda", dtype=torch.float16) if train.fp16 and gpu else nullcontext()
 
 # %% ../../nbs/evaluation/00_perplexity.ipynb #dedcee04
 def evaluate_heldout(
