@@ -348,17 +348,20 @@ def test_another_world_and_other_data_are_refused_or_said(text, undisturbed, tmp
     grown = tmp_path/"grown.jsonl"
     grown.write_text(text.read_text() + "\n" + json.dumps({"text": "one more line, which was not there before"}))
     here = config(text, tmp_path/"run", log_level="warning")
-    (here.dataset_config.datasets[0].path, here.dataset_config.datasets[1].path), there = (str(text), str(text)), config(text, tmp_path/"other")
-    for entry in there.dataset_config.datasets: entry.path = str(text)
-    monkeypatch.setattr(Trainer, "world_size", 2)
+    original, build_data, world = text.read_bytes(), Trainer.build_data, [2]
+
+    def in_a_world(self):
+        self.world_size = world[0]
+        build_data(self)
+
+    monkeypatch.setattr(Trainer, "build_data", in_a_world)
     with pytest.raises(UserError, match="world_size: then 1, now 2"): Trainer(here).restore(undisturbed/"checkpoint-8")
-    monkeypatch.setattr(Trainer, "world_size", 1)
-    original = text.read_bytes()
+    world[0] = 1
     try:
         text.write_text(grown.read_text())
         trainer = Trainer(here)
         with pytest.raises(UserError, match="sources.sums.text: then"): trainer.restore(undisturbed/"checkpoint-8")
-        monkeypatch.setattr(Trainer, "world_size", 2)
+        world[0] = 2
         trainer = Trainer(here)
         with caplog.at_level(logging.WARNING, "peer_nb"): trainer.restore(undisturbed/"checkpoint-8", approximate=True)
     finally: text.write_bytes(original)
