@@ -170,7 +170,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False # recompute activations in the backward pass
     parallel: Literal["none", "ddp", "fsdp2"] = "none" # how several GPUs share the work
     deterministic: bool = False # only deterministic kernels
-    freeze_layer_map: MappingText | None = None # {pattern: freeze | train}, the last match wins; or a JSON file
+    freeze_layer_map: MappingText | None = None # {pattern: freeze | train}, the last match wins; or a JSON file. Batch norms in frozen places keep their statistics
     freeze_strict: bool = True # every pattern must match something
     pretrained_layer_path: Text | None = None # checkpoint whose layers are taken over
     pretrained_layer_step: Index | None = None # its step; null: the newest

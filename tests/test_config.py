@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import peer_nb
 from peer_nb import config
 from peer_nb.config import (Config, ConfigError, DatasetEntry, apply_overrides, config_from_dict, config_hash, diff_configs, flatten,
-                            known_keys, load_config, load_data_mixes, save_config, to_dict, unfinished, validate, warn_unfinished)
+                            known_keys, load_config, load_data_mixes, save_config, to_dict, validate)
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(peer_nb.__file__).parent
@@ -121,6 +121,12 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "train_config.parallel": (LOOP, "how several processes share a run: what each holds, and which checkpoints it can continue"),
     "train_config.gradient_checkpointing": (LOOP, "memory of the backward pass"),
     "train_config.deterministic": ("training/precision.py", "torch's deterministic mode"),
+    "train_config.freeze_layer_map": (LOOP, "which parameters get gradients"),
+    "train_config.freeze_strict": (LOOP, "whether a pattern may match nothing"),
+    "train_config.pretrained_layer_path": (LOOP, "where layers are taken from"),
+    "train_config.pretrained_layer_step": (LOOP, "which checkpoint of that run"),
+    "train_config.pretrained_layer_map": (LOOP, "which tensors are taken over, and where to"),
+    "train_config.pretrained_layer_strict": (LOOP, "whether a mapped tensor may be left out"),
     "train_config.resume_from_checkpoint": (LOOP, "the step training starts at"),
     "dataset_config.tokenizer_name": (CORPORA, "tokens of a text"),
     "dataset_config.max_seq_length": (PACKING, "tokens of a row"),
@@ -150,12 +156,9 @@ def names_read(file: Path) -> tuple[set[str], set[str]]:
 
 
 @pytest.mark.parametrize("key", LEAVES)
-def test_every_key_has_an_effect_or_is_on_the_list(key):
+def test_every_key_has_an_effect(key):
     name = known_keys()[key].name
-    if unfinished(key):
-        assert key not in OBSERVABLES, "a key that has an effect must leave config.UNFINISHED"
-        return
-    assert key in OBSERVABLES, "name the observable that this key changes, or put it on config.UNFINISHED"
+    assert key in OBSERVABLES, "name the observable that this key changes"
     reader, observable = OBSERVABLES[key]
     assert observable
     if reader == HF: return
@@ -165,10 +168,6 @@ def test_every_key_has_an_effect_or_is_on_the_list(key):
 
 def test_the_lists_have_no_stale_keys():
     assert set(OBSERVABLES) <= set(LEAVES)
-    assert set(config.UNFINISHED) <= set(known_keys())
-    read = set.union(*(names_read(file)[0] for file in PACKAGE.rglob("*.py") if file.name not in ("config.py", "schema.py")))
-    own = {known_keys()[key].name for key in config.UNFINISHED}
-    assert not own & read, "these keys are read now: take them off config.UNFINISHED, and name what they change"
 
 
 TINY = dict(
@@ -211,7 +210,7 @@ def fingerprint(cfg: Config):
 
 def test_every_model_key_changes_the_model():
     import torch
-    keys = {key.removeprefix("model_config.") for key in LEAVES if key.startswith("model_config.") and not unfinished(key)}
+    keys = {key.removeprefix("model_config.") for key in LEAVES if key.startswith("model_config.")}
     assert keys == set(CHANGES) | ELSEWHERE
     base = config_from_dict(dict(model_config=TINY, dataset_config=dict(max_seq_length=64)))
     both = apply_overrides(base, {"model_config.memory_layers": [0, 1]})
@@ -224,12 +223,6 @@ def test_every_model_key_changes_the_model():
         shapes, logits = fingerprint(changed)
         old_shapes, old_logits = prints.get(key, prints[None])
         assert shapes != old_shapes or not torch.allclose(logits, old_logits, atol=1e-6), f"model_config.{key} changes nothing"
-
-
-def test_a_run_is_told_about_keys_without_effect():
-    assert warn_unfinished(Config()) == []
-    lines = warn_unfinished(load_config(ROOT/"configs"/"config.yaml"))
-    assert lines == []
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------

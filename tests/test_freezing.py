@@ -1,8 +1,17 @@
 """Frozen parts and loaded layers where several processes share a model."""
+import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peer_nb.training.loop import main
 
 SHARDED = """
 import os, sys, torch, torch.distributed as dist
@@ -52,3 +61,64 @@ def test_layers_into_a_sharded_model(tmp_path):
     for rank in ranks:
         out, err = rank.communicate(timeout=240)
         assert rank.returncode == 0 and "equal" in out, err[-3000:]
+
+
+# ---- in a run ----
+
+TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=257, max_position_embeddings=32, peer_start_layer=0,
+    peer_config=dict(num_experts=64, product_key_dim=[8, 8], num_heads=2, num_experts_per_tok=4, query_dim=8, query_norm="batch"),
+    mla_config=dict(q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=4, v_head_dim=8, qk_nope_head_dim=4))
+FACTS = dict(name="facts", task="digit_lookup", task_arguments=dict(num_pairs=30, num_known=5, num_novel=5), mask="digit_lookup")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    "A command that trains a tiny model in a folder of its own; gives the exit code"
+    monkeypatch.setenv("PEER_NB_CACHE", str(tmp_path/"cache"))
+    config = dict(model_config=TINY, dataset_config=dict(datasets=[FACTS], tokenizer_name="bytes", max_seq_length=32), eval_config=dict(max_tokens=64),
+        train_config=dict(per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=4, save_steps=2, learning_rate=1e-2, save_total_limit=None))
+    (tmp_path/"run.yaml").write_text(json.dumps(config))
+    return lambda name, *words: main(["--config", str(tmp_path/"run.yaml"), "--output-dir", str(tmp_path/name), *words])
+
+
+def weights(folder): return load_file(folder/"model.safetensors")
+
+
+def test_a_run_trains_what_is_not_frozen_and_resumes_to_the_bit(run, tmp_path):
+    frozen = 'train_config.freeze_layer_map={"*": "freeze", "*.memory": "train"}'
+    assert run("whole", frozen) == 0
+    start, end = (weights(tmp_path/"whole"/f"checkpoint-{step}") for step in (2, 4))
+    moved = {name for name in end if not torch.equal(start[name], end[name])}
+    assert moved and all(".memory." in name for name in moved)
+    shutil.copytree(tmp_path/"whole"/"checkpoint-2", tmp_path/"half"/"checkpoint-2")
+    assert run("half", frozen, "--resume") == 0
+    assert all(torch.equal(value, end[name]) for name, value in weights(tmp_path/"half"/"checkpoint-4").items())
+    shutil.copytree(tmp_path/"whole"/"checkpoint-2", tmp_path/"other"/"checkpoint-2")
+    assert run("other", 'train_config.freeze_layer_map=["lm_head"]', "--resume") == 2
+
+
+def test_a_run_begins_with_layers_of_another_and_resumes_without_them(run, tmp_path, capsys):
+    assert run("teacher") == 0
+    taken = ["--checkpoint.pretrained_layer_path", str(tmp_path/"teacher"), "--checkpoint.pretrained_layer_step", "2",
+             "--checkpoint.pretrained_layer_map", '{"component_mappings": {"model.layers.0.memory": "model.layers.1.memory"}}']
+    kept = 'train_config.freeze_layer_map=["model.layers.1.memory"]'
+    assert run("student", *taken, kept, "train_config.seed=7") == 0
+    there, here = weights(tmp_path/"teacher"/"checkpoint-2"), weights(tmp_path/"student"/"checkpoint-4")
+    assert all(torch.equal(value, here[name.replace("layers.0", "layers.1")]) for name, value in there.items() if name.startswith("model.layers.0.memory."))
+    shutil.rmtree(tmp_path/"teacher")
+    shutil.rmtree(tmp_path/"student"/"checkpoint-4")
+    assert run("student", *taken, kept, "train_config.seed=7", "--resume") == 0
+    assert all(torch.equal(value, here[name]) for name, value in weights(tmp_path/"student"/"checkpoint-4").items())
+
+
+@pytest.mark.parametrize("words, said", [
+    (['train_config.freeze_layer_map=["*.attn.k_proj"]'], "match no tensor"),
+    (['train_config.freeze_layer_map=["*"]'], "nothing to train"),
+    (["train_config.freeze_layer_map=missing.json"], "neither JSON nor a file"),
+    (["train_config.pretrained_layer_map={}", "train_config.pretrained_layer_path=x"], "x does not exist|names nothing"),
+    (["train_config.pretrained_layer_path=x"], "pretrained_layer_map: is missing")])
+def test_mistakes_are_said_in_one_line_and_nothing_is_saved(words, said, run, tmp_path, capsys):
+    assert run("bad", *words) == 2
+    err = capsys.readouterr().err
+    assert re.search(said, err) and "Traceback" not in err
+    assert not list((tmp_path/"bad").glob("checkpoint-*"))

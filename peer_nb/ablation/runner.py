@@ -29,7 +29,7 @@ from .plan import Cell, Plan, code_differences, load_plan, make_plan, plan_diffe
 from .study import BUILTIN_AXES, Budget, Study, builtin_axes, find_template, load_study, template_hash
 from .wrapper import command
 from ..cli import make_main
-from ..config import Config, UserError, load_config, load_data_mixes, save_config, warn_unfinished
+from ..config import Config, UserError, load_config, load_data_mixes, save_config
 from ..files import folder_lock, read_json, writable_folder, write_atomic
 
 # %% auto #0
@@ -426,7 +426,7 @@ def _plan_of(request: Request, gpus: int, output_dir: Path | None = None) -> Pla
 def _notes(request: Request) -> list[str]:
     "What is asked for and has no effect yet"
     ignored = ["reuse of the study has no effect yet: it is kept in the plan"] if request.study.reuse else []
-    return [f"note: {line}" for line in warn_unfinished(request.base) + ignored]
+    return [f"note: {line}" for line in ignored]
 
 # %% ../../nbs/ablation/04_runner.ipynb #0a379b02
 def _go(folder: Path, plan: Plan, devices: Devices, retry_failed: bool) -> int:

@@ -27,13 +27,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..cli import make_main
-from ..config import Config, TrainConfig, UserError, apply_overrides, diff_configs, load_config, to_dict, warn_unfinished
+from ..config import Config, TrainConfig, UserError, apply_overrides, diff_configs, load_config, to_dict
 from ..data.corpora import data_manifest, load_tokenizer
 from ..data.packing import build_dataloader, differences
 from ..evaluation.perplexity import TextScore, autocast_for, evaluate_heldout
 from ..files import folder_lock, read_jsonl, writable_folder, write_json
 from .checkpoints import FREE, latest_checkpoint, load_checkpoint, remove_folder, rng_state, save_checkpoint, set_rng_state
+from .freezing import freeze_model_layers
 from .launch import how_many, train_in_processes
+from .layer_loading import PretrainedLayerLoader, checkpoint_options
 from .optim import build_optimizer, build_schedule, check_duration, check_table_gradient, clip_gradients, consuming_tables, lower_scale, planned_steps
 from .parallel import ALONE, Processes, Quiet, default_device, join_processes, place_of_rank, sharded, split_sharded
 from .precision import set_backends, use_float8
@@ -151,7 +153,6 @@ class Trainer:
         check_duration(cfg)
         check_table_gradient(cfg)
         check_wandb(cfg)
-        for line in warn_unfinished(cfg): log.warning(line)
         set_backends(self.train, self.device)
         self.build_data()
         self.build_model()
@@ -186,6 +187,7 @@ def build_model(self: Trainer) -> None:
     from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM   # seconds to import: not for --help
     seed_everything(self.train.seed)
     self.model = PeerMLAForCausalLM(PeerMLAConfig(**to_dict(self.cfg)["model_config"])).to(self.device).train()
+    if self.train.freeze_layer_map: self.freeze()
     if self.train.fp8: use_float8(self.model, self.device)
     if self.train.gradient_checkpointing: self.model.gradient_checkpointing_enable()
     self.forward = self.processes.wrap(self.model)
@@ -198,6 +200,22 @@ def build_optimizer(self: Trainer) -> None:
     self.optimizer = build_optimizer(self.model, self.train, self.cfg.model_config.peer_config.table_gradient)
     self.schedule = build_schedule(self.optimizer, self.train, self.total_steps)
     self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.train.fp16 and self.device.type == "cuda")
+
+# %% ../../nbs/training/02_loop.ipynb #a9692117
+@patch
+def freeze(self: Trainer) -> None:
+    "Hold still what `freeze_layer_map` names, statistics of batch norms too"
+    freeze_model_layers(self.model, self.train.freeze_layer_map, strict=self.train.freeze_strict, freeze_buffers=True)
+    if not any(p.requires_grad for p in self.model.parameters()):
+        raise UserError("train_config.freeze_layer_map freezes every parameter, so there is nothing to train; let a part train, as in {\"*\": \"freeze\", \"*.memory\": \"train\"}")
+
+@patch
+def take_layers(self: Trainer) -> None:
+    "Fill the model's mapped tensors from `pretrained_layer_path`"
+    train = self.train
+    loader = PretrainedLayerLoader(train.pretrained_layer_path, train.pretrained_layer_map, train.pretrained_layer_step, train.pretrained_layer_strict)
+    log.info("%s: %s", train.pretrained_layer_path, loader.load(self.model))
+
 
 # %% ../../nbs/training/02_loop.ipynb #5e436014
 @patch
@@ -579,7 +597,9 @@ def begin(self: Trainer,
     if start:
         self.restore(start, approximate)
         log.info("continuing from %s", start)
-    elif resume: log.info("nothing to continue in %s: starting from the beginning", out)
+        return
+    if self.train.pretrained_layer_path: self.take_layers()
+    if resume: log.info("nothing to continue in %s: starting from the beginning", out)
 
 @patch
 def result(self: Trainer,
@@ -624,7 +644,7 @@ def peer_train(
     SIGTERM, SIGUSR1 and SIGUSR2 (with several processes Ctrl-C, too) save after the step in progress and exit with code 75; --resume goes on to the bit."""
     changes = {"train_config.output_dir": output_dir} if output_dir else {}
     if tokens: changes |= {"train_config.max_tokens": tokens, "train_config.max_steps": None, "train_config.num_train_epochs": None}
-    cfg = apply_overrides(load_config(config, overrides), changes)
+    cfg = apply_overrides(load_config(config, checkpoint_options(overrides)), changes)
     size, cpu = (1, False) if "RANK" in os.environ else how_many(gpus, processes, cfg.train_config.parallel)
     if size > 1 or cpu:
         words = ["--resume"]*resume + ["--allow-approximate-resume"]*allow_approximate_resume
