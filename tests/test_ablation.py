@@ -19,7 +19,8 @@ import yaml
 from peer_nb.ablation import runner
 from peer_nb.ablation.report import write_report
 from peer_nb.ablation.results import main_effects, read_runs, run_state
-from peer_nb.ablation.study import builtin_axes, load_plan, load_study, make_plan, matching
+from peer_nb.ablation.plan import load_plan, make_plan, matching
+from peer_nb.ablation.study import builtin_axes, load_study
 from peer_nb.config import DataMix, load_config
 from peer_nb.files import read_json
 
