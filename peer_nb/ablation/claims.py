@@ -129,16 +129,17 @@ class Finding:
     noise: Noise | None = None # seeds and items apart, where items are known
     origin: str = "planned" # or what happened to it after the plan was fixed
 
-# %% ../../nbs/ablation/08_claims.ipynb #05615714
+# %% ../../nbs/ablation/08_claims.ipynb #508d8ba5
 def _words(found: Comparison, c: Contrast, unit: str) -> str:
     "A comparison in words"
-    if math.isnan(found.mean): return "no pair of runs yet" + (f"; not usable: {', '.join(c.lost)}" if c.lost else "")
+    lost = f"; not usable: {', '.join(c.lost[:4])}" + (f" and {len(c.lost) - 4} more" if len(c.lost) > 4 else "") if c.lost else ""
+    if math.isnan(found.mean): return "no pair of runs yet" + lost
     text = f"improvement {found.mean:+.4f}".replace("-", "−")
     if found.low is not None: text += f", 95 % interval {found.low:+.4f} to {found.high:+.4f}".replace("-", "−")
     text += f" over {found.n} {unit}{'s' if found.n != 1 else ''}"
     if found.n == 1: text += f" (one {unit}: anecdotal)"
     elif found.p is None: text += " (all alike: copies, not a sample)"
-    return text + (f"; not usable: {', '.join(c.lost)}" if c.lost else "")
+    return text + lost
 
 def verdict(
     found: Comparison, # improvements against min_effect

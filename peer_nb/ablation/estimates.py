@@ -101,19 +101,22 @@ def duration(
     if seconds < 90: return f"{seconds:.0f} s"
     return f"{seconds/60:.0f} min" if seconds < 5400 else f"{seconds/3600:.1f} h" if seconds < 172_800 else f"{seconds/86_400:.1f} days"
 
-# %% ../../nbs/ablation/09_estimates.ipynb #037caf50
+# %% ../../nbs/ablation/09_estimates.ipynb #e8459f14
 def estimated_memory(
     config: Config, # of a cell
     counted: dict[str, Any], # its parameters
     world_size: int = 1, # GPUs of a run
 ) -> int: # bytes on one device, without the libraries
     "About how much memory training takes"
+    from peer_nb.analysis.parameters import memory_layer_count
     m, t = config.model_config, config.train_config
     length = config.dataset_config.max_seq_length
     tokens = t.per_device_train_batch_size*length
-    memories = counted["active_experts_per_token"]*(2*m.hidden_size if m.use_peer else 0)
-    values = m.num_hidden_layers*(20*m.hidden_size + 2*m.num_attention_heads*length) + 3*m.intermediate_size*m.num_hidden_layers + memories + 2*m.vocab_size
-    if t.gradient_checkpointing: values = m.num_hidden_layers*m.hidden_size + values/max(1, m.num_hidden_layers) + 2*m.vocab_size
+    p, layers = m.peer_config, m.num_hidden_layers
+    memories = memory_layer_count(m)
+    each = 4*p.num_heads*p.query_dim + 8*p.num_heads*p.num_experts_per_tok*p.expert_hidden_size
+    values = m.vocab_size + layers*17*m.hidden_size + (layers - memories)*3*m.intermediate_size + memories*each
+    if t.gradient_checkpointing: values = m.vocab_size + layers*m.hidden_size + (values - m.vocab_size)/layers
     width = 2 if t.bf16 or t.fp16 else 4
     return int(16*counted["total"]/(world_size if t.parallel == "fsdp2" else 1) + width*tokens*values)
 

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['COLOURS', 'GREY', 'LAYOUT', 'COSTS', 'MANY', 'metric_range', 'effect_lines', 'level_means', 'effect_figure',
+__all__ = ['COLOURS', 'GREY', 'MANY', 'LAYOUT', 'COSTS', 'metric_range', 'effect_lines', 'level_means', 'effect_figure',
            'interval_figure', 'interaction_figure', 'level_colours', 'cost_points', 'front', 'equal_cost',
            'cost_figure', 'fallen', 'peak_figure', 'curves', 'bands', 'loss_figure', 'band_lines', 'recolouring',
            'static_effects', 'static_losses', 'static_intervals', 'static_costs']
 
-# %% ../../nbs/ablation/10_figures.ipynb #5cc3a39e
+# %% ../../nbs/ablation/10_figures.ipynb #5a31edb0
 COLOURS = ["#3b82d6", "#e0762f", "#2f9e77", "#b657a4", "#c79a1c", "#49a9bf", "#8a70c9", "#d0505f"]
 GREY = "#8b919b"
+MANY = 50 # runs; more are drawn as bands
 LAYOUT = dict(margin=dict(l=56, r=12, t=36, b=44), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(family="system-ui, sans-serif", size=13, color=GREY),
-              xaxis=dict(gridcolor="rgba(139,145,155,.25)", zeroline=False, automargin=True), yaxis=dict(gridcolor="rgba(139,145,155,.25)", zeroline=False, automargin=True),
+              xaxis=dict(gridcolor="rgba(139,145,155,.25)", zeroline=False, automargin=True, title=dict(font=dict(size=13))), yaxis=dict(gridcolor="rgba(139,145,155,.25)", zeroline=False, automargin=True, title=dict(font=dict(size=13))),
               legend=dict(orientation="h", y=-0.22, x=0), template={})
 
 # %% ../../nbs/ablation/10_figures.ipynb #e993fd9f
@@ -64,7 +65,7 @@ def level_means(
     values = {level: [v for line in lines for l, v, _ in line if l == level] for level in levels}
     return {level: sum(v)/len(v) for level, v in values.items() if v}
 
-# %% ../../nbs/ablation/10_figures.ipynb #e1dfc561
+# %% ../../nbs/ablation/10_figures.ipynb #3bea342e
 def effect_figure(
     rows: pd.DataFrame, # as read_runs gives them
     plan: Plan, # of the study
@@ -79,17 +80,16 @@ def effect_figure(
     points, means = [p for line in lines for p in line + gap], level_means(lines, plan.axes[axis])
     figure = go.Figure(layout=dict(LAYOUT, height=300, showlegend=False, title=dict(text=f"<b>{safe(axis)}</b>", x=0.02, font=dict(size=14))))
     figure.add_scatter(x=[None if x is None else safe(x) for x, _, _ in points], y=[y for _, y, _ in points], text=[r for _, _, r in points], mode="lines+markers",
-                       line=dict(color=GREY, width=1), marker=dict(size=7, opacity=.7), hovertemplate="%{text}<br>%{y:.4f}<extra></extra>")
+                       line=dict(color=GREY, width=1), marker=dict(size=7, opacity=.7), opacity=1 if len(lines) <= MANY else .2, hovertemplate="%{text}<br>%{y:.4f}<extra></extra>")
     figure.add_scatter(x=[safe(l) for l in means], y=list(means.values()), mode="lines+markers+text", text=[f"{m:.3f}" for m in means.values()], textposition="top center", cliponaxis=False,
                        line=dict(color=COLOURS[0], width=3), marker=dict(size=11, symbol="diamond"), hovertemplate="mean %{y:.4f}<extra></extra>")
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=[safe(l) for l in plan.axes[axis]], range=[-.4, len(plan.axes[axis]) - .6])
     figure.update_yaxes(range=metric_range(rows, metric))
     return figure
 
-# %% ../../nbs/ablation/10_figures.ipynb #dfbd6210
+# %% ../../nbs/ablation/10_figures.ipynb #7afc8fad
 def interval_figure(
     effects: pd.DataFrame, # effects_table of a metric
-    metric: str, # its name
 ) -> go.Figure: # interactive
     "Differences to the first level with their intervals"
     import plotly.graph_objects as go
@@ -100,11 +100,11 @@ def interval_figure(
     figure.add_scatter(x=list(shown["mean"]) if len(shown) else [], y=names, mode="markers", error_x=dict(type="data", array=wide, thickness=2, width=5, color=COLOURS[0]),
                        marker=dict(size=9, symbol="diamond", color=COLOURS[0]), hovertemplate="%{y}<br>%{x:+.4f}<extra></extra>")
     figure.add_vline(x=0, line=dict(color=GREY, width=1, dash="dot"))
-    figure.update_xaxes(title=f"difference in {html.escape(metric)}")
+    figure.update_xaxes(title_text="difference to the first level")
     figure.update_yaxes(autorange="reversed", type="category", automargin=True)
     return figure
 
-# %% ../../nbs/ablation/10_figures.ipynb #382bd9e5
+# %% ../../nbs/ablation/10_figures.ipynb #4fb943ec
 def interaction_figure(
     rows: pd.DataFrame, # as read_runs gives them
     plan: Plan, # of the study
@@ -121,6 +121,7 @@ def interaction_figure(
         points = [(l, means[level, l]) for l in plan.axes[x] if (level, l) in means.index]
         figure.add_scatter(x=[html.escape(l) for l, _ in points], y=[v for _, v in points], name=html.escape(level), mode="lines+markers", line=dict(color=colour, width=2), marker=dict(size=8), hovertemplate="%{y:.4f}")
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=[html.escape(l) for l in plan.axes[x]])
+    figure.update_yaxes(range=metric_range(rows, metric))
     return figure
 
 # %% ../../nbs/ablation/10_figures.ipynb #1d6612cc
@@ -171,7 +172,7 @@ def equal_cost(
         else: groups.append([p])
     return [(g[0]["cost"], pick(g, key=lambda p: p["value"]), len(g)) for g in groups if len(g) > 1]
 
-# %% ../../nbs/ablation/10_figures.ipynb #ef9d6233
+# %% ../../nbs/ablation/10_figures.ipynb #b51b96ae
 def cost_figure(
     rows: pd.DataFrame, # as read_runs gives them
     plan: Plan, # of the study
@@ -189,11 +190,11 @@ def cost_figure(
     best = front(points, direction)
     figure.add_scatter(x=[p["cost"] for p in best], y=[p["value"] for p in best], mode="lines", line=dict(color=COLOURS[1], width=2, shape="hv"), hoverinfo="skip")
     spread = len({p["cost"] for p in points}) > 1 and max(p["cost"] for p in points) > 4*min(p["cost"] for p in points)
-    figure.update_xaxes(title=COSTS[cost], type="log" if spread else "linear", exponentformat="SI")
-    figure.update_yaxes(title=html.escape(metric))
+    figure.update_xaxes(title_text=COSTS[cost], type="log" if spread else "linear", exponentformat="SI")
+    figure.update_yaxes(title_text=html.escape(metric))
     return figure
 
-# %% ../../nbs/ablation/10_figures.ipynb #30375300
+# %% ../../nbs/ablation/10_figures.ipynb #5e006018
 def fallen(
     rows: pd.DataFrame, # as read_runs gives them
     metric: str, # a column
@@ -219,13 +220,11 @@ def peak_figure(
                            marker=dict(size=8, color=colour), hovertemplate="%{text}<br>peak %{x:.4f}, final %{y:.4f}<extra></extra>")
     ends = [float(f(min(done[metric].min(), done[f"{metric}:peak"].min()), max(done[metric].max(), done[f"{metric}:peak"].max()))) for f in (min, max)] if len(done) else []
     figure.add_scatter(x=ends, y=ends, mode="lines", line=dict(color=GREY, width=1, dash="dot"), showlegend=False, hoverinfo="skip")
-    figure.update_xaxes(title="peak, chosen on the evaluation set")
-    figure.update_yaxes(title=f"final {html.escape(metric)}")
+    figure.update_xaxes(title_text="peak, chosen on the evaluation set")
+    figure.update_yaxes(title_text=f"final {html.escape(metric)}")
     return figure
 
-# %% ../../nbs/ablation/10_figures.ipynb #cc1bebe3
-MANY = 50
-
+# %% ../../nbs/ablation/10_figures.ipynb #7795f9dc
 def curves(
     folder: Path, # of the study
     plan: Plan, # of the study
@@ -247,7 +246,7 @@ def bands(
     values = np.array([np.interp(grid, t, l) for t, l in lines])
     return tuple([float(f"{v:.5g}") for v in row] for row in (grid, values.mean(0), values.min(0), values.max(0)))
 
-# %% ../../nbs/ablation/10_figures.ipynb #78c532a5
+# %% ../../nbs/ablation/10_figures.ipynb #4fced865
 def loss_figure(
     read: dict[str, tuple[list, list]], # curves
     plan: Plan, # of the study
@@ -256,8 +255,8 @@ def loss_figure(
     "Training loss against tokens: a line per run, or for many runs a band per level"
     import plotly.graph_objects as go
     figure, seen = go.Figure(layout=dict(LAYOUT, height=420, hovermode="closest")), set()
-    figure.update_xaxes(title="tokens")
-    figure.update_yaxes(title="training loss, nats per token")
+    figure.update_xaxes(title_text="tokens")
+    figure.update_yaxes(title_text="training loss, nats per token")
     if len(plan.cells) > MANY: return band_lines(figure, read, plan, axis)
     for cell in plan.cells:
         (tokens, loss), level = read[cell.id], cell.levels[axis]

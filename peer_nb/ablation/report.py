@@ -51,7 +51,7 @@ def match_sentences(
         elif near: out.append((f"{axis} is matched: " + ", ".join(near) + ".", False))
     return out
 
-# %% ../../nbs/ablation/02_report.ipynb #34c8a977
+# %% ../../nbs/ablation/02_report.ipynb #1ddbdeb9
 STYLE = """
 :root{--ink:#1d2129;--soft:#626a76;--line:#e3e6ea;--back:#fff;--card:#f6f7f9;--accent:#2563b8;--warn:#fff4dc;--warnink:#7a5200;--off:#96540a;--bad:#b3261e;--good:#1b7f4d;color-scheme:light dark}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e8ec;--soft:#9aa2ae;--line:#30353d;--back:#15181d;--card:#1d2127;--accent:#7db2ff;--warn:#3a2f14;--warnink:#f2d391;--off:#f0b563;--bad:#ff8a80;--good:#6fd3a0}}
@@ -64,7 +64,7 @@ p{margin:8px 0;max-width:75ch}a{color:var(--accent)}.soft,small{color:var(--soft
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;margin:6px 0}th{color:var(--soft);font-weight:500;text-align:left;white-space:nowrap}th,td{padding:6px 14px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}td.n,th.n{text-align:right;white-space:nowrap}
 table.sort th{cursor:pointer;user-select:none}table.sort th[data-way=up]::after{content:" ↑"}table.sort th[data-way=down]::after{content:" ↓"}td.keep{white-space:nowrap}
 .tabs{display:flex;flex-wrap:wrap;gap:6px;margin:8px 0}.tabs button{font:inherit;font-size:.85rem;padding:4px 12px;border:1px solid var(--line);border-radius:99px;background:none;color:var(--ink);cursor:pointer}.tabs button[aria-pressed=true]{background:var(--accent);border-color:var(--accent);color:var(--back)}
-.chip{display:inline-block;padding:1px 9px;border-radius:99px;font-size:.78rem;font-weight:600;border:1px solid currentColor;white-space:nowrap}.SUPPORTED{color:var(--good)}.REFUTED{color:var(--bad)}.INCONCLUSIVE,.PARTIAL{color:var(--off)}.TODO{color:var(--soft)}td.say{min-width:17rem;max-width:34rem;white-space:normal}
+.chip{display:inline-block;padding:1px 9px;border-radius:99px;font-size:.78rem;font-weight:600;border:1px solid currentColor;white-space:nowrap}.SUPPORTED{color:var(--good)}.REFUTED{color:var(--bad)}.INCONCLUSIVE,.PARTIAL{color:var(--off)}.TODO{color:var(--soft)}td.say{min-width:11rem;max-width:30rem;white-space:normal}
 details{margin:10px 0}summary{cursor:pointer;color:var(--soft);font-size:.875rem}ul{padding-left:1.2em;margin:8px 0}li{margin:3px 0}
 .cell{margin:12px 0;min-width:0}.output_area{overflow-x:auto}.output_area img,.cell img{max-width:100%;height:auto}.output_png img{background:#fff;border-radius:6px}.output_error pre,.output_stderr pre{color:var(--soft)}.anchor-link{display:none}.rendered_html h1{font-size:1.4rem;margin-top:24px}.rendered_html h2{margin-top:32px}blockquote{margin:8px 0;color:var(--soft)}
 """
@@ -245,7 +245,7 @@ def shown_metrics(
     "The metrics that get figures"
     return [m for m in dict.fromkeys([plan.metric, *(m for m in metric_names(rows) if m.endswith("/bits_per_byte"))]) if m in rows]
 
-# %% ../../nbs/ablation/02_report.ipynb #c52cded0
+# %% ../../nbs/ablation/02_report.ipynb #697c7338
 TOP = """<h1>{{ plan.study.name }}</h1><p class="soft">{{ compared }}</p>
 <div class="facts">{% for value, what in facts %}<div><b>{{ value }}</b><span>{{ what }}</span></div>{% endfor %}</div>
 {% for metric, lines in found.items() if lines %}<p><b>{{ metric }}</b>{{ ' (primary, ' + plan.direction + ')' if metric == plan.metric else '' }}</p><ul>{% for line in lines %}<li>{{ line }}</li>{% endfor %}</ul>{% endfor %}
@@ -270,11 +270,11 @@ EFFECTS = """<h2>Main effects</h2>
 <p><small>The unit is the seed: pairs are averaged within a seed before they are tested. Effect size: mean over spread of the seeds' differences, corrected for their number. Holm counts all levels of all axes.</small></p>
 """
 
-MORE = """{% if joint %}<h2>Interactions</h2><p class="soft">Parallel lines: the axes work independently. The table has what a level of one axis adds to the effect of another: a difference of differences.</p>
+MORE = """{% if joint %}<h2>Interactions</h2><p class="soft"><b>{{ metric }}</b>. Parallel lines: the axes work independently. The table has what a level of one axis adds to the effect of another: a difference of differences.</p>
 <div class="charts">{% for chart in joint_charts %}<div>{{ chart|safe }}</div>{% endfor %}</div>
 <div class="wide"><table><tr><th>effect of</th><th>changes with</th><th class="n">by</th><th class="n">95 % interval</th><th class="n">p after Holm</th></tr>
 {% for e in joint %}<tr><td>{{ e.axis }}: {{ e.level }}</td><td>{{ e.with }}: {{ e.other }}</td><td class="n">{{ e.mean|change }}</td><td class="n">{{ e.low|change ~ ' to ' ~ e.high|change if e.low is not none else '–' }}</td><td class="n">{{ '%.2g'|format(e.p_holm) if e.p_holm is not none else '–' }}</td></tr>{% endfor %}</table></div>{% if hidden %}<p><small>{{ hidden }} more with a larger p.</small></p>{% endif %}{% endif %}
-{% if costs %}<h2>Cost against quality</h2><p class="soft">One point per combination of levels: mean over its seeds, with their range. The line joins what nothing cheaper beats.</p>
+{% if costs %}<h2>Cost against quality</h2><p class="soft"><b>{{ metric }}</b>, to {{ direction }}. One point per combination of levels: mean over its seeds, with their range. The line joins what nothing cheaper beats.</p>
 <div class="charts">{% for chart in cost_charts %}<div>{{ chart|safe }}</div>{% endfor %}</div>
 {% for what, groups in costs.items() if groups %}<p><b>At equal {{ what }}</b> (within 5 %):</p><ul>{% for cost, best, n in groups %}<li>{{ cost|short }}: best of {{ n }} is {{ best.levels }}, {{ best.value|number }}</li>{% endfor %}</ul>{% endfor %}{% endif %}
 {% if peak_chart %}<h2>Peak against final</h2><p class="soft">The peak is the best of several looks at the evaluation set, so it flatters; the final value is what the run ended with.</p>
@@ -403,7 +403,7 @@ def noise_sentence(
     if len(errors): parts.append(f"over items, one run's score has a standard error of {errors.median():.2g}, which more seeds do not lessen; all runs are scored on the same items, so much of it cancels in their differences")
     return f"Two kinds of noise: {'; '.join(parts)}." if parts else ""
 
-# %% ../../nbs/ablation/02_report.ipynb #9edf07b8
+# %% ../../nbs/ablation/02_report.ipynb #e295c63f
 def more_parts(
     rows: pd.DataFrame, # as read_runs gives them
     plan: Plan, # of the study
@@ -422,11 +422,11 @@ def more_parts(
     down = fallen(rows, metric).head(most)
     has_peak = f"{metric}:peak" in rows and (rows[f"{metric}:peak"].astype(float) != rows[metric].astype(float)).any()
     part = lambda k: [None]*len(down) if f"{metric}{k}" not in down else down[f"{metric}{k}"]
-    return render(MORE, joint=joint[:most], hidden=max(0, len(joint) - most), joint_charts=joint_charts, costs=costs, cost_charts=[figure_html(cost_figure(rows, plan, c, metric, plan.direction)) for c in vary],
+    return render(MORE, metric=metric, direction=plan.direction, joint=joint[:most], hidden=max(0, len(joint) - most), joint_charts=joint_charts, costs=costs, cost_charts=[figure_html(cost_figure(rows, plan, c, metric, plan.direction)) for c in vary],
                   peak_chart=figure_html(peak_figure(rows, plan, metric)) if has_peak or len(down) else "",
                   fallen=[dict(run=r, peak=p, step=int(s) if s == s else "–", final=f, degradation=d) for r, p, s, f, d in zip(down.run, part(":peak"), part(":peak_step"), part(""), part(":degradation"))])
 
-# %% ../../nbs/ablation/02_report.ipynb #5c01f58a
+# %% ../../nbs/ablation/02_report.ipynb #6fa4e663
 def study_page(
     folder: Path, # of the study
     plan: Plan, # of the study
@@ -442,7 +442,7 @@ def study_page(
     body = render(TOP, plan=plan, compared=compared(plan), facts=facts(rows, plan), found=sentences, anecdotal=ANECDOTAL if rows.seed.nunique() == 1 else "", claims=study_findings(folder, plan, rows),
                   matched=match_sentences(plan), match=match, quantities=[m.quantity for m in found if m.axis == "all cells"])
     if metrics: body += render(EFFECTS, plan=plan, metrics=metrics, metric_charts={m: [figure_html(effect_figure(rows, plan, a, m)) for a in plan.axes] for m in metrics},
-                               intervals={m: figure_html(interval_figure(effects[m], m)) if effects[m]["sd"].notna().any() else "" for m in metrics if len(effects[m])} | {m: "" for m in metrics if not len(effects[m])},
+                               intervals={m: figure_html(interval_figure(effects[m])) if effects[m]["sd"].notna().any() else "" for m in metrics if len(effects[m])} | {m: "" for m in metrics if not len(effects[m])},
                                noise={m: noise_sentence(rows, m, effects[m]) for m in metrics}, effects={m: effect_rows(rows, plan, m, effects[m]) for m in metrics}) + more_parts(rows, plan)
     body += render(RUNS, restyle=recolouring(plan), losses=figure_html(loss_figure(read or curves(folder, plan), plan, next(iter(plan.axes))), "losses"), columns=columns, runs=runs,
                    failures=rows[rows.state == "FAILED"].to_dict("records"))
@@ -458,7 +458,7 @@ def _one_figure(title: str, figure: Any) -> str:
     "A page with one figure"
     return page(title, render("<h2>{{ title }}</h2>", title=title) + figure_html(figure), "../plotly.min.js")
 
-# %% ../../nbs/ablation/02_report.ipynb #7b40e10e
+# %% ../../nbs/ablation/02_report.ipynb #5f284206
 def _write_static(target: Path, name: str, figure: Any):
     "A matplotlib figure as PNG and SVG"
     import io
@@ -479,7 +479,7 @@ def write_figures(
     for metric in shown_metrics(rows, plan):
         name, effects = _file_name(metric), effects_table(rows, plan.axes, metric)
         _write_static(target, f"effects-{name}", static_effects(rows, plan, metric))
-        if len(effects): _write_static(target, f"intervals-{name}", static_intervals(effects, metric)); alone(f"intervals-{name}", metric, interval_figure(effects, metric))
+        if len(effects): _write_static(target, f"intervals-{name}", static_intervals(effects, metric)); alone(f"intervals-{name}", metric, interval_figure(effects))
         for axis in plan.axes: alone(f"effects-{name}-{_file_name(axis)}", metric, effect_figure(rows, plan, axis, metric))
     if plan.metric in rows:
         _write_static(target, "cost", static_costs(rows, plan, plan.metric, plan.direction))
