@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from peer_nb.ablation import launch as launching
 from peer_nb.ablation import runner
 from peer_nb.ablation.report import write_report
 from peer_nb.ablation.results import main_effects, read_runs, run_state
@@ -120,7 +121,7 @@ def test_a_failing_run_is_a_row_and_the_study_goes_on(tiny):
     found = statuses(folder)
     assert [s["state"] for _, s in sorted(found.items())] == ["DONE", "DONE", "DONE", "FAILED"]
     failed, = (k for k, s in found.items() if s["state"] == "FAILED")
-    assert found[failed]["error"] == {"class": "ValueError", "message": "<img src=x onerror=alert(2)>, on purpose\nsecond line"}
+    assert found[failed]["error"] == {"class": "ValueError", "kind": "code", "message": "<img src=x onerror=alert(2)>, on purpose\nsecond line"}
     kept = {p.name for p in (folder/"runs"/failed).iterdir()}
     assert {"config.yaml", "notebook.ipynb", "report.html", "log.txt", "status.json", "metrics.jsonl"} <= kept and "result.json" not in kept
     assert "3 of 4 runs done, 1 FAILED" in out and f"page: {folder/'index.html'}" in out and "One seed: anecdotal" in out
@@ -245,7 +246,7 @@ def test_interrupted_and_killed_half_way_then_continued(tmp_path):
     first.send_signal(signal.SIGINT)
     code, _, err = finished(first)
     assert code == 130 and f"peer-ablate --resume --output-dir {out}" in err
-    until(lambda: run_state(run) == "STALE", 10)
+    until(lambda: run_state(run) == "PREEMPTED", 10)
     folder = run.parent.parent
     done = statuses(folder)[next(c.id for c in load_plan(folder/"plan.json").cells)]
     step = lambda: read_json(run/"heartbeat.json")["step"]
@@ -318,7 +319,7 @@ def test_a_template_that_cannot_be_told_what_to_run(template, said, tmp_path, ca
 
 @pytest.mark.parametrize("devices, words, said", [(2, [], "--gpus 4: this machine has 2 CUDA devices"), (8, [], "--gpus 4: a run uses one GPU; use --gpus 1"), (2, ["--gpus", 1, "--parallel", 3], "--parallel 3: needs 3 GPUs")])
 def test_more_gpus_than_there_are(devices, words, said, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runner, "gpu_devices", lambda: list(map(str, range(devices))))
+    monkeypatch.setattr(launching, "gpu_devices", lambda: list(map(str, range(devices))))
     work = write_study(tmp_path)
     code, _, err = call(capsys, "--study", work/"study.yaml", "--output-dir", work/"out", *words)
     assert code == 2 and said in err and not (work/"out").exists()

@@ -236,17 +236,30 @@ def test_run_killed_in_a_save_ends_undisturbed(text, undisturbed, tmp_path, n):
 
 # ---- kill -9, anywhere ----------------------------------------------------------------------------------------------------
 
-def killed_after(work, seconds: float) -> int | None:
-    "Start a function in a forked process and kill it unasked; its exit code if it was done before, None if it was killed"
+def saves_begun(out: Path) -> set[int]:
+    "Folders of saves that are not finished, by inode: one that an earlier kill has left is not a new one"
+    found = set()
+    for folder in out.glob("checkpoint-*.tmp"):
+        try: found.add(folder.stat().st_ino)
+        except FileNotFoundError: continue   # renamed meanwhile
+    return found
+
+
+def killed_after(work, seconds: float, saving: Path | None = None) -> int | None:
+    """Start a function in a forked process and kill it unasked; its exit code if it was done before, None if it was killed
+
+    With a folder, some milliseconds after a save into it has begun, once the seconds are over"""
+    before = saves_begun(saving) if saving else set()
     pid, end = os.fork(), time.monotonic() + seconds
     if pid == 0:
         code = 70
         try: work(); code = 0
         finally: os._exit(code)
-    while time.monotonic() < end:
+    while time.monotonic() < end or saving is not None and not saves_begun(saving) - before:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done: return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
+        time.sleep(0.001)
+    if saving is not None: time.sleep(random.uniform(0, 0.02))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return None
@@ -262,10 +275,12 @@ def test_killed_at_random_instants(text, tmp_path, kills):
     while len(report) < kills:
         out, runs = tmp_path/f"run-{runs}", runs + 1
         while len(report) < kills:
-            if (code := killed_after(lambda: train(make(out), resume="auto"), instants.uniform(0, whole))) is not None: break
+            before = saves_begun(out)
+            seconds, saving = instants.uniform(0, 0.5*whole), out if len(report) % 2 else None   # every second kill waits for a save
+            if (code := killed_after(lambda: train(make(out), resume="auto"), seconds, saving)) is not None: break
             newest = latest_checkpoint(out)
             if newest: check_seal(newest)
-            report.append(dict(in_a_save=bool(list(out.glob("checkpoint-*.tmp"))), newest=newest.name if newest else None))
+            report.append(dict(in_a_save=bool(saves_begun(out) - before), newest=newest.name if newest else None))
         assert code in (None, 0)
         assert in_child(lambda: train(make(out), resume="auto")) == 0
         assert_same_end(out, tmp_path/"undisturbed")
@@ -273,7 +288,8 @@ def test_killed_at_random_instants(text, tmp_path, kills):
     inside = sum(kill["in_a_save"] for kill in report)
     assert inside > 0
     write_json(ROOT/"benchmarks"/"kill_test.json", dict(kills=len(report), inside_a_save=inside, runs=runs, steps_per_run=STEPS, steps_between_saves=2,
-        newest_checkpoint_whole=len(report), runs_with_the_undisturbed_runs_weights_optimizer_and_metrics=runs, each=report))
+        before_the_first_save=sum(kill["newest"] is None for kill in report), newest_checkpoint_whole=sum(kill["newest"] is not None for kill in report),
+        runs_that_ended_as_the_undisturbed_one=runs, each=report))
 
 
 # ---- disks and damage -------------------------------------------------------------------------------------------------------

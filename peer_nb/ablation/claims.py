@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from .places import chosen_levels
 from .statistics import Comparison, Contrast, Noise, cluster_means, compare, contrast, holm, in_arm, mcnemar, noise, read_items, table_rows, usable
-from ..config import ConfigError, NotNegative, Text, convert
+from ..config import ConfigError, Text, convert
+from ..schema import NotNegative
 
 if TYPE_CHECKING: import pandas as pd
 

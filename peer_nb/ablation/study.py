@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 import peer_nb
 from .claims import read_claims
 from .places import at, chosen_levels, placed, read_place
-from ..config import Allowed, Config, ConfigError, Count, DataMix, Positive, Seed, Text, UserError, apply_overrides
+from ..config import Config, ConfigError, Count, DataMix, Seed, Text, UserError, apply_overrides
 from ..config import config_from_dict, convert, flatten, read_yaml, to_dict
+from ..schema import Allowed, Positive
 from ..files import sha256_of
 
 # %% auto #0
