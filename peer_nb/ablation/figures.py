@@ -437,7 +437,7 @@ def static_usage(
     for axis, ax in zip(plan.axes, figure.subplots(1, len(plan.axes), sharey=True, squeeze=False)[0]):
         colours = level_colours(plan, axis)
         for level, found in usage_points(read, plan, axis, "used").items():
-            ax.errorbar([layer for layer, *_ in found], [100*m for _, m, _, _ in found], [[100*(m - l) for _, m, l, _ in found], [100*(h - m) for _, m, _, h in found]],
+            ax.errorbar([layer for layer, *_ in found], [100*m for _, m, _, _ in found], [[max(0, 100*(m - l)) for _, m, l, _ in found], [max(0, 100*(h - m)) for _, m, _, h in found]],
                         fmt="o-", color=colours[level], capsize=2, ms=4, label=_plain(level))
         ax.set(title=_plain(axis), xlabel="layer", ylim=(0, None))
         ax.legend(frameon=False, fontsize=7)
