@@ -19,10 +19,11 @@ import yaml
 from peer_nb.ablation import launch as launching
 from peer_nb.ablation import runner
 from peer_nb.ablation.report import write_report
-from peer_nb.ablation.results import main_effects, read_runs, run_state
+from peer_nb.ablation.results import main_effects, metric_columns, read_runs, run_state, valid_result
 from peer_nb.ablation.plan import load_plan, make_plan, matching
+from peer_nb.ablation.statistics import read_items
 from peer_nb.ablation.study import builtin_axes, load_study
-from peer_nb.config import DataMix, load_config
+from peer_nb.config import DataMix, load_config, load_data_mixes
 from peer_nb.files import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -336,15 +337,57 @@ def test_builtin_axes_of_the_demo_by_hand():
 
 
 def test_the_demo_study_is_what_it_says():
-    "8 cells, one tokenizer, the same held-out sets; four heads mean four times the active experts"
+    "8 combinations with 2 seeds, one tokenizer, the same held-out sets and facts; four heads mean four times the active experts"
     study = load_study(ROOT/"configs"/"demo_study.yaml")
     plan = make_plan(study, load_config(study.base_config), fingerprint=lambda config: "text")
     configs = [plan.config(c) for c in plan.cells]
-    assert len(configs) == 8 and len({c.identity for c in plan.cells}) == 8
+    assert len(configs) == 16 and len({c.identity for c in plan.cells}) == 16 and {c.seed for c in plan.cells} == {42, 43}
     assert {tuple(e.path for e in c.dataset_config.tokenizer_corpus) for c in configs} == {("python:docs",)}
     assert {tuple(e.path for e in c.eval_config.datasets) for c in configs} == {("python:docs", "python:stdlib")}
+    facts = {(e.task, e.task_arguments, e.mask, e.weight) for c in configs for e in c.dataset_config.datasets if e.name == "facts"}
+    assert len(facts) == 1 and all(sum(e.weight for e in c.dataset_config.datasets) == 1 for c in configs)
+    mixes = load_data_mixes(ROOT/"configs"/"demo_datasets.yaml")["docs_and_source"].datasets   # the study file's second level, word for word
+    assert [e for c in configs if len(c.dataset_config.datasets) == 3 for e in c.dataset_config.datasets][:3] == mixes
     match = {(m.axis, m.quantity): m for m in matching(plan)}
     assert match["selection_heads", "active experts per token"].mismatch == 3.0 and match["all cells", "tokens"].matched
+
+
+@pytest.mark.parametrize("path", sorted((ROOT/"configs"/"memory"/"studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_study_of_every_memory_task(path):
+    study = load_study(path)
+    plan = make_plan(study, load_config(study.base_config), fingerprint=lambda config: "text")
+    assert len(plan.cells) == 9 and {len(study.seeds), len(plan.axes["feed_forward"])} == {3}
+    assert plan.metric.startswith(path.stem + "/") and plan.metric.endswith("/exact_match") and plan.direction == "maximize"
+    assert [c.parameters["memory_tables"] > 0 for c in plan.cells[::3]] == [False, True, True]
+
+
+def test_a_template_s_result_is_what_the_lab_reads(tmp_path):
+    "The real notebook on a few steps: recall and its errors among the metrics, items whose mean is the metric, evaluations on the way, usage"
+    papermill = pytest.importorskip("papermill")
+    (tmp_path/"words.jsonl").write_text("".join(json.dumps({"text": f"{a} plus {b} is {a + b}. " * 3}) + "\n" for a in range(12) for b in range(12)))
+    task = dict(num_pairs=6, num_known=6, num_novel=4)
+    config = dict(model_config=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=257, max_position_embeddings=64, memory_layers=[1],
+                                    peer_config=dict(num_experts=64, product_key_dim=[8, 8], num_heads=2, num_experts_per_tok=4, query_dim=16),
+                                    mla_config=dict(q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16)),
+                  train_config=dict(max_steps=4, eval_steps=2, logging_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-3),
+                  dataset_config=dict(tokenizer_name="bytes", max_seq_length=64, heldout_fraction=0.1,
+                                      datasets=[dict(name="words", path=str(tmp_path/"words.jsonl")), dict(name="facts", task="digit_lookup", task_arguments=task, mask="digit_lookup")]),
+                  eval_config=dict(datasets=[dict(name="words", path=str(tmp_path/"words.jsonl"))]))
+    (tmp_path/"base.yaml").write_text(yaml.safe_dump(config))
+    run = tmp_path/"run"
+    run.mkdir()
+    papermill.execute_notebook(str(ROOT/"nbs"/"experiments"/"train_and_evaluate.ipynb"), str(run/"notebook.ipynb"), progress_bar=False, kernel_name="python3",
+                               parameters=dict(config_path=str(tmp_path/"base.yaml"), run_dir=str(run), levels={"axis": "level"}, overrides={}))
+    result = read_json(run/"result.json")
+    assert valid_result(result) and result["usage"]["layers"]["1"]["rows"] == 64 and result["training"]["steps"] == 4
+    counted = dict(metric_columns(run, result))
+    for metric in ("words/bits_per_byte", "facts/test_known/exact_match", "facts/test_novel/answer_logprob"):
+        items = read_items(run, metric)
+        assert np.isclose(np.mean([value for value, _ in items.values()]), result["metrics"][metric]) and counted[f"{metric}:se"] == result["standard_errors"][metric]
+        assert counted[f"{metric}:peak_step"] in (2, 4)
+    assert len(read_items(run, "facts/test_known/exact_match")) == 6
+    text = "".join(str(o) for c in nbformat.read(run/"notebook.ipynb", 4).cells for o in c.get("outputs", []))
+    assert "Asked for what it was taught" in text and "Traceback" not in text
 
 
 @pytest.mark.parametrize("seeds, missing", [([1], []), ([1, 2, 3], []), ([1, 2], [0, 7]), ([5, 6], [1, 2, 3])])

@@ -24,9 +24,9 @@ from ..config import Config, ConfigError, UserError, apply_overrides, config_fro
 from ..files import read_json, sha256_of, write_json
 
 # %% auto #0
-__all__ = ['DURATION', 'THRESHOLD', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'measured', 'Resolver', 'matched_tokens', 'named',
-           'default_seeds', 'make_plan', 'Match', 'matching', 'short_number', 'ratio_text', 'text_table', 'save_plan',
-           'load_plan', 'plan_differences', 'code_differences']
+__all__ = ['DURATION', 'THRESHOLD', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver', 'matched_tokens',
+           'named', 'default_seeds', 'make_plan', 'Match', 'matching', 'short_number', 'ratio_text', 'text_table',
+           'save_plan', 'load_plan', 'plan_differences', 'code_differences']
 
 # %% ../../nbs/ablation/07_plan.ipynb #f6e533bf
 def run_id(
@@ -97,6 +97,17 @@ def config(self: Plan,
     return apply_overrides(self.start, own)
 
 # %% ../../nbs/ablation/07_plan.ipynb #48ecd6bf
+_SPLITS = dict(synthetic_qa="known|val|test", digit_lookup="test_(known|novel)", two_hop="one_hop|known|novel|novel_ood", hashhop="test_.+")
+
+def recalled(
+    config: Config, # with its data sets
+    name: str, # such as facts/test_known/exact_match
+) -> bool:
+    "Whether a generated task of the configuration gives a number of this name"
+    tasks = {e.name: e.task for e in [*config.dataset_config.datasets, *(config.eval_config.datasets or [])] if e.task}
+    entry, _, rest = name.partition("/")
+    return entry in tasks and re.fullmatch(rf"({_SPLITS[tasks[entry]]})(/\w+=[^/]+)?/(exact_match|first_digit_accuracy|digit_accuracy|answer_logprob)", rest) is not None
+
 def measured(
     config: Config, # with its held-out sets
     metric: str, # such as docs/loss, or docs/loss:degradation
@@ -104,7 +115,7 @@ def measured(
     "Whether the runs will have a metric"
     names = [e.name for e in config.eval_config.datasets or config.dataset_config.datasets]
     name, _, part = metric.partition(":")
-    known = name in [f"{n}/{m}" for n in names for m in ("bits_per_byte", "loss", "perplexity")] or name.partition("/")[0] in config.eval_config.evals
+    known = name in [f"{n}/{m}" for n in names for m in ("bits_per_byte", "loss", "perplexity")] or name.partition("/")[0] in config.eval_config.evals or recalled(config, name)
     return known and part in ("", "peak", "degradation")
 
 def _primary_metric(study: Study, base: Config, where: str) -> str:

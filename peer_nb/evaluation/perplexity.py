@@ -253,6 +253,7 @@ def evaluate_heldout(
     model: nn.Module, # a causal language model
     tokenizer,        # the one it was trained with
     cfg: Config,      # which sets, how much of them, window = max_seq_length
+    kept: dict[str, list[DocumentScore]] | None = None, # filled with each set's documents, where single ones are wanted
 ) -> dict[str, TextScore]: # set's name → score
     "Score the held-out part of every evaluation set"
     scores, device = {}, next(model.parameters()).device
@@ -260,10 +261,13 @@ def evaluate_heldout(
         texts, limit = heldout_texts(entry, cfg)
         try:
             with autocast_for(cfg.train_config, device):
-                scores[entry.name] = score_documents(model, tokenizer, texts, window=cfg.dataset_config.max_seq_length,
-                                                     batch_size=cfg.eval_config.eval_batch_size, max_tokens=limit)
+                window = cfg.dataset_config.max_seq_length
+                found = list(document_scores(model, tokenizer, texts, window=window, batch_size=cfg.eval_config.eval_batch_size, max_tokens=limit))
+            if not found: raise UserError("no text to score: the documents hold no tokens")
         except UserError as error:
-            raise UserError(f"held-out part of {entry.name} ({entry.path}): {error}") from error
+            raise UserError(f"held-out part of {entry.name} ({entry.path or entry.task}): {error}") from error
+        scores[entry.name] = total_score(found, window, window)
+        if kept is not None: kept[entry.name] = found
     return scores
 
 # %% ../../nbs/evaluation/00_perplexity.ipynb #2f37b1dd

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,9 @@ from ..cli import make_main
 from ..config import Config, TrainConfig, UserError, apply_overrides, diff_configs, load_config, to_dict
 from ..data.corpora import data_manifest, load_tokenizer
 from ..data.packing import build_dataloader, differences
-from ..evaluation.perplexity import TextScore, autocast_for, evaluate_heldout
+from ..evaluation.benchmarks import benchmark_metrics, run_benchmarks
+from ..evaluation.perplexity import DocumentScore, TextScore, autocast_for, evaluate_heldout
+from ..evaluation.task_recall import ask_tasks, check_tasks, recall_metrics
 from ..files import folder_lock, read_jsonl, writable_folder, write_json
 from .checkpoints import FREE, latest_checkpoint, load_checkpoint, remove_folder, rng_state, save_checkpoint, set_rng_state
 from .freezing import freeze_model_layers
@@ -46,8 +48,8 @@ if TYPE_CHECKING: from peer_nb.models.causal_lm import PeerMLAForCausalLM
 # %% auto #0
 __all__ = ['log', 'MAX_SKIPPED_IN_ROW', 'EXAMINATIONS', 'NO_SPACE', 'OWN_FILES', 'command', 'start_log', 'seed_everything',
            'check_vocabulary', 'trained_tokens', 'accumulate_gradient', 'Counters', 'endless', 'Trainer', 'StepResult',
-           'score_heldout', 'Preempted', 'stop_requests', 'starting_point', 'TrainResult', 'disk_errors', 'train',
-           'spell_resume', 'peer_train', 'main']
+           'score_heldout', 'ask_facts', 'ask_benchmarks', 'Preempted', 'stop_requests', 'starting_point',
+           'TrainResult', 'disk_errors', 'train', 'spell_resume', 'peer_train', 'main']
 
 # %% ../../nbs/training/02_loop.ipynb #a7d2b4c3
 log = logging.getLogger("peer_nb")
@@ -150,6 +152,7 @@ class Trainer:
         self.processes = processes or Processes(default_device())
         self.rank, self.world_size, self.device = self.processes.rank, self.processes.size, self.processes.device
         self.cfg, self.train, self.counters, self.heldout = cfg, cfg.train_config, Counters(), None
+        self.documents, self.answers, self.benchmarks = {}, {}, {}   # of the last examination
         check_duration(cfg)
         check_table_gradient(cfg)
         check_wandb(cfg)
@@ -173,6 +176,7 @@ def build_data(self: Trainer) -> None:
     cfg, train = self.cfg, self.train
     self.tokenizer = load_tokenizer(cfg.dataset_config)
     check_vocabulary(self.tokenizer, cfg)
+    check_tasks(cfg, self.tokenizer)
     self.loader = build_dataloader(cfg, self.tokenizer, rank=self.rank, world_size=self.world_size)
     self.batches = endless(self.loader)
     in_epochs = train.num_train_epochs and not train.steps_per_epoch and not any(d.streaming for d in cfg.dataset_config.datasets)
@@ -331,12 +335,31 @@ def score_heldout(
     "Held-out text of every evaluation set"
     cfg, train = trainer.cfg, trainer.train
     cfg = replace(cfg, eval_config=replace(cfg.eval_config, eval_batch_size=train.per_device_eval_batch_size))
-    trainer.heldout = evaluate_heldout(trainer.model, trainer.tokenizer, cfg)
+    trainer.documents = {}
+    trainer.heldout = evaluate_heldout(trainer.model, trainer.tokenizer, cfg, trainer.documents)
     for name, score in trainer.heldout.items():
         log.info("step %d  %s: %.4f bits per byte, perplexity %.2f", trainer.counters.step, name, score.bits_per_byte, score.perplexity)
     return {f"{name}/{key}": getattr(score, key) for name, score in trainer.heldout.items() for key in ("loss", "perplexity", "bits_per_byte")}
 
-EXAMINATIONS: list[Callable[[Trainer], dict[str, float]]] = [score_heldout]
+# %% ../../nbs/training/02_loop.ipynb #865ddcc5
+def ask_facts(
+    trainer: Trainer, # between two steps
+) -> dict[str, float]: # such as "facts/test_known/exact_match"; nothing without a task
+    "Recall of every generated task"
+    trainer.answers = ask_tasks(trainer.model, trainer.tokenizer, trainer.cfg)
+    values = recall_metrics(trainer.answers)[0]
+    for name, value in values.items():
+        if name.endswith("/exact_match") and "=" not in name: log.info("step %d  %s: %.3f", trainer.counters.step, name, value)
+    return values
+
+def ask_benchmarks(
+    trainer: Trainer, # between two steps
+) -> dict[str, float]: # such as "arc_easy/acc"; nothing without eval_config.evals
+    "Benchmarks of the configuration"
+    trainer.benchmarks = run_benchmarks(trainer.model, trainer.tokenizer, trainer.cfg)
+    return {name: value for name, value in benchmark_metrics(trainer.benchmarks).items() if not name.endswith("_se")}
+
+EXAMINATIONS: list[Callable[[Trainer], dict[str, float]]] = [score_heldout, ask_facts, ask_benchmarks]
 
 # %% ../../nbs/training/02_loop.ipynb #42d1278e
 @patch
@@ -474,6 +497,9 @@ class TrainResult:
     final_train_loss: float | None # of the last line of metrics; None if no step of it had a finite loss
     skipped_steps: int             # whose gradient was not finite
     peak_memory_bytes: int         # of the GPU, or of the process on a CPU
+    documents: dict[str, list[DocumentScore]] = field(default_factory=dict) # held-out documents one by one, by set
+    answers: dict[str, list[dict]] = field(default_factory=dict) # to the questions of generated tasks, by task
+    benchmarks: dict = field(default_factory=dict)               # as `run_benchmarks` gives them
 
     def summary(self) -> dict: # plain numbers
         "The cost of the run, for result files"
@@ -608,7 +634,8 @@ def result(self: Trainer,
     "What a finished run gives back"
     c, metrics = self.counters, read_jsonl(out/"metrics.jsonl")
     return TrainResult(self.model.eval(), self.tokenizer, metrics, self.heldout, latest_checkpoint(out), c.step, c.tokens,
-                       c.seconds, c.tokens / c.seconds, metrics[-1]["loss"], c.skipped, memory_in_use(self.device))
+                       c.seconds, c.tokens / c.seconds, metrics[-1]["loss"], c.skipped, memory_in_use(self.device),
+                       self.documents, self.answers, self.benchmarks)
 
 # %% ../../nbs/training/02_loop.ipynb #ff83d45f
 def spell_resume(
