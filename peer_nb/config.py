@@ -29,10 +29,9 @@ from .schema import (Allowed, Config, ConfigError, Count, DatasetConfig, Dataset
 _all_ = ["UserError"]
 
 # %% auto #0
-__all__ = ['Problems', 'UNFINISHED', 'describe', 'convert', 'KnownKey', 'known_keys', 'to_dict', 'validate', 'config_from_dict',
-           'parse_yaml', 'read_yaml', 'parse_overrides', 'apply_overrides', 'load_config', 'to_yaml', 'save_config',
-           'flatten', 'diff_configs', 'config_hash', 'DataMix', 'load_data_mixes', 'unfinished', 'warn_unfinished',
-           'config_table', 'UserError']
+__all__ = ['Problems', 'describe', 'convert', 'KnownKey', 'known_keys', 'to_dict', 'validate', 'config_from_dict', 'parse_yaml',
+           'read_yaml', 'parse_overrides', 'apply_overrides', 'load_config', 'to_yaml', 'save_config', 'flatten',
+           'diff_configs', 'config_hash', 'DataMix', 'load_data_mixes', 'config_table', 'UserError']
 
 # %% ../nbs/00_config.ipynb #35c1d121
 def _number(value: Any) -> Decimal | None:
@@ -205,16 +204,19 @@ def _model_problems(m: ModelConfig) -> Problems:
         if layer in m.memory_layers[:i]: yield key, f"{layer} is named twice"
     yield from _memory_problems(m)
 
-# %% ../nbs/00_config.ipynb #4426ae07
+# %% ../nbs/00_config.ipynb #cfcdd361
 def _train_problems(t: TrainConfig, p: PeerConfig) -> Problems:
     "Duration, precision, and how tables get their gradients"
     lengths = [key for key in ("max_steps", "max_tokens", "num_train_epochs") if getattr(t, key) is not None]
     if len(lengths) > 1: yield f"train_config.{lengths[1]}", f"contradicts {lengths[0]}: training has one length; set all but one of {', '.join(lengths)} to null"
     precisions = [key for key in ("fp16", "bf16", "fp8") if getattr(t, key)]
     if len(precisions) > 1: yield f"train_config.{precisions[1]}", f"true contradicts {precisions[0]}: true; set one of them to false"
+    for key in ("path", "map"):
+        if getattr(t, f"pretrained_layer_{key}") is None and any(getattr(t, f"pretrained_layer_{k}") is not None for k in ("path", "map", "step")):
+            yield f"train_config.pretrained_layer_{key}", "is missing; layers are taken over with a path (where from) and a map (what, and where to)"
     table = "model_config.peer_config.table_gradient"
-    if p.table_gradient == "sparse" and t.parallel == "fsdp2":
-        yield table, "sparse does not work with train_config.parallel: fsdp2, which shards dense gradients; choose dense, or parallel ddp"
+    if p.table_gradient != "dense" and t.parallel == "fsdp2":
+        yield table, f"{p.table_gradient} does not work with train_config.parallel: fsdp2, which shards dense gradients; choose dense, or parallel ddp"
     if p.table_gradient == "consumed" and t.gradient_accumulation_steps > 1:
         yield table, f"consumed updates the tables in the backward pass, so gradient_accumulation_steps must be 1, not {t.gradient_accumulation_steps}"
 
@@ -453,42 +455,6 @@ def load_data_mixes(
         mix.key, mix.name = key, mix.name or key
         for where, problem in _entry_problems(mix.datasets, f"data_mixes.{key}.datasets"): raise ConfigError(file, where, problem)
     return mixes
-
-# %% ../nbs/00_config.ipynb #fa99c1fc
-UNFINISHED: dict[str, str] = {   # dotted key, or the section around it -> why it has no effect yet
-    "model_config.peer_config.log_expert_usage": "expert usage is not recorded",
-    "model_config.peer_config.log_freq": "expert usage is not recorded",
-    "model_config.peer_config.usage_threshold": "expert usage is not recorded",
-    "train_config.freeze_layer_map": "nothing is frozen",
-    "train_config.freeze_strict": "nothing is frozen",
-    "train_config.pretrained_layer_path": "no layers are taken over",
-    "train_config.pretrained_layer_step": "no layers are taken over",
-    "train_config.pretrained_layer_map": "no layers are taken over",
-    "train_config.pretrained_layer_strict": "no layers are taken over",
-    "train_config.fp8": "float8 training is not built",
-    "train_config.per_device_eval_batch_size": "evaluations take eval_config.eval_batch_size",
-    "train_config.parallel": "training runs on one device",
-    "eval_config.evals": "benchmarks are not run",
-    "eval_config.evals_registry_path": "benchmarks are not run",
-    "wandb_config": "nothing is sent to Weights & Biases"}
-
-def unfinished(
-    key: str, # dotted key
-) -> tuple[str, str] | None: # (the key or the section in the list, why), None for a key that has an effect
-    "Whether a key, or the section around it, has no effect yet"
-    return next(((prefix, why) for prefix, why in UNFINISHED.items() if f"{key}.".startswith(f"{prefix}.")), None)
-
-# %% ../nbs/00_config.ipynb #17fc25be
-def warn_unfinished(
-    cfg: Config, # a whole configuration
-) -> list[str]: # a line for each key or section; empty when everything has an effect
-    "What a configuration sets without effect"
-    lines, defaults = {}, flatten(Config())
-    for key, value in flatten(cfg).items():
-        if value == defaults.get(key) or not (found := unfinished(key)): continue
-        prefix, why = found
-        lines[prefix] = f"{prefix}{f' = {_shown(value)}' if prefix == key else ''} has no effect yet: {why}"
-    return list(lines.values())
 
 # %% ../nbs/00_config.ipynb #957cc782
 def _cell(value: Any) -> str:

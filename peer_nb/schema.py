@@ -82,6 +82,7 @@ class PeerConfig:
     query_norm: Literal["layer", "batch", "none"] | None = None # null follows batch_norm_query: layer if true, else none
     shared_keys: bool = False # all retrieval heads use the same sub-keys
     table_gradient: Literal["dense", "sparse", "consumed"] = "dense" # how expert tables receive gradients
+    kernel: Literal["auto", "eager", "triton"] = "auto" # how rows are found and read: by fused kernels on a GPU, never by them, always
     log_expert_usage: bool = True # record which experts are used
     log_freq: Count = 1000 # steps between two records of expert usage
     usage_threshold: Positive = 5.0 # an expert used this many times more than the mean is flagged as hot
@@ -169,7 +170,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False # recompute activations in the backward pass
     parallel: Literal["none", "ddp", "fsdp2"] = "none" # how several GPUs share the work
     deterministic: bool = False # only deterministic kernels
-    freeze_layer_map: MappingText | None = None # {pattern: freeze | train}, the last match wins; or a JSON file
+    freeze_layer_map: MappingText | None = None # {pattern: freeze | train}, the last match wins; or a JSON file. Batch norms in frozen places keep their statistics
     freeze_strict: bool = True # every pattern must match something
     pretrained_layer_path: Text | None = None # checkpoint whose layers are taken over
     pretrained_layer_step: Index | None = None # its step; null: the newest

@@ -9,10 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long campaigns too (make test-full)")
-    parser.addoption("--gpu", action="store_true", help="run the tests that need a CUDA device")
+    parser.addoption("--gpu", action="store_true", help="run the tests that need a CUDA device, and the kernels' tests on it instead of in the interpreter")
 
 
 def pytest_configure(config):
+    if not config.getoption("--gpu"): os.environ.setdefault("TRITON_INTERPRET", "1")    # read when the kernels are imported
     config.addinivalue_line("markers", "slow: a long campaign, run by make test-full")
     config.addinivalue_line("markers", "gpu: needs a CUDA device, run with --gpu")
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import peer_nb
 from peer_nb import config
 from peer_nb.config import (Config, ConfigError, DatasetEntry, apply_overrides, config_from_dict, config_hash, diff_configs, flatten,
-                            known_keys, load_config, load_data_mixes, save_config, to_dict, unfinished, validate, warn_unfinished)
+                            known_keys, load_config, load_data_mixes, save_config, to_dict, validate)
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(peer_nb.__file__).parent
@@ -25,7 +25,7 @@ quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_hea
 # ---- what each key changes --------------------------------------------------------------------------------------------
 
 MODEL, ROUTER, LOOP, OPTIM, CORPORA = "models/causal_lm.py", "models/product_keys.py", "training/loop.py", "training/optim.py", "data/corpora.py"
-PACKING, PERPLEXITY = "data/packing.py", "evaluation/perplexity.py"
+PACKING, PERPLEXITY, BENCHMARKS, TRACKING = "data/packing.py", "evaluation/perplexity.py", "evaluation/benchmarks.py", "training/tracking.py"
 HF = "transformers"   # read by the base class of the model; seen by test_every_model_key_changes_the_model
 
 ENTRY = {   # of each of the three lists of sources
@@ -64,6 +64,7 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.peer_config.score": (ROUTER, "expert weights; logits"),
     "model_config.peer_config.query_norm": (ROUTER, "kind of the query's normalisation"),
     "model_config.peer_config.table_gradient": ("models/peer.py", "layout of the tables' gradients"),
+    "model_config.peer_config.kernel": ("models/peer.py", "which operations find and read rows; what is refused"),
     "model_config.peer_config.shared_keys": (MODEL, "first dimension of the keys"),
     "model_config.mla_config.q_lora_rank": ("models/mla.py", "shape of the query projection"),
     "model_config.mla_config.kv_lora_rank": ("models/mla.py", "shape of the latent's projections; size of the cache"),
@@ -84,8 +85,12 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.tie_word_embeddings": (HF, "whether the head has weights of its own"),
     "model_config.dropout": (MODEL, "logits in training"),
     "model_config.loss_chunk_size": (MODEL, "memory of a training step; logits come back or not"),
+    "model_config.peer_config.log_expert_usage": (TRACKING, "whether usage.jsonl is written"),
+    "model_config.peer_config.log_freq": (TRACKING, "steps of the lines of usage.jsonl"),
+    "model_config.peer_config.usage_threshold": (TRACKING, "which experts usage.jsonl calls hot"),
     "train_config.output_dir": (LOOP, "where checkpoints and metrics are written"),
     "train_config.per_device_train_batch_size": (PACKING, "rows of a batch"),
+    "train_config.per_device_eval_batch_size": (LOOP, "rows of a forward pass of an evaluation during training"),
     "train_config.gradient_accumulation_steps": (LOOP, "batches of a step"),
     "train_config.learning_rate": (OPTIM, "the optimiser's peak learning rate"),
     "train_config.weight_decay": (OPTIM, "decay of the matrices' group"),
@@ -109,11 +114,19 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "train_config.eval_steps": (LOOP, "held-out scores in metrics.jsonl"),
     "train_config.seed": (LOOP, "initial weights and order of the data"),
     "train_config.fp16": (LOOP, "precision and loss scaling on a GPU; a line in the log on a CPU"),
-    "train_config.bf16": (LOOP, "precision on a GPU; a line in the log on a CPU"),
-    "train_config.tf32": (LOOP, "precision of matrix products on a GPU"),
+    "train_config.bf16": (PERPLEXITY, "precision of the matrix products"),
+    "train_config.fp8": (LOOP, "linear layers that round to float8"),
+    "train_config.tf32": ("training/precision.py", "precision of matrix products on a GPU"),
     "train_config.compile": (LOOP, "whether the model is compiled"),
+    "train_config.parallel": (LOOP, "how several processes share a run: what each holds, and which checkpoints it can continue"),
     "train_config.gradient_checkpointing": (LOOP, "memory of the backward pass"),
-    "train_config.deterministic": (LOOP, "torch's deterministic mode"),
+    "train_config.deterministic": ("training/precision.py", "torch's deterministic mode"),
+    "train_config.freeze_layer_map": (LOOP, "which parameters get gradients"),
+    "train_config.freeze_strict": (LOOP, "whether a pattern may match nothing"),
+    "train_config.pretrained_layer_path": (LOOP, "where layers are taken from"),
+    "train_config.pretrained_layer_step": (LOOP, "which checkpoint of that run"),
+    "train_config.pretrained_layer_map": (LOOP, "which tensors are taken over, and where to"),
+    "train_config.pretrained_layer_strict": (LOOP, "whether a mapped tensor may be left out"),
     "train_config.resume_from_checkpoint": (LOOP, "the step training starts at"),
     "dataset_config.tokenizer_name": (CORPORA, "tokens of a text"),
     "dataset_config.max_seq_length": (PACKING, "tokens of a row"),
@@ -121,7 +134,13 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "dataset_config.packing": (PACKING, "whether documents of a batch see each other"),
     "dataset_config.heldout_fraction": (CORPORA, "which documents are held out"),
     "eval_config.eval_batch_size": (PERPLEXITY, "windows of a forward pass"),
+    "eval_config.evals": (BENCHMARKS, "which benchmarks are scored"),
+    "eval_config.evals_registry_path": (BENCHMARKS, "where evals that lm-eval does not have are looked for"),
     "eval_config.max_tokens": (PERPLEXITY, "tokens that are scored"),
+    "wandb_config.project": (TRACKING, "project at Weights & Biases"),
+    "wandb_config.entity": (TRACKING, "user or team at Weights & Biases"),
+    "wandb_config.name": (TRACKING, "name of the run at Weights & Biases"),
+    "wandb_config.log_model": (TRACKING, "files that are uploaded with a checkpoint"),
     **{f"{place}.*.{name}": seen for place in ("dataset_config.datasets", "dataset_config.tokenizer_corpus", "eval_config.datasets")
        for name, seen in ENTRY.items()},
 }
@@ -137,12 +156,9 @@ def names_read(file: Path) -> tuple[set[str], set[str]]:
 
 
 @pytest.mark.parametrize("key", LEAVES)
-def test_every_key_has_an_effect_or_is_on_the_list(key):
+def test_every_key_has_an_effect(key):
     name = known_keys()[key].name
-    if unfinished(key):
-        assert key not in OBSERVABLES, "a key that has an effect must leave config.UNFINISHED"
-        return
-    assert key in OBSERVABLES, "name the observable that this key changes, or put it on config.UNFINISHED"
+    assert key in OBSERVABLES, "name the observable that this key changes"
     reader, observable = OBSERVABLES[key]
     assert observable
     if reader == HF: return
@@ -152,10 +168,6 @@ def test_every_key_has_an_effect_or_is_on_the_list(key):
 
 def test_the_lists_have_no_stale_keys():
     assert set(OBSERVABLES) <= set(LEAVES)
-    assert set(config.UNFINISHED) <= set(known_keys())
-    read = set.union(*(names_read(file)[0] for file in PACKAGE.rglob("*.py") if file.name not in ("config.py", "schema.py")))
-    own = {known_keys()[key].name for key in config.UNFINISHED}
-    assert not own & read, "these keys are read now: take them off config.UNFINISHED, and name what they change"
 
 
 TINY = dict(
@@ -181,7 +193,8 @@ YARN = dict(rope_type="yarn", factor=4, original_max_position_embeddings=256, ms
 SCALING = {name: {f"mla_config.rope_scaling.{name}": value} for name, value in dict(rope_type="linear", factor=8, original_max_position_embeddings=16,
     beta_fast=2, beta_slow=0.1, mscale=2, mscale_all_dim=1).items()}
 CHANGES |= {f"mla_config.rope_scaling.{name}": change for name, change in SCALING.items()}   # of a model that is stretched
-ELSEWHERE = {"max_position_embeddings", "loss_chunk_size", "peer_config.table_gradient"}   # seen in what the model refuses, in what it returns beside logits, and in gradients
+ELSEWHERE = {"max_position_embeddings", "loss_chunk_size", "peer_config.table_gradient", "peer_config.kernel",
+             *(f"peer_config.{name}" for name in ("log_expert_usage", "log_freq", "usage_threshold"))}   # seen in what the model refuses, in what it returns beside logits, in gradients, in the graph, and in usage.jsonl
 
 
 def fingerprint(cfg: Config):
@@ -197,7 +210,7 @@ def fingerprint(cfg: Config):
 
 def test_every_model_key_changes_the_model():
     import torch
-    keys = {key.removeprefix("model_config.") for key in LEAVES if key.startswith("model_config.") and not unfinished(key)}
+    keys = {key.removeprefix("model_config.") for key in LEAVES if key.startswith("model_config.")}
     assert keys == set(CHANGES) | ELSEWHERE
     base = config_from_dict(dict(model_config=TINY, dataset_config=dict(max_seq_length=64)))
     both = apply_overrides(base, {"model_config.memory_layers": [0, 1]})
@@ -210,13 +223,6 @@ def test_every_model_key_changes_the_model():
         shapes, logits = fingerprint(changed)
         old_shapes, old_logits = prints.get(key, prints[None])
         assert shapes != old_shapes or not torch.allclose(logits, old_logits, atol=1e-6), f"model_config.{key} changes nothing"
-
-
-def test_a_run_is_told_about_keys_without_effect():
-    assert warn_unfinished(Config()) == []
-    lines = warn_unfinished(load_config(ROOT/"configs"/"config.yaml"))
-    assert [line.split(" ")[0] for line in lines] == ["eval_config.evals_registry_path", "eval_config.evals", "wandb_config"]
-    assert all("has no effect yet" in line for line in lines)
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------
@@ -416,7 +422,8 @@ def test_contradictions(key, tmp_path):
 
 @pytest.mark.parametrize("changes", [
     {"model_config.peer_config.num_experts_per_tok": 1}, {"model_config.peer_config.query_norm": "batch", "model_config.peer_config.batch_norm_query": False},
-    {"model_config.peer_config.table_gradient": "sparse", "train_config.parallel": "fsdp2"}, {"train_config.fp8": True, "train_config.bf16": True}])
+    {"model_config.peer_config.table_gradient": "sparse", "train_config.parallel": "fsdp2"},
+    {"model_config.peer_config.table_gradient": "consumed", "train_config.parallel": "fsdp2"}, {"train_config.fp8": True, "train_config.bf16": True}])
 def test_more_contradictions(changes):
     with pytest.raises(ConfigError): apply_overrides(Config(), changes)
 

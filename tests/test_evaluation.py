@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from peer_nb.config import DatasetConfig, MLAConfig, ModelConfig, PeerConfig, to_dict, Config
 from peer_nb.data.corpora import load_tokenizer
-from peer_nb.evaluation.perplexity import disjoint_windows, score_documents
+from peer_nb.evaluation.perplexity import score_documents, score_windows
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 
 TEXTS = ["A short one.", "x", "Grüße aus Köln – ≠ 日本語", "def f(x):\n    return x + 1\n" * 9, "word " * 64, "exactly thirty-two bytes long ok"]
@@ -43,15 +43,57 @@ def test_equals_lm_eval_rolling_loglikelihood(model, tokenizer, window):
 
 
 @settings(max_examples=200, deadline=None)
-@given(tokens=st.lists(st.integers(0, 9), max_size=60), window=st.integers(1, 70))
-def test_every_token_is_a_target_once(tokens, window):
-    sequence, targets = [-1, *tokens], []
-    for piece, skip in disjoint_windows(tokens, window, first=-1):
+@given(tokens=st.lists(st.integers(0, 9), max_size=60), window=st.integers(1, 70), data=st.data())
+def test_every_token_is_a_target_once(tokens, window, data):
+    sequence, targets, stride = [-1, *tokens], [], data.draw(st.integers(1, window))
+    for piece, skip in score_windows(tokens, window, first=-1, stride=stride):
         start = len(targets) - skip
         assert piece == sequence[start:start + len(piece)]                 # a stretch of the document, in its place
         assert len(piece) - 1 == min(window, len(tokens))                  # as much context as the window gives
+        assert start == 0 or skip >= window - stride                       # what a stride promises
         targets += piece[1 + skip:]
     assert targets == tokens
+
+
+@pytest.mark.parametrize("stride, length", [(8, 40), (16, 64), (31, 100)])
+def test_equals_the_strided_loop_of_the_transformers_guide(model, tokenizer, stride, length):
+    "Windows that begin at multiples of the stride, labels of the overlap masked, losses weighted by their targets"
+    window, text = 31, ("abcdefghij" * 20)[:length]
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+    total, count, seen = 0.0, 0, 1
+    for begin in range(0, ids.size(1), stride):
+        end = min(begin + window + 1, ids.size(1))
+        if end == ids.size(1): begin = max(0, end - window - 1)            # the last window is as long as the others
+        piece, labels = ids[:, begin:end], ids[:, begin:end].clone()
+        labels[:, :seen - begin] = -100
+        with torch.no_grad(): loss = model(input_ids=piece, labels=labels).loss.double().item()
+        total, count, seen = total + loss*(end - seen), count + end - seen, end
+        if end == ids.size(1): break
+    score = score_documents(model, tokenizer, [text], window=window, batch_size=3, stride=stride)
+    assert (score.tokens, score.stride) == (count, stride)
+    assert score.loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_counts_words_and_bytes_as_lm_eval_does(model, tokenizer):
+    task = pytest.importorskip("lm_eval.api.task", exc_type=ImportError)
+    score = score_documents(model, tokenizer, TEXTS, window=32, batch_size=4, resamples=200)
+    assert (score.words, score.bytes) == (sum(map(task.Task.count_words, TEXTS)), sum(map(task.Task.count_bytes, TEXTS)))
+    assert score.word_perplexity == pytest.approx(math.exp(score.loss*score.tokens / score.words))
+    assert score.bits_per_byte_ci[0] < score.bits_per_byte < score.bits_per_byte_ci[1]
+
+
+def test_any_causal_model_of_transformers(tokenizer, tmp_path):
+    "A GPT-2 from a folder: the command, its JSON and its page"
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from peer_nb.evaluation.command import main
+    from peer_nb.files import read_json
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path/"a.txt").write_text("Nothing is so clear as a number with its error.\n" * 9)
+    assert main(["perplexity", str(tmp_path), "--files", str(tmp_path/"a.txt"), "--output", str(tmp_path/"scores.json")]) == 0
+    score, = read_json(tmp_path/"scores.json")["texts"].values()
+    assert score["window"] == 64 and score["bytes"] == (tmp_path/"a.txt").stat().st_size and "<svg" in (tmp_path/"scores.html").read_text()
 
 
 def test_running_statistics_are_used_and_kept(model, tokenizer):

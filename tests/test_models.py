@@ -53,7 +53,7 @@ def test_model_config_fields_and_defaults_are_the_packages():
 
 def test_models_import_only_what_they_may():
     code = ("import sys, peer_nb.models.causal_lm; own = [m for m in sys.modules if m.startswith('peer_nb')]; "
-            "assert set(own) <= {'peer_nb', 'peer_nb.models'} | {'peer_nb.models.'+m for m in ('mla', 'product_keys', 'peer', 'causal_lm')}, own")
+            "assert set(own) <= {'peer_nb', 'peer_nb.models'} | {'peer_nb.models.'+m for m in ('mla', 'product_keys', 'peer', 'causal_lm', 'kernels', 'kernels.ops')}, own")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

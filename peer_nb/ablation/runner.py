@@ -30,7 +30,7 @@ from .plan import Cell, Plan, code_differences, load_plan, make_plan, plan_diffe
 from .study import BUILTIN_AXES, Budget, Study, builtin_axes, find_template, load_study, template_hash
 from .watch import Screen, clock, follow, live_lines, look_at, summary, table_text
 from ..cli import make_main
-from ..config import Config, UserError, load_config, load_data_mixes, save_config, warn_unfinished
+from ..config import Config, UserError, load_config, load_data_mixes, save_config
 from ..files import folder_lock, read_json, writable_folder, write_atomic
 
 # %% auto #0
@@ -351,10 +351,6 @@ def _reused(plan: Plan, request: Request, output_dir: Path, device: str, fresh: 
     "What need not be computed: declared by the study, and unless all is to be computed, found in the output folder"
     return taken_over(plan, [] if fresh else finished_runs(output_dir), device, request.where)
 
-def _notes(request: Request) -> list[str]:
-    "What is asked for and has no effect yet"
-    return [f"note: {line}" for line in warn_unfinished(request.base)]
-
 # %% ../../nbs/ablation/04_runner.ipynb #979f3a93
 def _go(folder: Path, plan: Plan, place: Place, devices: Devices, retry_failed: bool = False, rerun: Iterable[str] = ()) -> int:
     "Hold the folder, run what is left, write the page"
@@ -396,7 +392,6 @@ def _begin(request: Request, place: Place, output_dir: Path, fresh: bool) -> int
     devices = place_devices(place, len(plan.cells))
     device = "cuda" if devices.visible[0] else "cpu"
     there = _reused(plan, request, output_dir, device, fresh)
-    print(*_notes(request), sep="\n", end="\n" if _notes(request) else "")
     folder = make_folder(output_dir, plan, device, place=asdict(place))
     for run, taken in there.items():
         take(folder/"runs"/run, taken)
@@ -415,7 +410,6 @@ def _show(request: Request, place: Place, output_dir: Path, fresh: bool = False)
     "Print the plan of what was asked for, and write nothing"
     made = _plan_of(request, place, output_dir)
     devices = place_devices(place, len(made.cells))
-    print(*_notes(request), sep="\n", end="\n" if _notes(request) else "")
     seen = outlook(made, output_dir, not devices.visible[0], len(devices.visible))
     there = _reused(made, request, output_dir, "cuda" if devices.visible[0] else "cpu", fresh)
     seen.reuse = {run: taken.source for run, taken in there.items()}

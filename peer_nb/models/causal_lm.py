@@ -44,6 +44,7 @@ class PeerOptions:
     query_norm: str | None = None # layer, batch, none; null follows `batch_norm_query`
     shared_keys: bool = False # one set of keys for all heads
     table_gradient: str = "dense" # how tables receive gradients: dense, sparse; consumed is dense for a layer
+    kernel: str = "auto" # fused kernels: auto (on a GPU), eager (never) or triton (always)
     log_expert_usage: bool = True # for the training loop
     log_freq: int = 1000 # for the training loop
     usage_threshold: float = 5.0 # for the training loop
@@ -52,7 +53,7 @@ class PeerOptions:
         "What a memory layer's constructor takes"
         norm = self.query_norm or ("layer" if self.batch_norm_query else "none")
         names = ("num_experts", "num_experts_per_tok", "num_heads", "expert_hidden_size", "product_key_dim",
-            "query_dim", "activation", "score", "shared_keys", "table_gradient")
+            "query_dim", "activation", "score", "shared_keys", "table_gradient", "kernel")
         return {name: getattr(self, name) for name in names} | {"query_norm": norm}
 
 # %% ../../nbs/models/03_causal_lm.ipynb #4e52707f

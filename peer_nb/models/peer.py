@@ -7,7 +7,7 @@ __all__ = ['TABLE_GRADIENTS', 'ACTIVATIONS', 'SLOPES', 'MEMORY_KINDS', 'MemoryTa
            'row_order', 'table_gradient', 'ReadValues', 'ReadExperts', 'experts_reference', 'ExpertUsage',
            'MemoryLayer', 'owners_table', 'PEER', 'read_values', 'ProductKeyMemory', 'MemoryPlus']
 
-# %% ../../nbs/models/02_peer.ipynb #526a9b38
+# %% ../../nbs/models/02_peer.ipynb #810763f9
 from math import log
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .kernels.ops import read_experts, use_kernel, values
 from .product_keys import ByRow, ProductKeyRouter, add_by_row, by_row, fresh, gather_sum, numpy_may, recomputing, sparse_products
 
 # %% ../../nbs/models/02_peer.ipynb #3393c96b
@@ -278,7 +279,7 @@ def own_tables(self: MemoryLayer) -> bool:
     "Whether all tables are what was built, and not something that was put around them"
     return all(isinstance(getattr(self, name), MemoryTable) for name in self.table_names)
 
-# %% ../../nbs/models/02_peer.ipynb #161f2de0
+# %% ../../nbs/models/02_peer.ipynb #4c6ccf18
 class PEER(MemoryLayer):
     "Parameter-efficient expert retrieval: a mixture of very many, very small experts"
     table_names = ("expert_down", "expert_up")
@@ -295,23 +296,27 @@ class PEER(MemoryLayer):
         index: Tensor, # [tokens, P] their numbers
     ) -> Tensor: # [tokens, d]
         "Run the chosen experts and add their outputs by weight"
-        h = self.expert_hidden_size
+        h, sparse = self.expert_hidden_size, self.table_gradient == "sparse"
+        if self.own_tables() and use_kernel(self.kernel, x, *(t := (self.expert_down.weight, self.expert_up.weight)), width=x.shape[1]):
+            return read_experts(*t, x.to(t[0].dtype), weights, index, self.activation, sparse)
         if h > 1: weights = weights.repeat_interleave(h, -1)                                            # [tokens, P*h]
         if not self.own_tables():
             down, up = (getattr(self, name)(index).view(len(x), -1, self.hidden_size) for name in self.table_names)
             return experts_reference(down, up, x.to(down.dtype), weights.to(down.dtype), self.activation)
         if h > 1: index = (index.unsqueeze(-1) * h + torch.arange(h, device=index.device)).flatten(1)
         down, up = self.expert_down.weight, self.expert_up.weight
-        return ReadExperts.apply(down, up, x.to(down.dtype), weights, index, self.activation, self.table_gradient == "sparse")
+        return ReadExperts.apply(down, up, x.to(down.dtype), weights, index, self.activation, sparse)
 
-# %% ../../nbs/models/02_peer.ipynb #e317eb2b
+# %% ../../nbs/models/02_peer.ipynb #d3c62591
 def read_values(
     layer: MemoryLayer, # with a table `values`
     weights: Tensor, # [tokens, P]
     index: Tensor, # [tokens, P]
 ) -> Tensor: # [tokens, width of a value]
     "Weighted sum of each token's values"
-    if layer.own_tables(): return ReadValues.apply(layer.values.weight, weights, index, layer.table_gradient == "sparse")
+    if layer.own_tables():
+        table, sparse = layer.values.weight, layer.table_gradient == "sparse"
+        return (values if use_kernel(layer.kernel, table, weights, width=table.shape[1]) else ReadValues.apply)(table, weights, index, sparse)
     rows = layer.values(index)                                                   # [tokens, P, width]
     return torch.einsum('tp,tpd->td', weights.to(rows.dtype), rows)
 

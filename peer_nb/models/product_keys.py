@@ -8,7 +8,7 @@ __all__ = ['SPARE', 'BLOCK', 'TINY', 'SCORES', 'FEW', 'staircase', 'product_top_
            'sparse_products', 'add_by_row', 'Retrieve', 'sub_key_rows', 'recomputing', 'SumOverProcesses',
            'data_parallel', 'moments', 'QueryBatchNorm', 'check_router', 'ProductKeyRouter']
 
-# %% ../../nbs/models/01_product_keys.ipynb #1667fdac
+# %% ../../nbs/models/01_product_keys.ipynb #f0541b05
 import warnings
 from functools import lru_cache
 from math import isqrt, prod
@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from numpy import ndarray
 from torch import Tensor, nn
+
+from .kernels.ops import KERNELS, retrieve, use_kernel
 
 # %% ../../nbs/models/01_product_keys.ipynb #0e2f7bf6
 @lru_cache(maxsize=None)
@@ -345,7 +347,7 @@ def check_router(
         raise ValueError("num_experts_per_tok=1 with score='softmax': the one weight is always 1, so keys and queries "
             "would never learn; use score='sigmoid' or more experts")
 
-# %% ../../nbs/models/01_product_keys.ipynb #78a35609
+# %% ../../nbs/models/01_product_keys.ipynb #055a400f
 class ProductKeyRouter(nn.Module):
     "From hidden states to the rows of a memory and their weights"
     def __init__(self,
@@ -360,12 +362,14 @@ class ProductKeyRouter(nn.Module):
         score: str = "softmax", # softmax per head, sigmoid or relu
         shared_keys: bool = False, # one set of keys for all heads
         eps: float = 1e-5, # of the query norm
+        kernel: str = "auto", # auto: fused kernels on a GPU; eager: never; triton: always
     ):
         super().__init__()
+        if kernel not in KERNELS: raise ValueError(f"kernel={kernel!r}: choose one of {', '.join(KERNELS)}")
         check_router(num_experts, num_experts_per_tok, product_key_dim, query_dim, score, query_norm)
         if hidden_size < 1 or num_heads < 1: raise ValueError(f"hidden_size={hidden_size}, num_heads={num_heads}: both must be at least 1")
         self.hidden_size, self.num_experts, self.top_k, self.num_heads = hidden_size, num_experts, num_experts_per_tok, num_heads
-        self.sizes, self.score = list(product_key_dim), score
+        self.sizes, self.score, self.kernel = list(product_key_dim), score, kernel
         self.query_proj = nn.Linear(hidden_size, num_heads * query_dim, bias=False)
         norms = {"batch": (QueryBatchNorm, num_heads * query_dim), "layer": (nn.LayerNorm, query_dim)}
         kind, width = norms.get(query_norm, (nn.Identity, 0))
@@ -400,7 +404,7 @@ def similarities(self: ProductKeyRouter,
     keys = self.keys.to(query.dtype).expand(self.num_heads, -1, -1).split(self.sizes, 1)
     return [torch.einsum('thc,hnc->thn', q, k) for q, k in zip(pieces, keys)]
 
-# %% ../../nbs/models/01_product_keys.ipynb #538b714a
+# %% ../../nbs/models/01_product_keys.ipynb #368912a5
 FEW = 64 # retrievals below which `torch.topk` is as fast
 
 @patch
@@ -408,6 +412,7 @@ def retrieve(self: ProductKeyRouter,
     query: Tensor, # [tokens, heads, query_dim]
 ) -> tuple[Tensor, Tensor]: # scores, best first, and row numbers, both [tokens, heads, k]
     "The best rows of each head"
+    if use_kernel(self.kernel, query, self.keys, width=self.keys.shape[2]): return retrieve(query, self.keys.to(query.dtype), self.sizes, self.top_k)
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     if numpy_may(query, self.keys, dtypes=narrow) and len(query) * self.num_heads >= FEW:
         return Retrieve.apply(query.float(), self.keys.float(), self.sizes, self.top_k)
