@@ -118,6 +118,7 @@ def test_killed_at_three_instants(undisturbed, tmp_path):
     campaign = Campaign(fake_study(tmp_path, seeds=[1]), seed=1, pause=0.2)
     for victim in ("runner", "wrapper", "kernel"): campaign.round(victim)
     campaign.finish(undisturbed[1])
+    assert campaign.hits and campaign.misses < 3
 
 
 @pytest.mark.slow
@@ -202,3 +203,14 @@ def test_status_and_watch_from_another_shell(tmp_path):
     assert ended(process)[0] == 0
     code, out = ended(watcher)
     assert code == 0 and "2 runs: 1 TODO, 1 RUNNING" in out.replace("1 RUNNING, 1 TODO", "1 TODO, 1 RUNNING") and "2 runs: 2 DONE" in out, out
+
+
+@pytest.mark.parametrize("task", ["digit_lookup", "two_hop", "hashhop", "synthetic_qa"])
+def test_the_slurm_studies_of_the_memory_tasks_are_sound(task, capsys):
+    "Each is planned whole, and says with which command it is started"
+    study = Path(__file__).parent.parent/"configs"/"memory"/"slurm"/f"{task}.yaml"
+    command = next(l.removeprefix("#").split() for l in study.read_text().splitlines() if "peer-ablate" in l)
+    parsed = runner.run.__annotations__
+    assert command[:4] == ["peer-ablate", "--study", f"configs/memory/slurm/{task}.yaml", "--launcher"] and {w[2:].replace("-", "_") for w in command if w.startswith("--")} <= {*parsed}
+    assert runner.main(["plan", "--study", str(study), "--gpus", "0"]) == 0
+    assert "seeds" in capsys.readouterr().out
