@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from fake_studies import ended, fake_study, launch, until
+from test_ablation import BASE, STUDY, write_study
 from peer_nb.ablation import runner
 from peer_nb.ablation.plan import load_plan
 from peer_nb.ablation.results import process_mark, run_state
@@ -118,6 +119,7 @@ def test_killed_at_three_instants(undisturbed, tmp_path):
     campaign = Campaign(fake_study(tmp_path, seeds=[1]), seed=1, pause=0.2)
     for victim in ("runner", "wrapper", "kernel"): campaign.round(victim)
     campaign.finish(undisturbed[1])
+    assert campaign.hits and campaign.misses < 3
 
 
 @pytest.mark.slow
@@ -130,6 +132,32 @@ def test_killed_at_thirty_instants(undisturbed, tmp_path):
     assert len(campaign.hits) >= 30
     write_json(REPORT, dict(kills=len(campaign.hits), of={v: sum(h["victim"] == v for h in campaign.hits) for v in ("runner", "wrapper", "kernel")}, nobody_there=campaign.misses,
                             table="as undisturbed", torn_tables=0, runs_made_again_after_done=0, instants=campaign.hits))
+
+
+@pytest.mark.slow
+def test_the_real_trainer_is_killed_and_goes_on_to_the_bit(tmp_path):
+    "kill -9 of a kernel that trains, once it has saved: the resumed run has the undisturbed run's numbers, every digit"
+    base = json.loads(json.dumps(BASE)) | dict(eval_config=dict(max_tokens=500, eval_batch_size=4))
+    base["train_config"] |= dict(max_tokens=64*300, save_steps=50, logging_steps=50, eval_steps=150, save_total_limit=1)
+    base["model_config"]["vocab_size"] = 257
+    study = dict(STUDY, name="real", notebook="train_and_evaluate", axes={"heads": {"four": {}, "two": {"model_config.peer_config.num_heads": 2}}})
+    tables = []
+    for name in ("undisturbed", "killed"):
+        work = write_study(tmp_path/name, study, base)
+        (work/"words.txt").write_text("".join(f"{n} and {n} is {2*n}\n\n" for n in range(600)))
+        process = launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0)
+        if name == "killed":
+            run = until(lambda: [*(work/"out").glob("*/runs/001*/latest")] or process.poll() is not None, 300)[0].parent
+            os.kill(read_json(run/"heartbeat.json")["pid"], signal.SIGKILL)
+            code, out = ended(process)
+            assert code == 1 and run_state(run) == "STALE", out
+            process = launch("--resume", "--output-dir", work/"out")
+        code, out = ended(process)
+        assert code == 0, out
+        tables.append(pd.read_csv(the_folder(work)/"ablation_results.csv"))
+    assert "continuing from" in (run/"log.txt").read_text() and read_json(run/"status.json")["attempt"] == 2
+    numbers = [c for c in tables[0] if "/" in c] + ["run", "state", "tokens", "parameters"]
+    pd.testing.assert_frame_equal(tables[0][numbers], tables[1][numbers], check_exact=True)
 
 
 ENDINGS = {"asks": "import os; os._exit(75)", "torchrun": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; sys.exit(75)'], check=True)", "memory": "raise MemoryError('out')",
@@ -202,3 +230,14 @@ def test_status_and_watch_from_another_shell(tmp_path):
     assert ended(process)[0] == 0
     code, out = ended(watcher)
     assert code == 0 and "2 runs: 1 TODO, 1 RUNNING" in out.replace("1 RUNNING, 1 TODO", "1 TODO, 1 RUNNING") and "2 runs: 2 DONE" in out, out
+
+
+@pytest.mark.parametrize("task", ["digit_lookup", "two_hop", "hashhop", "synthetic_qa"])
+def test_the_slurm_studies_of_the_memory_tasks_are_sound(task, capsys):
+    "Each is planned whole, and says with which command it is started"
+    study = Path(__file__).parent.parent/"configs"/"memory"/"slurm"/f"{task}.yaml"
+    command = next(l.removeprefix("#").split() for l in study.read_text().splitlines() if "peer-ablate" in l)
+    parsed = runner.run.__annotations__
+    assert command[:4] == ["peer-ablate", "--study", f"configs/memory/slurm/{task}.yaml", "--launcher"] and {w[2:].replace("-", "_") for w in command if w.startswith("--")} <= {*parsed}
+    assert runner.main(["plan", "--study", str(study), "--gpus", "0"]) == 0
+    assert "seeds" in capsys.readouterr().out

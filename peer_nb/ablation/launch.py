@@ -47,26 +47,27 @@ def _cores() -> int:
     "Cores that this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../../nbs/ablation/11_launch.ipynb #797bdd5e
+# %% ../../nbs/ablation/11_launch.ipynb #92664fe8
 def choose_devices(
     gpus: int, # of each run, as asked for
     parallel: int | None, # runs at once; None: as the device suggests
     runs: int, # that are to be started
     found: list[str] | None = None, # CUDA devices; None: look for them
+    threads: int | None = None, # of each run; None: what the slots leave
 ) -> Devices:
     "Slots for runs; a UserError where the machine has not what was asked for"
     if gpus < 0 or (parallel is not None and parallel < 1): raise UserError(f"--gpus {gpus}, --parallel {parallel}: GPUs cannot be negative, and at least one run must go at a time")
     found = gpu_devices() if found is None else found
     if not found or gpus == 0:
-        slots = min(parallel or _cores(), max(runs, 1))
-        threads = max(1, _cores() // slots)
+        slots = min(parallel or max(1, _cores() // (threads or 1)), max(runs, 1))
+        threads = threads or max(1, _cores() // slots)
         why = "--gpus 0" if found else "no CUDA device here"
         return Devices(1, [[]]*slots, threads, f"on the CPU ({why}), {slots} at a time with {threads} thread{'s' if threads > 1 else ''} each")
     if len(found) < gpus: raise UserError(f"--gpus {gpus}: this machine has {len(found)} CUDA device{'s' if len(found) > 1 else ''}; use --gpus {len(found)} or fewer, or --gpus 0 for the CPU")
     slots = parallel or 1
     if slots*gpus > len(found): raise UserError(f"--parallel {slots}: needs {slots*gpus} GPUs, {gpus} for each run; this machine has {len(found)}")
     groups = [found[n*gpus:(n + 1)*gpus] for n in range(min(slots, max(runs, 1)))]
-    return Devices(gpus, groups, max(1, _cores() // slots), f"on GPU {' | '.join(', '.join(g) for g in groups)}, {slots} at a time")
+    return Devices(gpus, groups, threads or max(1, _cores() // slots), f"on GPU {' | '.join(', '.join(g) for g in groups)}, {slots} at a time")
 
 # %% ../../nbs/ablation/11_launch.ipynb #399163fb
 def environment(

@@ -225,14 +225,15 @@ def check_place(
     if place.time is not None and place.time <= 0: raise UserError(f"--time {place.time:g}: a run needs some minutes")
     slurm_options(place.slurm)
 
-# %% ../../nbs/ablation/04_runner.ipynb #707e4d48
+# %% ../../nbs/ablation/04_runner.ipynb #880e7a3d
 def place_devices(
     place: Place, # where
     runs: int, # to be started
+    threads: int | None = None, # of each run, as the study began; None: what the slots leave
 ) -> Devices:
     "Slots and threads of runs; of a cluster only what was asked of it is known"
     gpus = 4 if place.gpus is None else place.gpus
-    if place.launcher != "slurm": return choose_devices(gpus, place.parallel, runs)
+    if place.launcher != "slurm": return choose_devices(gpus, place.parallel, runs, threads=threads)
     threads = int(slurm_options(place.slurm).get("cpus_per_task", 1))
     many = choose_devices(gpus, 1, runs, [str(n) for n in range(gpus)])
     at_once = place.parallel or runs
@@ -370,7 +371,7 @@ def _go(folder: Path, plan: Plan, place: Place, devices: Devices, retry_failed: 
             print(f"\nstopped; what is done is kept. {launcher.farewell}Go on with: peer-ablate --resume --output-dir {folder.parent}", file=sys.stderr)
             return 130
 
-# %% ../../nbs/ablation/04_runner.ipynb #219ac179
+# %% ../../nbs/ablation/04_runner.ipynb #5136fe78
 def _resume(folder: Path, request: Request | None, place: Place, retry_failed: bool, rerun: Iterable[str]) -> int:
     "Continue a study"
     frozen, known = load_plan(folder/"plan.json"), read_json(folder/"plan.json")
@@ -379,20 +380,20 @@ def _resume(folder: Path, request: Request | None, place: Place, retry_failed: b
     if asked is None: place.gpus = 0 if device == "cpu" else frozen.world_size
     check_place(place)
     left = left_to_do(folder, frozen, retry_failed) or [c for c in frozen.cells if run_state(folder/"runs"/c.id) == "RUNNING" or rerun]
-    devices = place_devices(place, len(left))
+    devices = place_devices(place, len(left), known.get("threads"))
     if left and device != ("cuda" if devices.visible[0] else "cpu"):
         raise UserError(f"{folder} cannot be continued here: its runs were made on {device}; use --gpus {0 if device == 'cpu' else frozen.world_size} on a machine that has it")
     check_same(folder, frozen, _plan_of(request, place, folder.parent) if request else None, left)
     return _go(folder, frozen, place, devices, retry_failed, rerun)
 
-# %% ../../nbs/ablation/04_runner.ipynb #07f86faf
+# %% ../../nbs/ablation/04_runner.ipynb #cea871a9
 def _begin(request: Request, place: Place, output_dir: Path, fresh: bool) -> int:
     "Start a new study"
     plan = _plan_of(request, place, output_dir)
     devices = place_devices(place, len(plan.cells))
     device = "cuda" if devices.visible[0] else "cpu"
     there = _reused(plan, request, output_dir, device, fresh)
-    folder = make_folder(output_dir, plan, device, place=asdict(place))
+    folder = make_folder(output_dir, plan, device, place=asdict(place), threads=devices.threads)
     for run, taken in there.items():
         take(folder/"runs"/run, taken)
         print(f"reused {run} from {taken.source}: {taken.reason}" + (f"; differs in {len(taken.differs)}, and is in no paired test: {'; '.join(taken.differs)}" if taken.differs else ""))

@@ -41,7 +41,7 @@ def slurm_options(
         out[key.lstrip("-").replace("-", "_")] = int(value) if value.isdigit() else value
     return out
 
-# %% ../../nbs/ablation/14_slurm.ipynb #50d01635
+# %% ../../nbs/ablation/14_slurm.ipynb #75e6f8b4
 class OnNode:
     "Runs one wrapper inside a job"
     def __init__(self,
@@ -60,6 +60,7 @@ class OnNode:
         if code == REQUEUE and (read_json(Path(run)/"status.json") or {}).get("signal") != "SIGTERM": requeue()
         return code
 
+# %% ../../nbs/ablation/14_slurm.ipynb #5659184c
 def requeue():
     "Put the job that this is back into the queue; where that is not allowed, the launcher submits the run again"
     job, element = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
@@ -83,7 +84,7 @@ def read_squeue(
         out[name, element] = Seen(state, f"{job}_{index}" if index.isdigit() else job, node)
     return out
 
-# %% ../../nbs/ablation/14_slurm.ipynb #72cf715c
+# %% ../../nbs/ablation/14_slurm.ipynb #6c0f0f3f
 def ask(
     names: list[str], # of jobs
 ) -> dict[tuple[str, int], Seen] | None: # None: the scheduler does not answer, which says nothing about the jobs
@@ -94,6 +95,7 @@ def ask(
     except (OSError, subprocess.TimeoutExpired): return None
     return read_squeue(said.stdout) if said.returncode == 0 else None
 
+# %% ../../nbs/ablation/14_slurm.ipynb #9f6b140d
 def largest_array() -> int: # elements
     "How large a job array may be"
     try: said = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60).stdout
@@ -101,11 +103,12 @@ def largest_array() -> int: # elements
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", said)
     return int(found[1]) if found else 1000
 
-# %% ../../nbs/ablation/14_slurm.ipynb #f6d8c4c2
+# %% ../../nbs/ablation/14_slurm.ipynb #4fcea4a3
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 ALIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "RESIZING", "SIGNALING"}
 TRIES = 3 # for jobs that end without a word
 
+# %% ../../nbs/ablation/14_slurm.ipynb #3c0f739e
 class Verdict(NamedTuple):
     "What to do about a job that is over"
     again: bool # submit its run once more
@@ -113,6 +116,7 @@ class Verdict(NamedTuple):
     kind: str = "" # of the error
     message: str = ""
 
+# %% ../../nbs/ablation/14_slurm.ipynb #70928f3b
 def verdict(
     state: str, # of the run, by its files
     slurm: str, # of the job; GONE: forgotten
@@ -127,7 +131,7 @@ def verdict(
     if state == "PREEMPTED": return Verdict(True)
     return Verdict(True) if tries < TRIES else Verdict(False, "FAILED", "killed", f"{tries} jobs ended without a status; the folder slurm has their logs")
 
-# %% ../../nbs/ablation/14_slurm.ipynb #0b29bf92
+# %% ../../nbs/ablation/14_slurm.ipynb #fad1c9b4
 @dataclass
 class Ticket:
     "A run's place in the queue"
@@ -138,6 +142,7 @@ class Ticket:
     slurm: str = "PENDING" # as it was last seen
     over: float | None = None # when it was first seen to be over
 
+# %% ../../nbs/ablation/14_slurm.ipynb #87656e40
 @dataclass
 class Slurm:
     "Runs as jobs of a cluster"
@@ -169,13 +174,14 @@ class Slurm:
 
     def stop(self): "Jobs go on without the runner"
 
-# %% ../../nbs/ablation/14_slurm.ipynb #d61eba36
+# %% ../../nbs/ablation/14_slurm.ipynb #ef21976d
 def records(
     folder: Path, # of a study
 ) -> list[dict]: # name, runs
     "What was submitted, or was about to be"
     return [read_json(p) for p in sorted((folder/"slurm").glob("[0-9]*.json"))]
 
+# %% ../../nbs/ablation/14_slurm.ipynb #0862fead
 def new_record(
     folder: Path, # of a study
     runs: list[str], # in the order of the array's elements
@@ -187,7 +193,7 @@ def new_record(
     write_json(folder/"slurm"/f"{number:03d}.json", dict(name=name, runs=runs))
     return name, folder/"slurm"/f"{number:03d}"
 
-# %% ../../nbs/ablation/14_slurm.ipynb #ea536282
+# %% ../../nbs/ablation/14_slurm.ipynb #adb06c31
 def executor_for(
     launcher: Slurm, # with its options
     name: str, # of the job array
@@ -205,6 +211,7 @@ def executor_for(
     executor.update_parameters(**own, additional_parameters={"requeue": True, **more})
     return executor
 
+# %% ../../nbs/ablation/14_slurm.ipynb #2110c5d4
 @patch
 def send(self: Slurm,
     cells: list[Cell], # one job array
@@ -219,7 +226,7 @@ def send(self: Slurm,
         self.tries[cell.id] = self.tries.get(cell.id, 0) + 1
     return None
 
-# %% ../../nbs/ablation/14_slurm.ipynb #0ecaae97
+# %% ../../nbs/ablation/14_slurm.ipynb #de51b33a
 @patch
 def submit(self: Slurm,
     cells: Iterable[Cell], # to be made
@@ -234,6 +241,7 @@ def submit(self: Slurm,
             if job and job.state in WAITING | ALIVE: self.jobs[run] = Ticket(by_id[run], record["name"], element, time.monotonic(), job.state)
     self.queue += [c for c in cells if c.id not in self.jobs]
 
+# %% ../../nbs/ablation/14_slurm.ipynb #49f7c67f
 @patch
 def send_waiting(self: Slurm):
     "Submit as much of the queue as the cluster takes"
@@ -246,7 +254,7 @@ def send_waiting(self: Slurm):
         if size == 1: return
         size = max(1, min(size, len(cells))//2)
 
-# %% ../../nbs/ablation/14_slurm.ipynb #b7999d69
+# %% ../../nbs/ablation/14_slurm.ipynb #0a473d47
 @patch
 def settled(self: Slurm,
     ticket: Ticket, # of a job that is over
@@ -265,6 +273,7 @@ def settled(self: Slurm,
         write_json(run/"status.json", {**(read_json(run/"status.json") or {}), "state": what.state, "exit_code": 1, "error": error})
     return Event("ended", ticket.cell.id, now - ticket.since, what.message or f"Slurm says {slurm}")
 
+# %% ../../nbs/ablation/14_slurm.ipynb #32ee4644
 @patch
 def look(self: Slurm) -> list[Event]: # what happened since the last look
     "Submit what waits, ask the scheduler, decide about jobs that are over"

@@ -1,0 +1,140 @@
+"""What running a study costs beside training and evaluation, and how long a look at a large study takes.
+
+    python benchmarks/runner.py                      prints the figures
+    python benchmarks/runner.py --json runner.json   also writes every sample
+
+*Overhead of a run.* The demo's notebook is run for a few thousand tokens, one run after the other, each in processes of its own,
+as every study does it. From the wall time between the start of the wrapper and its end, the time of three cells is taken away, as
+papermill has noted it: training (with its data, checkpoints and held-out text), benchmarks, and writing samples. What is left is
+the start of two Pythons, their imports, the cells that describe the run, and drawing its report. The first run of a study is shown
+apart: it may find caches cold. The same difference is taken of processor time, which does not depend on who else uses the machine.
+
+*Status.* 10,000 runs on the disk, half of them done, some failed, some under way: `peer-ablate status`, from the start of Python to
+the last line.
+
+A machine that others use as well makes wall times longer; the load at the beginning stands in the file.
+"""
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+WORK = ("train(cfg, resume", "benchmarks = run_benchmarks(", "samples = []")
+STATUS = "import sys; from peer_nb.ablation.runner import main; sys.exit(main())"
+
+
+def machine() -> dict:
+    "Processor, cores and load, without names of the host"
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return dict(cpu=names[0] if names else platform.processor(), cores=len(os.sched_getaffinity(0)), system=platform.system(), python=platform.python_version(), load=round(os.getloadavg()[0], 1))
+
+
+def children() -> float:
+    "Processor seconds of processes that have ended"
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def work_of(notebook: Path) -> float:
+    "Seconds of the cells that train and evaluate"
+    cells = [c for c in json.loads(notebook.read_text())["cells"] if any(w in "".join(c["source"]) for w in WORK)]
+    assert len(cells) >= len(WORK), "the notebook has changed: its training and evaluating cells are not found"
+    return sum(c["metadata"]["papermill"]["duration"] for c in cells)
+
+
+def timed_template(path: Path) -> Path:
+    "The demo's notebook, whose working cells note their processor time"
+    from peer_nb.ablation.study import find_template
+    book = json.loads(Path(find_template("train_and_evaluate")).read_text())
+    for cell in book["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and any(w in source for w in WORK):
+            cell["source"] = f"cpu_before = time.process_time()\n{source}\nwith open(Path(run_dir)/'cpu.txt', 'a') as file: file.write(f'{{time.process_time() - cpu_before}}\\n')"
+    path.write_text(json.dumps(book))
+    return path
+
+
+def overheads(folder: Path, runs: int) -> list[dict]:
+    "Run a study of several runs, one at a time, and take the time of each"
+    from peer_nb.ablation.launch import choose_devices, start
+    from peer_nb.ablation.plan import make_plan, save_plan
+    from peer_nb.ablation.study import Budget, Study
+    from peer_nb.config import apply_overrides, load_config
+    base = apply_overrides(load_config(ROOT/"configs"/"demo.yaml"), {"eval_config.max_tokens": 2000, "dataset_config.tokenizer_name": "bytes", "model_config.vocab_size": 257})
+    levels = {f"{n}": {"train_config.learning_rate": 1e-3*(n + 1)} for n in range(runs)}
+    (folder/"runs").mkdir(parents=True)
+    plan = make_plan(Study("runner", str(ROOT/"configs"/"demo.yaml"), {"rate": levels}, notebook=str(timed_template(folder/"template.ipynb")), budget=Budget(2048), seeds=[1]), base)
+    save_plan(plan, folder/"plan.json")
+    out = []
+    for cell in plan.cells:
+        begin, cpu = time.perf_counter(), children()
+        code = start(folder, cell, choose_devices(0, 1, 1, []), []).process.wait()
+        wall, cpu = time.perf_counter() - begin, children() - cpu
+        assert code == 0, (folder/"runs"/cell.id/"log.txt").read_text()[-2000:]
+        spent = work_of(folder/"runs"/cell.id/"notebook.ipynb")
+        used = sum(map(float, (folder/"runs"/cell.id/"cpu.txt").read_text().split()))
+        out.append(dict(wall_seconds=round(wall, 2), work_seconds=round(spent, 2), overhead_seconds=round(wall - spent, 2), cpu_seconds=round(cpu, 2), overhead_cpu_seconds=round(cpu - used, 2)))
+    return out
+
+
+def large_study(folder: Path, runs: int):
+    "A study of many runs, as a runner would have left it half way"
+    from peer_nb.ablation.plan import make_plan, save_plan
+    from peer_nb.ablation.study import Budget, Study
+    from peer_nb.config import load_config
+    axes = {a: {f"{a} {n}": {f"train_config.{k}": s*(n + 1)} for n in range(100)} for a, k, s in [("rate", "learning_rate", 1e-4), ("decay", "weight_decay", 1e-3)]}
+    plan = make_plan(Study("large", "demo.yaml", axes, seeds=[*range(1, runs//10_000 + 1)] or [1], budget=Budget(400_000)), load_config(ROOT/"configs"/"demo.yaml"), fingerprint=lambda config: "text")
+    plan.cells = plan.cells[:runs]
+    folder.mkdir(parents=True)
+    save_plan(plan, folder/"plan.json")
+    for n, cell in enumerate(plan.cells):
+        run = folder/"runs"/cell.id
+        run.mkdir(parents=True)
+        if n % 2: continue
+        state = dict(state="FAILED", exit_code=1, error={"class": "E", "kind": "code", "message": "m"}) if n % 20 == 0 else dict(state="DONE", exit_code=0, seconds=60.0)
+        if n < 16: state = dict(state="RUNNING", pid=os.getpid(), host=platform.node())
+        (run/"status.json").write_text(json.dumps(state))
+        (run/"heartbeat.json").write_text(json.dumps(dict(step=5, total_steps=10, tokens=500, loss=2.0, tokens_per_second=100.0, phase="training")))
+        if state["state"] == "DONE": (run/"result.json").write_text(json.dumps(dict(metrics={"docs/bits_per_byte": 2.0, "docs/loss": 3.0, "docs/perplexity": 20.0}, training=dict(steps=10, tokens=1000))))
+
+
+def status(folder: Path, times: int) -> list[dict]:
+    "peer-ablate status, several times"
+    out = []
+    for _ in range(times):
+        begin, cpu = time.perf_counter(), children()
+        said = subprocess.run([sys.executable, "-c", STATUS, "status", str(folder)], capture_output=True, text=True, check=True).stdout
+        assert "runs:" in said and "RUNNING" in said
+        out.append(dict(wall_seconds=round(time.perf_counter() - begin, 2), cpu_seconds=round(children() - cpu, 2)))
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write every sample there")
+    parser.add_argument("--runs", type=int, default=4, help="runs of the study whose overhead is measured")
+    parser.add_argument("--times", type=int, default=5, help="looks at the large study")
+    given = parser.parse_args()
+    found = dict(machine=machine())
+    with tempfile.TemporaryDirectory() as place:
+        found["overhead"] = overheads(Path(place)/"study", given.runs)
+        large_study(Path(place)/"large", 10_000)
+        found["status_of_10000_runs"] = status(Path(place)/"large", given.times)
+    first, *others = [r["overhead_seconds"] for r in found["overhead"]]
+    found["summary"] = dict(overhead_first=first, overhead_others=statistics.median(others), overhead_cpu=statistics.median(r["overhead_cpu_seconds"] for r in found["overhead"]),
+                            status_cpu=statistics.median(r["cpu_seconds"] for r in found["status_of_10000_runs"]),
+                            status_wall=statistics.median(r["wall_seconds"] for r in found["status_of_10000_runs"]))
+    print(json.dumps(found["summary"], indent=1))
+    if given.json: given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__": main()
