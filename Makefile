@@ -48,7 +48,7 @@ demo: $(VENV)/base ## a real ablation study on Python's own text, offline, in mi
 
 test: $(VENV)/dev ## all that CI checks: sync, notebooks, pytest, docs, wheel
 	$(BIN)/python -m pytest tests/test_sync.py -q
-	$(BIN)/nbdev_test --n_workers 2
+	TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --durations=8 --deselect tests/test_sync.py $(TEST_FLAGS)
 
 test-full: TEST_FLAGS += --slow

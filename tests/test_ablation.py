@@ -318,7 +318,7 @@ def test_a_template_that_cannot_be_told_what_to_run(template, said, tmp_path, ca
     assert code == 2 and said in err and not (work/"out").exists()
 
 
-@pytest.mark.parametrize("devices, words, said", [(2, [], "--gpus 4: this machine has 2 CUDA devices"), (8, [], "--gpus 4: a run uses one GPU; use --gpus 1"), (2, ["--gpus", 1, "--parallel", 3], "--parallel 3: needs 3 GPUs")])
+@pytest.mark.parametrize("devices, words, said", [(2, [], "--gpus 4: this machine has 2 CUDA devices"), (6, ["--parallel", 2], "--parallel 2: needs 8 GPUs, 4 for each run"), (2, ["--gpus", 1, "--parallel", 3], "--parallel 3: needs 3 GPUs")])
 def test_more_gpus_than_there_are(devices, words, said, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(launching, "gpu_devices", lambda: list(map(str, range(devices))))
     work = write_study(tmp_path)

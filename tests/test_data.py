@@ -437,7 +437,7 @@ def test_varlen_batch_trains_as_its_documents_one_by_one(cache, files):
         piece = batch["input_ids"][:, a:b]
         loss, count = loss + model(piece, labels=piece).loss.item()*(b - a - 1), count + b - a - 1
     assert count == int((batch["labels"] != -100).sum())
-    assert accumulate_gradient(model, [batch], cfg.train_config).item() == pytest.approx(loss/count, abs=2e-6)
+    assert accumulate_gradient(model, [batch], count, cfg.train_config).item() == pytest.approx(loss/count, abs=2e-6)
 
 
 # ---- caches: killed and contended ----

@@ -47,7 +47,7 @@ def _cores() -> int:
     "Cores that this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../../nbs/ablation/11_launch.ipynb #0d362c75
+# %% ../../nbs/ablation/11_launch.ipynb #797bdd5e
 def choose_devices(
     gpus: int, # of each run, as asked for
     parallel: int | None, # runs at once; None: as the device suggests
@@ -63,10 +63,10 @@ def choose_devices(
         why = "--gpus 0" if found else "no CUDA device here"
         return Devices(1, [[]]*slots, threads, f"on the CPU ({why}), {slots} at a time with {threads} thread{'s' if threads > 1 else ''} each")
     if len(found) < gpus: raise UserError(f"--gpus {gpus}: this machine has {len(found)} CUDA device{'s' if len(found) > 1 else ''}; use --gpus {len(found)} or fewer, or --gpus 0 for the CPU")
-    if gpus > 1: raise UserError(f"--gpus {gpus}: a run uses one GPU; use --gpus 1, with --parallel {gpus} for {gpus} runs side by side")
     slots = parallel or 1
-    if slots > len(found): raise UserError(f"--parallel {slots}: needs {slots} GPUs, one per run; this machine has {len(found)}")
-    return Devices(1, [[d] for d in found[:min(slots, max(runs, 1))]], max(1, _cores() // slots), f"on GPU {', '.join(found[:slots])}, {slots} at a time")
+    if slots*gpus > len(found): raise UserError(f"--parallel {slots}: needs {slots*gpus} GPUs, {gpus} for each run; this machine has {len(found)}")
+    groups = [found[n*gpus:(n + 1)*gpus] for n in range(min(slots, max(runs, 1)))]
+    return Devices(gpus, groups, max(1, _cores() // slots), f"on GPU {' | '.join(', '.join(g) for g in groups)}, {slots} at a time")
 
 # %% ../../nbs/ablation/11_launch.ipynb #399163fb
 def environment(

@@ -183,7 +183,7 @@ def metric_names(
     "The columns that are metrics at the end of a run: a slash in the name, and no part of it after a colon"
     return [c for c in rows.columns if "/" in c and ":" not in c]
 
-# %% ../../nbs/ablation/01_results.ipynb #0a6c5414
+# %% ../../nbs/ablation/01_results.ipynb #73248868
 def write_csv(
     folder: str | Path, # of a study
     plan: Plan | None = None, # read from the folder when not given
@@ -200,7 +200,7 @@ def long_table(
     "One row per number: easy to filter, to group and to put under another study's"
     values = [c for c in rows.columns if "/" in c]
     long = rows.melt(["run", *axes, "seed", "state"], values, "column", "value").dropna(subset="value")
-    parts = long.pop("column").str.partition(":")
+    parts = long.pop("column").astype(str).str.partition(":").reindex(columns=range(3))   # also where no run is done
     long["metric"], long["kind"], long["value"] = parts[0], parts[2].where(parts[2] != "", "final"), long.value.astype(float)
     return long[["run", *axes, "seed", "state", "metric", "kind", "value"]].reset_index(drop=True)
 

@@ -24,7 +24,7 @@ SlurmdPort={node_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
@@ -73,12 +73,16 @@ class Cluster:
         self.environment = {"SLURM_CONF": str(self.folder/"slurm.conf")}
 
     def __enter__(self):
+        try: self.begin()
+        except BaseException: self.__exit__(); raise
+        return self
+
+    def begin(self):
         for name in ("state", "spool"): (self.folder/name).mkdir(parents=True, exist_ok=True)
         for part in (self.folder, *self.folder.parents):
             if part.owner() == getpass.getuser() and part != Path("/") and part.stat().st_mode & 0o022 and not part.stat().st_mode & 0o1000: part.chmod(part.stat().st_mode & ~0o022)
         for n in range(self.gpus): subprocess.run(["mknod", self.folder/f"gpu{n}", "c", "1", "3"], check=True)
         (self.folder/"gres.conf").write_text("".join(f"Name=gpu File={self.folder}/gpu{n}\n" for n in range(self.gpus)))
-        (self.folder/"cgroup.conf").write_text("CgroupPlugin=disabled\n")
         keys = dict(host=self.host, port=free_port(), node_port=free_port(), user=getpass.getuser(), folder=self.folder, max_array=self.max_array, cores=4, gpus=self.gpus)
         (self.folder/"slurm.conf").write_text(CONFIG.format(**keys).strip() + "\nSlurmdParameters=config_overrides\n")
         key = self.folder/"munge.key"
@@ -88,7 +92,6 @@ class Cluster:
         self.wait(lambda: (self.folder/"munge.socket").exists())
         self.start("slurmctld", "-D")
         self.start_node()
-        return self
 
     def start(self, program: str, *words: str):
         with open(self.folder/f"{program}.out", "ab") as out:

@@ -1,0 +1,204 @@
+"Studies that are killed anywhere, continued, rerun, reused; runs that end in every way there is."
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from fake_studies import ended, fake_study, launch, until
+from peer_nb.ablation import runner
+from peer_nb.ablation.plan import load_plan
+from peer_nb.ablation.results import process_mark, run_state
+from peer_nb.ablation.watch import look_at
+from peer_nb.files import read_json, read_jsonl, write_json
+
+REPORT = Path(__file__).parent/"kill_report.json"
+NUMBERS = ["run", "heads", "seed", "state", "words/bits_per_byte", "words/loss", "tokens", "parameters"]
+
+
+def table(folder: Path) -> pd.DataFrame: return pd.read_csv(folder/"ablation_results.csv")[NUMBERS]
+
+
+def the_folder(work: Path) -> Path:
+    folder, = (work/"out").iterdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    "The same study, left alone"
+    work = fake_study(tmp_path_factory.mktemp("undisturbed"), seeds=[1])
+    code, out = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, FAKE_STEP=0))
+    assert code == 0, out
+    return work, the_folder(work)
+
+
+def wrappers_and_kernels(folder: Path) -> tuple[list[int], list[int]]:
+    "Processes that are alive and work on the study"
+    wrappers = [s["pid"] for p in folder.glob("runs/*/status.json") if (s := read_json(p)) and s["state"] == "RUNNING" and process_mark(s["pid"])]
+    kernels = [b["pid"] for b in read_jsonl(folder/"begun.jsonl") if process_mark(b["pid"])]
+    return wrappers, kernels
+
+
+def kill_one(folder: Path, process: subprocess.Popen, victim: str) -> str:
+    "kill -9 of a runner, a wrapper or a kernel; who it was"
+    wrappers, kernels = wrappers_and_kernels(folder)
+    pids = {"runner": [process.pid], "wrapper": wrappers, "kernel": kernels}[victim]
+    if not pids or process.poll() is not None: return ""
+    try: os.kill(random.choice(pids), signal.SIGKILL)
+    except ProcessLookupError: return ""
+    return victim
+
+
+def whole(path: Path, runs: int) -> bool:
+    "Whether a table is not torn: a row for each run"
+    return not path.exists() or (len(frame := pd.read_csv(path)) == runs and frame.run.notna().all())
+
+
+def starts(folder: Path) -> dict[str, int]:
+    "Run: how often its notebook has begun"
+    begun = [r["run"] for r in read_jsonl(folder/"begun.jsonl")]
+    return {c.id: begun.count(c.id) for c in load_plan(folder/"plan.json").cells}
+
+
+class Campaign:
+    "A study that is started, killed once at a random instant, continued, killed..., and what was hit"
+    def __init__(self, work: Path, seed: int, pause: float):
+        self.work, self.rng, self.pause, self.hits, self.misses, self.done = work, random.Random(seed), pause, [], 0, {}
+        self.words = ["--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--resume", "--retry-failed"]
+
+    def round(self, victim: str):
+        process = launch(*self.words, FAKE_STEP=self.pause)
+        until(lambda: [*(self.work/"out").glob("*/plan.json")] or process.poll() is not None, 120)
+        folder = self.folder = the_folder(self.work)
+        before = sum(starts(folder).values())
+        if victim != "runner": until(lambda: sum(starts(folder).values()) > before or process.poll() is not None, 120)
+        delay = self.rng.uniform(0, 6 if victim == "runner" else 2.5)
+        time.sleep(delay)
+        if kill_one(folder, process, victim): self.hits.append(dict(victim=victim, after=round(delay, 2), runs_done=len(self.done)))
+        else: self.misses += 1
+        if process.poll() is None and victim != "runner": process.send_signal(signal.SIGINT)
+        ended(process)
+        self.check()
+
+    def check(self):
+        "Nothing lives on, the table is whole, and what was done has not begun again"
+        until(lambda: wrappers_and_kernels(self.folder) == ([], []), 30)
+        plan, count = load_plan(self.folder/"plan.json"), starts(self.folder)
+        assert whole(self.folder/"ablation_results.csv", len(plan.cells))
+        assert {r: count[r] for r in self.done} == self.done, "a run that was done was made again"
+        self.done = {c.id: count[c.id] for c in plan.cells if run_state(self.folder/"runs"/c.id) == "DONE"}
+        if len(self.done) == len(plan.cells): self.forget(self.rng.choice([*self.done]))
+
+    def forget(self, run: str):
+        "All is done and kills are left: make one run anew"
+        runner.set_aside(self.folder, load_plan(self.folder/"plan.json"), [run])
+        del self.done[run]
+
+    def finish(self, reference: Path):
+        "Continue to the end: the same table as undisturbed, every step of every run in it"
+        code, out = ended(launch(*self.words, FAKE_STEP=0))
+        assert code == 0, out
+        pd.testing.assert_frame_equal(table(self.folder), table(reference))
+        for run in (self.folder/"runs").iterdir(): assert sorted({r["step"] for r in read_jsonl(run/"metrics.jsonl")}) == [*range(1, 11)]
+        count = starts(self.folder)
+        assert {r: count[r] for r in self.done} == self.done
+        assert ended(launch(*self.words))[0] == 0 and starts(self.folder) == count
+
+
+def test_killed_at_three_instants(undisturbed, tmp_path):
+    "kill -9 of the runner, of a wrapper, of a kernel: a later --resume ends with the undisturbed table"
+    campaign = Campaign(fake_study(tmp_path, seeds=[1]), seed=1, pause=0.2)
+    for victim in ("runner", "wrapper", "kernel"): campaign.round(victim)
+    campaign.finish(undisturbed[1])
+
+
+@pytest.mark.slow
+def test_killed_at_thirty_instants(undisturbed, tmp_path):
+    campaign = Campaign(fake_study(tmp_path, seeds=[1]), seed=2, pause=0.2)
+    for n in range(90):
+        if len(campaign.hits) >= 30: break
+        campaign.round(("runner", "wrapper", "kernel")[n % 3])
+    campaign.finish(undisturbed[1])
+    assert len(campaign.hits) >= 30
+    write_json(REPORT, dict(kills=len(campaign.hits), of={v: sum(h["victim"] == v for h in campaign.hits) for v in ("runner", "wrapper", "kernel")}, nobody_there=campaign.misses,
+                            table="as undisturbed", torn_tables=0, runs_made_again_after_done=0, instants=campaign.hits))
+
+
+ENDINGS = {"asks": "import os; os._exit(75)", "torchrun": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; sys.exit(75)'], check=True)", "memory": "raise MemoryError('out')",
+           "diverged": "raise FloatingPointError('the loss is not finite')", "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "slow": "import time; time.sleep(60)"}
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory):
+    "A study whose runs end in six ways, with a time limit"
+    work = fake_study(tmp_path_factory.mktemp("endings"), seeds=[1], axes={"ends": {name: {"train_config.learning_rate": 0.001*(n + 1)} for n, name in enumerate(ENDINGS)}})
+    book = json.loads((work/"template.ipynb").read_text())
+    book["cells"][2]["source"] = f"ENDINGS = {ENDINGS!r}\nif not resume: exec(ENDINGS[levels['ends']])\n" + "".join(book["cells"][2]["source"])
+    (work/"template.ipynb").write_text(json.dumps(book))
+    said = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--time", 0.3))
+    return work, the_folder(work), said
+
+
+def test_every_way_to_end_has_its_state_and_kind(endings):
+    _, folder, (code, out) = endings
+    cells = load_plan(folder/"plan.json").cells
+    status = {c.levels["ends"]: read_json(folder/"runs"/c.id/"status.json") for c in cells}
+    assert code == 1 and {e: (s["state"], s["error"]["kind"]) for e, s in status.items()} == {
+        "asks": ("PREEMPTED", "killed"), "torchrun": ("PREEMPTED", "killed"), "memory": ("FAILED", "out of memory"), "diverged": ("FAILED", "not finite"), "killed": ("STALE", "killed"), "slow": ("FAILED", "timeout")}, out
+    rows = pd.read_csv(folder/"ablation_results.csv").set_index("ends")
+    assert rows.error_kind.to_dict() == {e: s["error"]["kind"] for e, s in status.items()}
+    assert "FAILED" in out and "out of memory, MemoryError" in out
+    assert look_at(folder).counts == {"PREEMPTED": 2, "FAILED": 3, "STALE": 1}
+
+
+def test_what_is_taken_up_by_itself_and_what_on_request(endings):
+    "--resume takes up what was preempted and killed; --retry-failed the rest; --rerun makes anew; DONE is left alone"
+    work, folder, _ = endings
+    code, out = ended(launch("--resume", "--output-dir", work/"out"))
+    assert code == 1 and "3 of 6 runs to do" in out and look_at(folder).counts == {"DONE": 3, "FAILED": 3}, out
+    code, out = ended(launch("--resume", "--retry-failed", "--output-dir", work/"out"))
+    assert code == 0 and "3 of 6 runs to do" in out, out
+    before = {p.parent.name: read_json(p) for p in folder.glob("runs/*/status.json")}
+    assert {s["attempt"] for s in before.values()} == {2}
+    code, out = ended(launch("--resume", "--rerun", 3, "--output-dir", work/"out"))
+    after = {p.parent.name: read_json(p) for p in folder.glob("runs/*/status.json")}
+    assert "1 of 6 runs to do" in out and [r for r in before if before[r] != after[r]] == [load_plan(folder/"plan.json").cells[2].id], out
+    assert len([*(folder/"earlier").iterdir()]) == 1 and after[load_plan(folder/"plan.json").cells[2].id]["error"]["kind"] == "out of memory"
+
+
+def test_a_second_study_takes_over_what_the_first_has(undisturbed, tmp_path):
+    "Equal runs by hash, a declared one with its differences; the latter is in no paired test"
+    work, folder = undisturbed
+    study = yaml.safe_load((work/"study.yaml").read_text())
+    study |= dict(name="second", seeds=[1, 7], reuse=[dict(cell={"heads": "two"}, seed=7, source=str(next(folder.glob("runs/002*"))), reason="too dear to make again")])
+    (work/"second.yaml").write_text(yaml.safe_dump(study))
+    code, out = ended(launch("--study", work/"second.yaml", "--output-dir", work/"out", "--gpus", 0, FAKE_STEP=0))
+    second = next(f for f in (work/"out").iterdir() if f.name.startswith("second"))
+    rows = pd.read_csv(second/"ablation_results.csv").set_index(["heads", "seed"])
+    assert code == 0 and "1 of 4 runs to do" in out, out
+    assert rows.state.to_dict() == {("four", 1): "REUSE", ("four", 7): "DONE", ("two", 1): "REUSE", ("two", 7): "REUSE"}
+    assert rows.reuse_differs.dropna().to_dict() == {("two", 7): "train_config.seed: 1 there, 7 here"}
+    first = table(folder).set_index(["heads", "seed"])
+    assert rows.loc[("four", 1), "words/loss"] == first.loc[("four", 1), "words/loss"]
+    assert (second/"runs"/rows.loc[("four", 1), "run"]/"report.html").exists()
+
+
+def test_status_and_watch_from_another_shell(tmp_path):
+    work = fake_study(tmp_path, seeds=[1])
+    process = launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--parallel", 1, FAKE_STEP=0.3)
+    folder = until(lambda: [*(work/"out").glob("*/plan.json")])[0].parent
+    until(lambda: (read_json(next(iter(folder.glob("runs/*/heartbeat.json")), tmp_path/"no")) or {}).get("step", 0) >= 3)
+    watcher = launch("watch", work/"out", "--every", 0.2)
+    code, out = ended(launch("status", work/"out"))
+    assert code == 0 and "RUNNING" in out and "100 tokens/s" in out and "█" in out and "left" in out, out
+    assert ended(process)[0] == 0
+    code, out = ended(watcher)
+    assert code == 0 and "2 runs: 1 TODO, 1 RUNNING" in out.replace("1 RUNNING, 1 TODO", "1 TODO, 1 RUNNING") and "2 runs: 2 DONE" in out, out

@@ -1,0 +1,155 @@
+"The Slurm launcher against a real Slurm on this machine: submit, run, attach, cancel, time-out, requeue, a node that dies."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from peer_nb.ablation.results import run_state
+from peer_nb.files import read_json, read_jsonl, write_json
+
+sys.path.insert(0, str(Path(__file__).parent/"slurm"))
+from cluster import Cluster, installed
+from fake_studies import ended, fake_study, launch, until
+
+pytestmark = pytest.mark.skipif(not installed(), reason="needs root, slurm-wlm, munge: apt-get install slurm-wlm munge")
+pytest.importorskip("submitit", reason="pip install 'peer_nb[slurm]'")
+
+LOG = Path(__file__).parent/"slurm"/"log.json"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with Cluster(tmp_path_factory.mktemp("cluster"), max_array=3) as running:
+        os.environ.update(running.environment)
+        try: yield running
+        finally:
+            for key in running.environment: del os.environ[key]
+
+
+@pytest.fixture(scope="module")
+def log():
+    "What happened, kept as a file when the whole campaign was run"
+    steps, begun = [], time.monotonic()
+    yield lambda test, what: steps.append(dict(test=test, second=round(time.monotonic() - begun), what=what))
+    if len({s["test"] for s in steps}) == 5:
+        write_json(LOG, dict(slurm=subprocess.run(["sinfo", "--version"], capture_output=True, text=True).stdout.strip(), steps=steps))
+
+
+def slurm(*words) -> str:
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def runs_of(work: Path) -> dict[str, str]:
+    "Run: state"
+    folder, = (work/"out").iterdir()
+    return {c["id"]: run_state(folder/"runs"/c["id"]) for c in read_json(folder/"plan.json")["plan"]["cells"]}
+
+
+def job_of(folder: Path, run: str) -> str:
+    "The job of a run, such as 3_1"
+    for path in sorted((folder/"slurm").glob("[0-9]*.json"), reverse=True):
+        record = read_json(path)
+        if run in record["runs"]:
+            lines = [l.split("|") for l in slurm("squeue", "-h", "-r", "-t", "all", "-n", record["name"], "-o", "%K|%F").split()]
+            index = record["runs"].index(run)
+            return next(f"{job}_{k}" if k.isdigit() else job for k, job in lines if k in (str(index), "N/A"))
+
+
+def at_step(folder: Path, run: str, step: int) -> bool:
+    return ((read_json(folder/"runs"/run/"heartbeat.json") or {}).get("step") or 0) >= step
+
+
+def the_folder(work: Path) -> Path:
+    return until(lambda: [*(work/"out").glob("*/plan.json")])[0].parent
+
+
+def begun(folder: Path, run: str) -> list[dict]:
+    return [r for r in read_jsonl(folder/"begun.jsonl") if r["run"] == run]
+
+
+SUBMIT = ["--launcher", "slurm", "--gpus", 1, "--partition", "long"]
+
+
+def test_submitted_in_arrays_and_run(cluster, tmp_path, log):
+    "Four runs where an array may have three elements: two submissions, a GPU of its own for each run, one table"
+    work = fake_study(tmp_path)
+    code, out = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", *SUBMIT))
+    folder = the_folder(work)
+    assert code == 0 and "4 of 4 runs done" in out, out
+    assert [len(read_json(p)["runs"]) for p in sorted((folder/"slurm").glob("[0-9]*.json"))] == [3, 1]
+    results = [read_json(folder/"runs"/r/"result.json") for r in runs_of(work)]
+    assert {r["environment"]["visible"] for r in results} <= {"0", "1", "2", "3"}
+    assert pd.read_csv(folder/"ablation_results.csv").state.tolist() == ["DONE"]*4
+    log("run", "4 runs in arrays of 3 and 1: all DONE, each on one made-up GPU")
+
+
+@pytest.mark.slow
+def test_the_runner_is_killed_and_the_jobs_go_on(cluster, tmp_path, log):
+    work = fake_study(tmp_path, axes={"heads": {"four": {}}})
+    first = launch("--study", work/"study.yaml", "--output-dir", work/"out", *SUBMIT, FAKE_STEP=1)
+    folder = the_folder(work)
+    run = [*runs_of(work)][0]
+    until(lambda: at_step(folder, run, 2))
+    first.kill()
+    ended(first)
+    log("attach", "kill -9 of the runner at step 2 of 10")
+    code, out = ended(launch("--resume", "--output-dir", work/"out"))
+    assert code == 0 and "2 of 2 runs done" in out, out
+    assert len([*(folder/"slurm").glob("[0-9]*.json")]) == 1 and len(begun(folder, run)) == 1
+    log("attach", "--resume found both jobs by name, submitted nothing, and ended with 2 of 2 runs DONE")
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_is_noticed_and_taken_up_on_request(cluster, tmp_path, log):
+    work = fake_study(tmp_path, axes={"heads": {"four": {}}})
+    first = launch("--study", work/"study.yaml", "--output-dir", work/"out", *SUBMIT, FAKE_STEP=1)
+    folder = the_folder(work)
+    run, other = runs_of(work)
+    until(lambda: at_step(folder, run, 2))
+    slurm("scancel", job_of(folder, run))
+    code, out = ended(first)
+    states = runs_of(work)
+    assert code == 1 and states == {run: "PREEMPTED", other: "DONE"}, out
+    log("cancel", f"scancel at step 2: {states[run]}, saved at step {read_json(folder/'runs'/run/'checkpoint.json')['step']}; the other run DONE; not submitted again by itself")
+    code, out = ended(launch("--resume", "--output-dir", work/"out"))
+    steps = [r["step"] for r in read_jsonl(folder/"runs"/run/"metrics.jsonl")]
+    assert code == 0 and steps == [*range(1, 11)], out
+    log("cancel", "--resume: went on from there, each of 10 steps made once, DONE")
+
+
+@pytest.mark.slow
+def test_time_limits(cluster, tmp_path, log):
+    "A run that hears the warning saves and goes on in its next job; one that is deaf is FAILED: timeout"
+    work = fake_study(tmp_path, axes={"ears": {"open": {}, "deaf": {"train_config.learning_rate": 0.02}}}, seeds=[1])
+    code, out = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", *SUBMIT, "--time", 1, "--slurm", "signal_delay_s=20", FAKE_STEP=8), 600)
+    folder = the_folder(work)
+    heard, deaf = runs_of(work)
+    assert code == 1 and runs_of(work) == {heard: "DONE", deaf: "FAILED"}, out
+    assert read_json(folder/"runs"/deaf/"status.json")["error"]["kind"] == "timeout"
+    assert [r["step"] for r in read_jsonl(folder/"runs"/heard/"metrics.jsonl")] == [*range(1, 11)] and len(begun(folder, heard)) >= 2
+    log("time-out", f"--time 1 for 80 s of work: the run that hears SIGUSR2 was requeued and DONE after {len(begun(folder, heard))} jobs, begun at steps {[r['at'] for r in begun(folder, heard)]}; the deaf one FAILED, timeout")
+
+
+@pytest.mark.slow
+def test_a_node_dies(cluster, tmp_path, log):
+    work = fake_study(tmp_path, axes={"heads": {"four": {}}})
+    first = launch("--study", work/"study.yaml", "--output-dir", work/"out", *SUBMIT, FAKE_STEP=1)
+    folder = the_folder(work)
+    run, other = runs_of(work)
+    until(lambda: at_step(folder, run, 2) and at_step(folder, other, 1))
+    cluster.kill_node()
+    until(lambda: run_state(folder/"runs"/run) == "STALE", 10)
+    log("node", "slurmd and all that it had started killed at step 2: both runs STALE")
+    until(lambda: cluster.node_state() == "down", 90)
+    log("node", "Slurm noticed: the node is down, its jobs are back in the queue")
+    cluster.start_node()
+    code, out = ended(first)
+    assert code == 0 and [r["step"] for r in read_jsonl(folder/"runs"/run/"metrics.jsonl")] == [*range(1, 11)], out
+    assert begun(folder, run)[-1]["at"] >= 2
+    log("node", f"node up again: the jobs went on from step {begun(folder, run)[-1]['at']}, 2 of 2 runs DONE, no step made twice")
