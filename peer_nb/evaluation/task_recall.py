@@ -119,7 +119,8 @@ def recall_items(
 def document_items(
     documents: dict[str, list[DocumentScore]], # held-out set -> its documents
 ) -> Iterator[dict]: # metric, item, value
-    "What single documents add to bits per byte; the mean over items is the metric"
+    "What single documents say about bits per byte; the mean over items is the metric"
     for name, scores in documents.items():
-        mean = sum(s.bytes for s in scores) / len(scores)
-        for s in scores: yield dict(metric=f"{name}/bits_per_byte", item=s.doc_hash, value=s.nats / math.log(2) / mean)
+        bits, size = math.fsum(s.nats for s in scores) / math.log(2), sum(s.bytes for s in scores)
+        ratio, mean = bits / size, size / len(scores)
+        for s in scores: yield dict(metric=f"{name}/bits_per_byte", item=s.doc_hash, value=ratio + (s.nats / math.log(2) - ratio*s.bytes) / mean)

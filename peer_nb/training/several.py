@@ -11,7 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ..config import Config
+from ..evaluation.benchmarks import run_benchmarks
 from ..evaluation.perplexity import evaluate_heldout
+from ..evaluation.task_recall import ask_tasks
 from ..files import read_jsonl
 from ..models.causal_lm import PeerMLAForCausalLM
 from .launch import STOPPED, launch
@@ -26,13 +28,14 @@ def left_behind(
     checkpoint: Path, # its last
     device: str, # where the model is to be evaluated
 ) -> TrainResult:
-    "A finished run, read from its folder; the held-out text is scored here, by one process, and what memory the ranks needed is not known"
+    "A finished run, read from its folder; it is examined here, by one process, and what memory the ranks needed is not known"
     model = PeerMLAForCausalLM.from_pretrained(checkpoint).to(device).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
     metrics = read_jsonl(Path(cfg.train_config.output_dir)/"metrics.jsonl")
-    last = metrics[-1]
-    return TrainResult(model, tokenizer, metrics, evaluate_heldout(model, tokenizer, cfg), checkpoint, last["step"], last["tokens"], last["seconds"],
-                       last["tokens"]/last["seconds"], last["loss"], last["skipped"], None)
+    last, documents = metrics[-1], {}
+    heldout, answers, benchmarks = evaluate_heldout(model, tokenizer, cfg, documents), ask_tasks(model, tokenizer, cfg), run_benchmarks(model, tokenizer, cfg)
+    return TrainResult(model, tokenizer, metrics, heldout, checkpoint, last["step"], last["tokens"], last["seconds"],
+                       last["tokens"]/last["seconds"], last["loss"], last["skipped"], None, documents, answers, benchmarks)
 
 # %% ../../nbs/training/08_several.ipynb #5e9266c3
 def train_in_several(
