@@ -5,7 +5,7 @@
 
 *Overhead of a run.* The demo's notebook is run for a few thousand tokens, one run after the other, each in processes of its own,
 as every study does it. From the wall time between the start of the wrapper and its end, the time of three cells is taken away, as
-papermill has noted it: training (with its data, checkpoints and held-out text), benchmarks, and writing samples. What is left is
+papermill has noted it: training (with its data, checkpoints and evaluations), expert usage, and writing samples. What is left is
 the start of two Pythons, their imports, the cells that describe the run, and drawing its report. The first run of a study is shown
 apart: it may find caches cold. The same difference is taken of processor time, which does not depend on who else uses the machine.
 
@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WORK = ("train(cfg, resume", "benchmarks = run_benchmarks(", "samples = []")
+WORK = ("train(cfg, resume", "layer.collect_usage()", "samples = []")
 STATUS = "import sys; from peer_nb.ablation.runner import main; sys.exit(main())"
 
 
