@@ -20,8 +20,9 @@ from ..config import Config, UserError
 from ..files import read_json
 
 # %% auto #0
-__all__ = ['Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'duration', 'estimated_memory', 'reusable',
-           'pair_spread', 'sight', 'difference', 'Outlook', 'outlook', 'plan_rows', 'match_rows', 'totals', 'plan_text']
+__all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'duration',
+           'estimated_memory', 'reusable', 'pair_spread', 'sight', 'difference', 'Outlook', 'outlook', 'plan_rows',
+           'match_rows', 'totals', 'plan_text']
 
 # %% ../../nbs/ablation/09_estimates.ipynb #ed0f3173
 @dataclass(frozen=True)
@@ -200,6 +201,8 @@ def outlook(
     return Outlook(rate, reusable(plan, runs), pair_spread(runs, plan.metric), slots)
 
 # %% ../../nbs/ablation/09_estimates.ipynb #91b012cd
+PLAN_COLUMNS = ("runs", "seeds", "total", "active", "tokens", "FLOPs", "time", "memory", "reuse", "differs from the base in") # beside the axes
+
 def plan_rows(
     plan: Plan, # its cells
     seen: Outlook | None = None, # what is known beforehand
@@ -208,7 +211,7 @@ def plan_rows(
     "One row per combination of levels: cost, what is there already, difference from the base"
     seen, groups = seen or Outlook(), {}
     for c in plan.cells: groups.setdefault(tuple(c.levels.items()), []).append(c)
-    return [{"runs": group[0].id[:group[0].id.index("-")] + (f"–{group[-1].id[:group[-1].id.index('-')]}" if len(group) > 1 else ""), **dict(levels), "seeds": " ".join(str(c.seed) for c in group),
+    return [{"runs": group[0].id[:group[0].id.index("-")] + (f"–{group[-1].id[:group[-1].id.index('-')]}" if len(group) > 1 else ""), **{name + " (axis)"*(name in PLAN_COLUMNS): level for name, level in levels}, "seeds": " ".join(str(c.seed) for c in group),
              "total": short_number(c.parameters["total"]), "active": short_number(c.parameters["active"]), "tokens": short_number(c.tokens), "FLOPs": short_number(c.flops),
              "time": duration(estimated_seconds(c, seen.rate)), "memory": short_number(estimated_memory(plan.config(c), c.parameters, plan.world_size)) + "B",
              "reuse": str(sum(g.id in (seen.reuse or {}) for g in group) or ""), "differs from the base in": difference(c.overrides)}
