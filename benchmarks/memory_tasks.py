@@ -19,7 +19,7 @@ import transformers
 
 from peer_nb.config import load_config
 from peer_nb.data.corpora import task_arguments
-from peer_nb.evaluation.recall import recall_of
+from peer_nb.evaluation.recall import recall_of, start_of
 from peer_nb.tasks.writing import generate
 from peer_nb.training.loop import train
 
@@ -43,7 +43,7 @@ def learn(task: str) -> dict:
     entry = cfg.dataset_config.datasets[0]
     splits = {name: rows for name, rows in generate(task, **task_arguments(entry)).items() if name != "train"}
     return dict(task=task, arguments=task_arguments(entry), steps=done.steps, tokens=done.tokens, cpu_seconds=round(seconds),
-                final_loss=done.metrics[-1]["loss"], recall=recall_of(done.model.eval(), done.tokenizer, task, splits))
+                final_loss=done.metrics[-1]["loss"], recall=recall_of(done.model.eval(), done.tokenizer, task, splits, start=start_of(cfg.dataset_config.packing)))
 
 
 def main():

@@ -24,10 +24,10 @@ from ..tasks.writing import TASKS
 
 # %% auto #0
 __all__ = ['GROUPS', 'LOGITS', 'Mode', 'Z', 'FLAT', 'Question', 'questions_of', 'file_rows', 'read_questions', 'Encoded',
-           'encoded_one', 'encode_questions', 'Pieces', 'Forced', 'split_places', 'keeps_last_logits', 'teacher_forced',
-           'cut_cache', 'Speech', 'speak', 'longest_context', 'generate_after', 'batches_of', 'check_fit',
-           'forced_text', 'record_of', 'answer_batches', 'wilson', 'share', 'mean', 'summary', 'bucket_names',
-           'recall_of', 'Walk', 'walk']
+           'encoded_one', 'encode_questions', 'start_of', 'Pieces', 'Forced', 'split_places', 'keeps_last_logits',
+           'teacher_forced', 'cut_cache', 'Speech', 'speak', 'longest_context', 'generate_after', 'batches_of',
+           'check_fit', 'forced_text', 'record_of', 'answer_batches', 'wilson', 'share', 'mean', 'summary',
+           'bucket_names', 'recall_of', 'Walk', 'walk']
 
 # %% ../../nbs/evaluation/04_recall.ipynb #470ae94b
 GROUPS = ("frequency", "difficulty", "hops", "chain_of_thought", "alphabet", "length") # columns that answers are counted by
@@ -131,6 +131,13 @@ def encode_questions(
     before = [first] if start == "separator" else []
     cut = tokenizer([q.prompt + q.answer + q.end for q in questions], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return [encoded_one(q, ids, [end for _, end in offsets], before) for q, ids, offsets in zip(questions, cut["input_ids"], cut["offset_mapping"])]
+
+# %% ../../nbs/evaluation/04_recall.ipynb #start1co
+def start_of(
+    packing: str, # of the training, as dataset_config has it
+) -> Literal["separator", "nothing"]:
+    "What comes before a question, so that it begins as documents did in training"
+    return "nothing" if packing == "varlen" else "separator"
 
 # %% ../../nbs/evaluation/04_recall.ipynb #8c7b98bd
 class Pieces:

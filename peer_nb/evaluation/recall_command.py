@@ -23,15 +23,16 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..config import load_config
 from .perplexity import load_checkpoint_model
-from .recall import Question, answer_batches, encode_questions, read_questions, walk
+from .recall import Question, answer_batches, encode_questions, read_questions, start_of, walk
 from .recall_page import add_kinds, answer_pool, by_group, calibration, chances, count_kinds, number, recall_page
 from ..files import UserError, append_jsonl, folder_lock, read_json, read_jsonl, sha256_of, writable_folder, write_atomic, write_json
 
 # %% auto #0
-__all__ = ['SCHEMA', 'MissingWeights', 'open_checkpoint', 'weights_print', 'Processes', 'claim_folder', 'read_answers', 'watched',
-           'flat_metrics', 'result_of', 'environment', 'results_table', 'Asked', 'answer_all', 'finish', 'run_recall',
-           'check_numbers', 'recall']
+__all__ = ['SCHEMA', 'MissingWeights', 'open_checkpoint', 'trained_start', 'weights_print', 'Processes', 'claim_folder',
+           'read_answers', 'watched', 'flat_metrics', 'result_of', 'environment', 'results_table', 'Asked',
+           'answer_all', 'finish', 'run_recall', 'check_numbers', 'recall']
 
 # %% ../../nbs/evaluation/06_recall_command.ipynb #6b7e1f82
 class MissingWeights(logging.Handler):
@@ -66,6 +67,14 @@ def open_checkpoint(
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise UserError(f"{checkpoint}: holds a {type(model).__name__}, which predicts no tokens; recall needs a causal language model")
     return model, tokenizer
+
+# %% ../../nbs/evaluation/06_recall_command.ipynb #tstart1c
+def trained_start(
+    checkpoint: Path, # folder
+) -> Literal["separator", "nothing"]:
+    "What came before a document when a checkpoint was trained"
+    kept = checkpoint/"trainer_state"/"config.yaml"
+    return start_of(load_config(kept).dataset_config.packing if kept.is_file() else "rows")
 
 # %% ../../nbs/evaluation/06_recall_command.ipynb #9a958124
 def weights_print(
@@ -322,7 +331,7 @@ def recall(
     show: str | None = None, # print one question token by token (an id such as known/17), and write nothing
     limit: int | None = None, # rows from the beginning of each split
     batch_tokens: int = 8192, # tokens of a batch, padding included
-    start: Literal["separator", "nothing"] = "separator", # what comes before a question: bos or eos as in packed training, or nothing
+    start: Literal["auto", "separator", "nothing"] = "auto", # what comes before a question: bos or eos, or nothing; auto: as the checkpoint was trained
     force: bool = False, # forget the answers that the output folder holds
 ) -> int: # exit code
     """Ask a model the questions of a memory task
@@ -332,6 +341,7 @@ def recall(
     check_numbers(top=(top, 0), limit=(1 if limit is None else limit, 1), batch_tokens=(batch_tokens, 1))
     if not (Path(checkpoint)/"config.json").is_file(): raise UserError(f"{checkpoint}: not a checkpoint folder (it has no config.json)")
     task, questions = read_questions(data, splits, limit)
+    if start == "auto": start = trained_start(Path(checkpoint))
     asked = Asked(task, questions, Path(data), dict(mode=mode, start=start, top=(top or -1) if logits else 0))
     if show is not None:
         question = asked.find(show)

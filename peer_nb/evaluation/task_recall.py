@@ -15,7 +15,7 @@ from torch import nn
 from ..config import Config, DatasetEntry, UserError
 from ..data.corpora import eval_entries, task_arguments
 from .perplexity import DocumentScore, autocast_for
-from .recall import FLAT, Z, Question, answer_batches, bucket_names, encode_questions, questions_of, summary
+from .recall import FLAT, Z, Question, answer_batches, bucket_names, encode_questions, questions_of, start_of, summary
 from ..tasks.synthetic_qa import Columns
 from ..tasks.writing import generate
 
@@ -64,7 +64,7 @@ def check_tasks(
     "Refuse questions that could not be asked"
     room = cfg.model_config.max_position_embeddings
     for entry in task_entries(cfg):
-        longest = max(encode_questions(tokenizer, task_questions(entry)), key=lambda e: len(e.context) + len(e.answer))
+        longest = max(encode_questions(tokenizer, task_questions(entry), start_of(cfg.dataset_config.packing)), key=lambda e: len(e.context) + len(e.answer))
         size = len(longest.context) + len(longest.answer)
         if size > room: raise UserError(f"dataset '{entry.name}': question {longest.question.id} has {size} tokens, and the model reads {room} (model_config.max_position_embeddings); make the task's rows shorter")
 
@@ -80,7 +80,7 @@ def ask_tasks(
     for entry in task_entries(cfg):
         questions = task_questions(entry, rows)
         with autocast_for(cfg.train_config, device):
-            records = {r["id"]: r for batch in answer_batches(model, tokenizer, encode_questions(tokenizer, questions)) for r in batch}
+            records = {r["id"]: r for batch in answer_batches(model, tokenizer, encode_questions(tokenizer, questions, start_of(cfg.dataset_config.packing))) for r in batch}
         found[entry.name] = [records[q.id] for q in questions]
     return found
 
