@@ -96,9 +96,9 @@ def _decisions(
 def _refuse_unmatched(patterns: Iterable[str], names: list[str]):
     "Raise the error for patterns that match nothing"
     modules = sorted({name.rsplit(".", i)[0] for name in names for i in range(name.count(".") + 1)})
-    lines = []
+    words, lines = sorted({word for module in modules for word in module.split(".")}), []
     for pattern in patterns:
-        near = difflib.get_close_matches(pattern.rstrip("."), modules, 3, .5)
+        near = difflib.get_close_matches(pattern.rstrip("."), modules, 3, .5) or difflib.get_close_matches(pattern.rstrip(".").split(".")[-1], words, 3, .5)
         lines.append(f"  {pattern}" + (f" (near: {', '.join(near)})" if near else ""))
     raise UserError("\n".join(["freeze_layer_map: these patterns match no tensor:", *lines, "Patterns are names of tensors or modules, * stands for any run of characters."]))
 
