@@ -109,11 +109,12 @@ def item_evidence(
     if not common: return None, None, f"no items of {metric} that all runs have"
     d = sign*np.array([[x[i][0] - y[i][0] for i in common] for x, y in read])
     clusters = [read[0][0][i][1] for i in common]
-    found, said = compare(cluster_means(d.mean(0), clusters), null), f"{len(common)} items"
+    found = compare(cluster_means(d.mean(0), clusters), null)
+    said = "" if found.n == len(common) else f"{len(common)} items in {found.n} groups"
     values = {v for x, y in read for i in common for v in (x[i][0], y[i][0])}
     if len(read) == 1 and values <= {0.0, 1.0} and null == 0 and len({*clusters}) == len(common):
         wins, losses, p = mcnemar(d[0] > 0, d[0] < 0)
-        found, said = Comparison(found.mean, found.low, found.high, p, found.sd, found.n, found.effect_size, null), f"{said}: {wins} only a has right, {losses} only b (McNemar)"
+        found, said = Comparison(found.mean, found.low, found.high, p, found.sd, found.n, found.effect_size, null), f"{wins} only a has right, {losses} only b (McNemar)"
     return found, noise(d, clusters), said
 
 # %% ../../nbs/ablation/08_claims.ipynb #44caf98a
@@ -164,7 +165,7 @@ def _evidence(claim: dict, rows: list[dict], axes: Iterable[str], folder: Path |
     by_item, apart, said = item_evidence(folder, c.pairs, claim["metric"], sign, claim["min_effect"]) if folder and c.pairs and not number else (None, None, "")
     if claim["test"] == "seeds": return found, c, apart, _words(found, c, "seed")
     if by_item is None: return Comparison(found.mean, None, None, None, None, 0, None, claim["min_effect"]), c, None, said or "no items yet"
-    return by_item, c, apart, f"{_words(by_item, c, 'item')}; {said}; for these trained models, other seeds are not covered"
+    return by_item, c, apart, "; ".join(filter(None, [_words(by_item, c, 'item'), said, "for these trained models, other seeds are not covered"]))
 
 def evaluate_claims(
     claims: list[dict[str, Any]], # with metric and direction
