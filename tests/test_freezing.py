@@ -91,7 +91,8 @@ def test_a_run_trains_what_is_not_frozen_and_resumes_to_the_bit(run, tmp_path):
     moved = {name for name in end if not torch.equal(start[name], end[name])}
     assert moved and all(".memory." in name for name in moved)
     shutil.copytree(tmp_path/"whole"/"checkpoint-2", tmp_path/"half"/"checkpoint-2")
-    assert run("half", frozen, "--resume") == 0
+    command = [sys.executable, "-c", "import sys; from peer_nb.training.loop import main; sys.exit(main())"]   # a new process
+    subprocess.run([*command, "--config", str(tmp_path/"run.yaml"), "--output-dir", str(tmp_path/"half"), frozen, "--resume"], check=True)
     assert all(torch.equal(value, end[name]) for name, value in weights(tmp_path/"half"/"checkpoint-4").items())
     shutil.copytree(tmp_path/"whole"/"checkpoint-2", tmp_path/"other"/"checkpoint-2")
     assert run("other", 'train_config.freeze_layer_map=["lm_head"]', "--resume") == 2

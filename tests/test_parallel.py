@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peer_nb.config import Config, DatasetConfig, DatasetEntry, EvalConfig, MLAConfig, ModelConfig, PeerConfig, TrainConfig, load_config, save_config
-from peer_nb.files import read_json, read_jsonl
+from peer_nb.files import read_json
 from peer_nb.training.checkpoints import latest_checkpoint
 from peer_nb.training.launch import run_ranks
 from peer_nb.training.loop import Trainer, main, train
 from peer_nb.training.parallel import join_processes
+from test_training import assert_same, timeless
 
 STEPS, STOP = 6, 3
 KINDS = ("ddp", "fsdp2")
@@ -114,22 +115,6 @@ def alone(text, tmp_path_factory) -> Path:
     finally: Trainer.read_batches = plain
     (place/"fsdp2").symlink_to(place/"ddp")
     return place
-
-
-def timeless(out: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in read_jsonl(out/"metrics.jsonl")]
-
-
-def assert_same(a, b, where=""):
-    "Equal to the bit, through dicts and lists"
-    if isinstance(a, torch.Tensor): assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a.keys() - {"seconds", "line_seconds"}: assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)): assert_same(x, y, f"{where}[{i}]")
-    else: assert a == b, where
 
 
 def assert_same_end(out: Path, undisturbed: Path):
