@@ -45,7 +45,8 @@ ROWS = 1000 # of a split
 def _test_sets(task: str, arguments: str) -> dict[str, Columns]:
     "The test sets of a task, kept from one examination to the next; arguments as JSON"
     made = generate(task, **json.loads(arguments))
-    return {split: columns for split, columns in made.items() if split != "train" and {"answer", "answers"} & set(columns)}
+    return {split: columns for split, columns in made.items()
+            if split != "train" and {"answer", "answers"} & set(columns)}
 
 def task_questions(
     entry: DatasetEntry,  # with a task
