@@ -139,7 +139,8 @@ def encode_questions(
             f"{type(tokenizer).__name__} is not a fast one")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start == "separator" and first is None:
-        raise UserError("the tokenizer has neither a bos nor an eos token to put before a question; use --start nothing")
+        raise UserError("the tokenizer has neither a bos nor an eos token to put before a question; "
+            "use --start nothing")
     before = [first] if start == "separator" else []
     texts = [q.prompt + q.answer + q.end for q in questions]
     cut = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -232,7 +233,7 @@ def teacher_forced(
     out, sizes = model(input_ids=padded, use_cache=keep, **options), [len(t) for t in targets]
     rows = torch.repeat_interleave(torch.arange(len(batch)), torch.tensor(sizes))
     places = torch.cat([torch.arange(n) + len(e.context) - 1 for e, n in zip(batch, sizes)])
-    places -= width - out.logits.shape[1]                                            # those of the logits that are there
+    places -= width - out.logits.shape[1]                                            # among the logits that are there
     chosen = out.logits[rows.to(device), places.to(device)].float().log_softmax(-1)  # [places, vocabulary]
     right = torch.tensor([t for row in targets for t in row], device=device)
     return split_places(chosen, right, sizes, top), out.past_key_values if keep else None
