@@ -56,6 +56,7 @@ def _parameter(p: inspect.Parameter, comment: str) -> Parameter:
     many = get_origin(kind) is list
     return Parameter(p.name, get_args(kind)[0] if many else kind, many, p.default, comment or "")
 
+# %% ../nbs/01_cli.ipynb #50077060
 def parameters(func: Callable) -> list[Parameter]:
     "A function's parameters, `overrides` left out"
     from fastcore.docments import docments
@@ -115,6 +116,8 @@ def _splitter(params: list[Parameter]) -> _Splitter:
 def _meant(near: list[str], known: Iterable[str]) -> str:
     "The end of an unknown name's error: the nearest known one, else all"
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+
+# %% ../nbs/01_cli.ipynb #d708dd92
 def _check_words(words: list[str], params: list[Parameter]):
     "Refuse unknown options and switches with a value"
     switches = {p.option for p in params if p.kind is bool}

@@ -128,6 +128,7 @@ def _kinds(section: type) -> dict[str, Any]: # key -> type, with its conditions
     hints = get_type_hints(section, include_extras=True)
     return {f.name: hints[f.name] for f in fields(section) if f.init}
 
+# %% ../nbs/00_config.ipynb #d9fdf59a
 def _build(section: type, keys: Any, file: str, where: str) -> Any:
     "A section from a mapping; every key must be known, every required one present"
     if not isinstance(keys, dict): _refuse(keys, section, file, where)
@@ -159,6 +160,7 @@ def _walk_keys(section: type, where: str = "") -> Iterator[tuple[str, KnownKey]]
         yield key, KnownKey(section, name, kind, inner is None)
         if inner: yield from _walk_keys(inner, key + ".*"*bool(lists))
 
+# %% ../nbs/00_config.ipynb #269230d3
 @cache
 def known_keys() -> dict[str, KnownKey]: # by dotted key; * stands for an item of a list of sections
     "Every key that a configuration may have, in the file's order"
@@ -250,6 +252,7 @@ def _entry_problems(entries: list[DatasetEntry], where: str) -> Problems:
             yield f"{where}.{i}.text_template", (f"contradicts text_field: {entry.text_field}; "
                 "the text comes from one of them")
 
+# %% ../nbs/00_config.ipynb #2d55b7f7
 def _data_problems(d: DatasetConfig, m: ModelConfig) -> Problems:
     "Data that the model cannot take"
     if d.max_seq_length > m.max_position_embeddings:
@@ -268,6 +271,7 @@ def to_dict(
     "What a YAML file would hold"
     return asdict(cfg)
 
+# %% ../nbs/00_config.ipynb #859d7dbc
 def validate(
     cfg: Config,
     file: str | Path = "", # where it came from, for the error
@@ -308,6 +312,7 @@ class _Reader(yaml.SafeLoader):
             seen.add(name)
         return super().construct_mapping(node, deep)
 
+# %% ../nbs/00_config.ipynb #9f269708
 class _Writer(yaml.SafeDumper):
     "Quotes whatever YAML 1.1 or 1.2 would not read as text"
 
@@ -427,6 +432,7 @@ def to_yaml(
     "Every key of a configuration, as a file states it"
     return yaml.dump(to_dict(cfg), Dumper=_Writer, sort_keys=False, allow_unicode=True, width=120)
 
+# %% ../nbs/00_config.ipynb #f1f97292
 def save_config(
     cfg: Config, # is checked before
     path: str | Path, # written whole or not at all
@@ -473,6 +479,7 @@ class DataMix:
     name: Text | None = None # for tables and figures; null: the key
     key: str = field(default="", init=False) # what the file calls it
 
+# %% ../nbs/00_config.ipynb #9eb85c26
 def load_data_mixes(
     path: str | Path, # a YAML file with `data_mixes:`
 ) -> dict[str, DataMix]: # key -> mix, in the file's order
@@ -494,6 +501,7 @@ def _cell(value: Any) -> str:
     "A value in a Markdown table"
     return _shown(value).strip("'").replace("|", "\\|").replace("\\n", " ") if value is not MISSING else ""
 
+# %% ../nbs/00_config.ipynb #bc978dd4
 def config_table(cfg: Config) -> str: # Markdown
     "A configuration as a table: key, value, default, meaning"
     from fastcore.docments import docments

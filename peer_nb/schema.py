@@ -104,6 +104,7 @@ class RopeScaling:
     mscale: Positive | None = None # yarn, with mscale_all_dim: strength of the factor on cosine and sine
     mscale_all_dim: Positive | None = None # yarn: strength of the factor on all scores
 
+# %% ../nbs/00_schema.ipynb #86612ad2
 @dataclass
 class MLAConfig:
     "Multi-head latent attention"

@@ -156,6 +156,7 @@ def labelled(self: DataCollatorForLanguageModelingVarLen, examples: Examples) ->
         trained[mine] = self.trained(ids[mine], np.unique(counted(mine)[borders]), mask)
     return examples._replace(labels=np.where(trained, labels, -100))
 
+# %% ../../nbs/data/03_collate.ipynb #285dedf6
 @patch
 def cut(self: DataCollatorForLanguageModelingVarLen, examples: Examples) -> Examples:
     "Keep at most `max_length` tokens of each example"
@@ -243,6 +244,7 @@ def batches(self: DocumentBatches) -> list[list[int]]: # numbers of examples
     mine = order[:count - count % self.world_size][self.rank::self.world_size].tolist()
     return [mine[i:i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
 
+# %% ../../nbs/data/03_collate.ipynb #16b08a8a
 @patch
 def __iter__(self: DocumentBatches) -> Iterator[dict]:
     "What is left of the epoch; after its end, the next epoch"

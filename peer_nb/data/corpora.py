@@ -145,6 +145,7 @@ def summarise(documents: Iterable[str]) -> dict: # documents, bytes, sha256
     for text in documents: tally.add(text)
     return tally.result()
 
+# %% ../../nbs/data/00_corpora.ipynb #6295f957
 def library_folder(fraction: float) -> Path:
     "The cache folder with the split library, filled at the first call"
     key = sha256_of([RECIPE, sys.version, library_files(), fraction])
@@ -168,6 +169,7 @@ def format_of(path: str) -> str | None: # json, csv, text or parquet; None when 
     stem, ending = os.path.splitext(path.lower())
     return ENDINGS.get(os.path.splitext(stem)[1] if ending in PACKED else ending)
 
+# %% ../../nbs/data/00_corpora.ipynb #d9f921f3
 def is_local(entry: DatasetEntry) -> bool:
     "Whether an entry means files on this machine"
     path = os.path.expanduser(entry.path)
@@ -285,6 +287,7 @@ def task_arguments(
     try: return resolved(entry.task, **given)
     except UserError as e: raise UserError(f"{where}: {e}") from e
 
+# %% ../../nbs/data/00_corpora.ipynb #256a0516
 def task_documents(
     entry: DatasetEntry, # with a task
     heldout: bool, # rows that are never trained on, instead of the training set
@@ -344,6 +347,7 @@ def documents(
     texts = (text_of(entry, r) for r in records(entry))
     return (t for t in texts if belongs(t, heldout, heldout_fraction))
 
+# %% ../../nbs/data/00_corpora.ipynb #83ecd4c3
 def summarise_parts(
     entry: DatasetEntry, # local, hub or task
     fraction: float, # part that is held out
@@ -466,6 +470,7 @@ def bpe_size(name: str) -> int | None: # None when `name` is not a "corpus:" tok
     raise UserError(f"dataset_config.tokenizer_name: '{name}' is not of the form corpus:bpe:SIZE, "
         "such as corpus:bpe:4096")
 
+# %% ../../nbs/data/00_corpora.ipynb #28b9c9c4
 def tokenizer_identity(config: DatasetConfig) -> str: # sha256
     "A hash that changes when the tokenizer does"
     name = config.tokenizer_name
@@ -549,6 +554,7 @@ def eval_entries(cfg: Config) -> list[DatasetEntry]:
     entries = cfg.eval_config.datasets
     return cfg.dataset_config.datasets if entries is None else entries
 
+# %% ../../nbs/data/00_corpora.ipynb #d76baeb6
 def data_manifest(cfg: Config) -> dict: # sources, heldout, tokenizer; plain values
     "What a run reads: names, sizes, content hashes, origins, shares and tokenizer"
     data = cfg.dataset_config

@@ -106,6 +106,7 @@ def portions(
             group, size = [], 0
     if group: yield group
 
+# %% ../../nbs/data/01_packing.ipynb #19b38c76
 def in_parallel(
     function: Callable, # lets go of Python's lock
     items: Iterable, # its arguments; taken as they are needed
@@ -154,6 +155,7 @@ def write_arrays(path: Path, arrays: Iterable[np.ndarray]) -> None:
         f.flush()
         os.fsync(f.fileno())
 
+# %% ../../nbs/data/01_packing.ipynb #2174ad5a
 def write_tokens(
     entry: DatasetEntry, # whose training part
     tokenizer: PreTrainedTokenizerBase, # of the run
@@ -472,6 +474,7 @@ def end_thread(thread: threading.Thread, stop: threading.Event) -> None:
     stop.set()
     if thread is not threading.current_thread(): thread.join()
 
+# %% ../../nbs/data/01_packing.ipynb #990ce529
 class PrefetchedBatches:
     "The same batches and the same state, made ahead in threads"
     def __init__(

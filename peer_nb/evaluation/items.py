@@ -36,6 +36,7 @@ def _is_targets(value: Any) -> bool:
     choices, labels = value["choices"], value.get("labels", ())
     return len(choices) == len(labels) and labels[0] == 1 and set(labels) <= {0, 1}
 
+# %% ../../nbs/evaluation/02_items.ipynb #90176f1f
 TEXT = Field("a text that is not empty", lambda v: isinstance(v, str) and bool(v.strip()))
 ANY_TEXT = Field("a text", lambda v: isinstance(v, str))
 INDEX = Field("0, 1, 2 or 3", lambda v: v in (0, 1, 2, 3) and not isinstance(v, bool))
@@ -46,6 +47,7 @@ BOXED = Field("a text with the answer in \\boxed{}", lambda v: isinstance(v, str
 NUMBER = Field("a whole number", lambda v: str(v).strip().lstrip("-").isdigit())
 TARGETS = Field("choices and as many labels, of which the first is 1", _is_targets)
 
+# %% ../../nbs/evaluation/02_items.ipynb #0bc331c8
 ROWS: dict[str, dict[str, Field]] = {   # data set on the hub -> its fields
     "openai/gsm8k": dict(question=TEXT, answer=WORKED),
     "Rowan/hellaswag": dict(activity_label=ANY_TEXT, ctx_a=TEXT, ctx_b=ANY_TEXT, endings=FOUR, label=LABEL),
@@ -85,6 +87,7 @@ def read_text(
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from error
 
+# %% ../../nbs/evaluation/02_items.ipynb #6381edb8
 def read_lines(
     path: Path,   # JSON lines
     dataset: str, # name on the hub
@@ -119,6 +122,7 @@ def _first(folder: Path, *names: str) -> Path: # or UserError
     if found is None: raise UserError(f"{folder}: holds none of {', '.join(names)}")
     return found
 
+# %% ../../nbs/evaluation/02_items.ipynb #aaaa68df
 def humaneval(
     folder: Path, # HumanEval.jsonl, or .gz
 ) -> Converted:
@@ -141,6 +145,7 @@ def _hellaswag_item(lines: list[str], place: str) -> dict:
     row = dict(activity_label=activity, ctx_a=context, ctx_b="", endings=lines[2:], label=lines[1].strip())
     return check_row(row, "Rowan/hellaswag", place)
 
+# %% ../../nbs/evaluation/02_items.ipynb #732778eb
 def hellaswag(
     folder: Path, # hellaswag_val.jsonl, or hellaswag_val_full.txt (.bz2)
 ) -> Converted:
@@ -171,6 +176,7 @@ def _mmlu_rows(path: Path) -> list[dict]:
         elif answer in tuple("0123"): answer = int(answer)
         rows.append(check_row(dict(question=question, choices=choices, answer=answer), "cais/mmlu", place))
 
+# %% ../../nbs/evaluation/02_items.ipynb #052aee39
 def mmlu(
     folder: Path, # dev/, val/ and test/ with <subject>_<split>.csv
 ) -> Converted:
@@ -190,6 +196,7 @@ def _targets(answers: Any, place: str) -> dict: # {"choices", "labels"}
     ordered = sorted(answers.items(), key=lambda pair: pair[1] != 1)
     return dict(choices=[a for a, _ in ordered], labels=[v for _, v in ordered])
 
+# %% ../../nbs/evaluation/02_items.ipynb #8fc6357d
 def truthfulqa(
     folder: Path, # mc_task.json
 ) -> Converted:
@@ -270,6 +277,7 @@ def data_root(
         raise UserError(f"{'--data-root' if given else 'PEER_NB_DATA'} {place}: no such folder")
     return Path(place).resolve()
 
+# %% ../../nbs/evaluation/02_items.ipynb #fbe59a16
 def _check_hub_shape(folder: Path, dataset: str):
     "Read the JSON lines of a hub-shaped folder once, so that a broken row is named"
     for path in sorted(folder.rglob("*.jsonl")): read_lines(path, dataset)

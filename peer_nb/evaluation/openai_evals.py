@@ -30,6 +30,7 @@ def matches(
     "Match: the completion begins with an ideal answer"
     return {"accuracy": float(any(text.startswith(answer) for answer in ideal))}
 
+# %% ../../nbs/evaluation/03_openai_evals.ipynb #72593bf3
 def includes(
     text: str,                # the completion
     ideal: list[str],         # answers, any of which will do
@@ -47,6 +48,7 @@ def normalize(
     kept = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
+# %% ../../nbs/evaluation/03_openai_evals.ipynb #f0322103
 def word_f1(
     text: str,   # the completion
     answer: str, # what it is compared with
@@ -56,6 +58,7 @@ def word_f1(
     shared = (Counter(said) & Counter(wanted)).total()
     return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
 
+# %% ../../nbs/evaluation/03_openai_evals.ipynb #39273433
 def fuzzy_matches(
     text: str,          # the completion
     ideal: list[str],   # answers, any of which will do
@@ -159,6 +162,7 @@ def score_answer(
     compare = {"Match": matches, "Includes": partial(includes, **options), "FuzzyMatch": fuzzy_matches}[kind]
     return compare(results[0].strip(), doc["ideal"])
 
+# %% ../../nbs/evaluation/03_openai_evals.ipynb #53c1e003
 def eval_task(
     spec: RegisteredEval,
 ): # an lm-eval task

@@ -27,6 +27,7 @@ class Dot:
     chance: float | None = None  # what guessing gives
     note: str = ""               # shown when the pointer rests on it
 
+# %% ../../nbs/evaluation/08_page.ipynb #4f196aea
 def place(
     value: float,                # on the scale
     scale: tuple[float, float],  # lowest and highest value

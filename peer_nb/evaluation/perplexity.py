@@ -349,6 +349,7 @@ def config_sources(
     "The held-out sets of a configuration"
     return Sources({e.name: heldout_texts(e, cfg) for e in eval_entries(cfg)}, cfg.dataset_config.max_seq_length)
 
+# %% ../../nbs/evaluation/00_perplexity.ipynb #10fa8049
 def mix_sources(
     mix: str,    # FILE:KEY
     cfg: Config, # heldout_fraction, max_tokens

@@ -112,6 +112,7 @@ class Encoded:
     @property
     def straddles(self) -> bool: return self.lead > 0 or self.stop is None
 
+# %% ../../nbs/evaluation/04_recall.ipynb #7708a7be
 def encoded_one(
     question: Question, # in text
     ids: list[int], # tokens of question, answer and end
@@ -217,6 +218,7 @@ def keeps_last_logits(model: nn.Module) -> bool:
     "Whether a model can leave out the logits of the places before"
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
+# %% ../../nbs/evaluation/04_recall.ipynb #6be7d84a
 @torch.no_grad()
 def teacher_forced(
     model: nn.Module, # a causal language model in evaluation mode
@@ -479,6 +481,7 @@ def bucket_names(record: dict) -> list[str]: # most general first
     split, groups = record["split"], record["groups"]
     return ["", f"{split}/", *(f"{split}/{name}={groups[name]}/" for name in GROUPS if name in groups)]
 
+# %% ../../nbs/evaluation/04_recall.ipynb #921c2159
 def questions_in(
     splits: dict[str, Sequence[dict] | dict[str, list]], # split -> rows, or columns as the tasks' generators give them
     limit: int | None = None, # of rows from the beginning of each split

@@ -36,6 +36,7 @@ def form_of(answer: str, digits: bool) -> re.Pattern: # matches every answer of 
     one = "[0-9]" if digits else "[0-9A-Za-z]"
     return re.compile("".join(one if c.isalnum() else re.escape(c) for c in answer))
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #32ff61f9
 def error_kind(
     answer: str, # the right one
     said: str, # a wrong one
@@ -165,6 +166,7 @@ def share_axis(title: str) -> list[str]:
         lines += [line, text_at(LEFT - 6, y + 4, f"{tick:.0%}", "end")]
     return [*lines, text_at((LEFT + WIDTH)/2, HEIGHT - 4, title)]
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #27f82bae
 def number(value: dict | float | None) -> str:
     "A share with its interval, or a number, in words"
     if value is None: return "–"
@@ -284,6 +286,7 @@ def key(names: Iterable[str], first: int = 0) -> str:
     entries = [f'<span><i style="background:{colour(i)}"></i>{html.escape(n)}</span>' for i, n in enumerate(names)]
     return f'<div class="key">{"".join(entries)}</div>'
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #02279d8a
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str: # cells are HTML
     "A table whose last columns may be numbers"
     kind = lambda i: ' class="n"' if i >= len(head) - numbers else ""
@@ -396,6 +399,7 @@ def facts_of(result: dict) -> dict[str, Any]:
     whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
     return {name: f"{value:,}" if whole(value) else value for name, value in flat.items()}
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #f0a7e33c
 def head_of(result: dict) -> str: # HTML
     "What was asked, and the shares of all splits"
     asked = "The model sees the right answer before each place (teacher forced)."

@@ -48,6 +48,7 @@ def _test_sets(task: str, arguments: str) -> dict[str, Columns]:
     return {split: columns for split, columns in made.items()
             if split != "train" and {"answer", "answers"} & set(columns)}
 
+# %% ../../nbs/evaluation/10_task_recall.ipynb #d5058091
 def task_questions(
     entry: DatasetEntry,  # with a task
     rows: int = ROWS,     # of each split, at most

@@ -27,6 +27,7 @@ def random_bits(
     key = hashlib.sha256(json.dumps([seed, *stream]).encode()).digest()[:16]
     return np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
 
+# %% ../../nbs/tasks/00_synthetic_qa.ipynb #0bb13ccf
 def permutation(
     count: int, # numbers 0 … count-1
     seed: int, # of the data set
@@ -58,6 +59,7 @@ def check(
     "Refuse an argument with a `UserError`"
     if not good: raise UserError(f"{option} {value}: {problem}")
 
+# %% ../../nbs/tasks/00_synthetic_qa.ipynb #f28030b2
 def check_count(value: int, option: str, least: int = 1):
     "Refuse anything but a whole number from `least` on"
     good = isinstance(value, int) and not isinstance(value, bool) and value >= least
@@ -124,6 +126,7 @@ def pair_columns(
     columns = dict(text=texts, prompt=prompts, answer=list(values))
     return columns | {name: list(column) for name, column in others.items()}
 
+# %% ../../nbs/tasks/00_synthetic_qa.ipynb #bcce1e77
 def training_columns(
     texts: Sequence[str], # one per item
     order: np.ndarray, # positions of items, from the first to the last
