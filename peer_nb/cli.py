@@ -13,7 +13,7 @@ import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -56,6 +56,7 @@ def _parameter(p: inspect.Parameter, comment: str) -> Parameter:
     many = get_origin(kind) is list
     return Parameter(p.name, get_args(kind)[0] if many else kind, many, p.default, comment or "")
 
+# %% ../nbs/01_cli.ipynb #50077060
 def parameters(func: Callable) -> list[Parameter]:
     "A function's parameters, `overrides` left out"
     from fastcore.docments import docments
@@ -88,11 +89,12 @@ def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]: # (other 
 # %% ../nbs/01_cli.ipynb #e3b7b687
 def _spell(words: list[str]) -> list[str]:
     "Option names with hyphens; negative numbers tied to their option"
+    negative, option = r"-(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?", r"--[a-z][\w-]*"
     spelt = []
     for word in words:
         name, equals, value = word.partition("=")
         if name.startswith("--"): word = name.replace("_", "-") + equals + value
-        if re.fullmatch(r"-(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?", word) and spelt and re.fullmatch(r"--[a-z][\w-]*", spelt[-1]): spelt[-1] += "=" + word
+        if spelt and re.fullmatch(negative, word) and re.fullmatch(option, spelt[-1]): spelt[-1] += "=" + word
         else: spelt.append(word)
     return spelt
 
@@ -106,20 +108,27 @@ def _splitter(params: list[Parameter]) -> _Splitter:
     parser = _Splitter(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for p in params:
         if p.kind is bool: parser.add_argument(p.option, dest=p.name, action=argparse.BooleanOptionalAction)
-        else: parser.add_argument(p.option, dest=p.name, nargs="*" if p.many else "?", action="extend" if p.many else "store")
+        elif p.many: parser.add_argument(p.option, dest=p.name, nargs="*", action="extend")
+        else: parser.add_argument(p.option, dest=p.name, nargs="?")
     return parser
 
 # %% ../nbs/01_cli.ipynb #7b339b57
+def _meant(near: list[str], known: Iterable[str]) -> str:
+    "The end of an unknown name's error: the nearest known one, else all"
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+
+# %% ../nbs/01_cli.ipynb #d708dd92
 def _check_words(words: list[str], params: list[Parameter]):
     "Refuse unknown options and switches with a value"
     switches = {p.option for p in params if p.kind is bool}
     known = [p.option for p in params] + ["--no-" + s[2:] for s in switches] + ["--help", "--version"]
     for word in words:
         name, equals, _ = word.partition("=")
-        if name in switches and equals: raise UserError(f"{name} is a switch and takes no value; write {name} or --no-{name[2:]}")
+        if name in switches and equals:
+            raise UserError(f"{name} is a switch and takes no value; write {name} or --no-{name[2:]}")
         if not re.match(r"--?[A-Za-z]", name) or name in known: continue
         near = difflib.get_close_matches(name, known, 1)
-        raise UserError(f"unknown option {name}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"))
+        raise UserError(f"unknown option {name}; {_meant(near, known)}")
 
 # %% ../nbs/01_cli.ipynb #b9232404
 def _fill_arguments(found: dict[str, Any], words: list[str], params: list[Parameter]):
@@ -129,7 +138,9 @@ def _fill_arguments(found: dict[str, Any], words: list[str], params: list[Parame
         if words: found[p.name] = [words.pop(0)] if p.many else words.pop(0)
         if p.many: found.setdefault(p.name, []).extend(words); words.clear()
         if not found.get(p.name): raise UserError(f"{p.name.upper()} is missing: {p.comment or describe(p.kind)}")
-    if words: raise UserError(f"not understood: {' '.join(words)}" + ("; configuration keys are written section.key=value" if "=" in words[0] else ""))
+    if not words: return
+    hint = "; configuration keys are written section.key=value" if "=" in words[0] else ""
+    raise UserError(f"not understood: {' '.join(words)}{hint}")
 
 # %% ../nbs/01_cli.ipynb #b19a1882
 def parse(
@@ -158,9 +169,9 @@ def _rows(rows: list[tuple[str, str]], width: int) -> str:
     lines = []
     for name, meaning in rows:
         wrapped = textwrap.wrap(meaning, max(20, width - left)) or [""]
-        if len(name) + 3 > left: lines.append("  " + name)
-        else: wrapped[0] = ("  " + name).ljust(left) + wrapped[0]
-        lines += [wrapped[0] if len(name) + 3 <= left else " "*left + wrapped[0]] + [" "*left + line for line in wrapped[1:]]
+        if len(name) + 3 > left: lines.append("  " + name)   # too long for its column: a line of its own
+        else: lines.append(("  " + name).ljust(left) + wrapped.pop(0))
+        lines += [" "*left + line for line in wrapped]
     return "\n".join(line.rstrip() for line in lines)
 
 # %% ../nbs/01_cli.ipynb #d1b9298e
@@ -183,17 +194,23 @@ def help_text(
     width = min(100, shutil.get_terminal_size().columns)
     first, _, body = (inspect.getdoc(func) or "").partition("\n")
     arguments, options = ([p for p in parameters(func) if p.required is wanted] for wanted in (True, False))
-    words = [p.name.upper() + (" ..." if p.many else "") for p in arguments] + ["[options]"] + ["[section.key=value ...]"]*takes_overrides(func)
+    words = [p.name.upper() + (" ..." if p.many else "") for p in arguments] + ["[options]"]
+    if takes_overrides(func): words.append("[section.key=value ...]")
     parts = [first, f"usage: {' '.join([prog, *words])}"]
     if arguments: parts.append("arguments:\n" + _rows([(p.name.upper(), p.comment) for p in arguments], width))
     parts.append("options:\n" + _rows([*map(_option_row, options), *_ALWAYS], width))
-    if takes_overrides(func): parts.append("configuration keys:\n" + _rows([("section.key=value", "change a key of the configuration; also --section.key value")], width))
+    if takes_overrides(func):
+        key = ("section.key=value", "change a key of the configuration; also --section.key value")
+        parts.append("configuration keys:\n" + _rows([key], width))
     return "\n\n".join([*parts, body.strip("\n")]).rstrip() + "\n"
 
 # %% ../nbs/01_cli.ipynb #edb521fc
 def _overview(prog: str, commands: dict[str, Callable], default: str | None, doc: str) -> str:
     "The page that --help shows for a command with subcommands"
-    rows = [(name, (inspect.getdoc(func) or "").partition("\n")[0] + (" (the default)" if name == default else "")) for name, func in commands.items()]
+    rows = []
+    for name, func in commands.items():
+        meaning = (inspect.getdoc(func) or "").partition("\n")[0]
+        rows.append((name, meaning + (" (the default)" if name == default else "")))
     first, _, body = inspect.cleandoc(doc).partition("\n")
     call = f"usage: {prog} {'[COMMAND]' if default else 'COMMAND'} ...\n       {prog} COMMAND --help"
     parts = [first, call, "commands:\n" + _rows(rows, min(100, shutil.get_terminal_size().columns)), body.strip("\n")]
@@ -212,9 +229,10 @@ def _choose(
     if first in names: return f"{prog} {names[first]}", commands[names[first]], words[1:]
     near = difflib.get_close_matches(first, names, 1, 0.7)
     takes_words = default is not None and any(p.required for p in parameters(commands[default]))
-    if default is not None and (not first or first.startswith("-") or "=" in first or takes_words and not near): return prog, commands[default], words
+    belongs = not first or first.startswith("-") or "=" in first or (takes_words and not near)
+    if default is not None and belongs: return prog, commands[default], words
     if not first or first.startswith("-"): raise UserError(f"a command is missing: {', '.join(commands)}")
-    raise UserError(f"unknown command {words[0]}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(commands)}"))
+    raise UserError(f"unknown command {words[0]}; {_meant(near, commands)}")
 
 # %% ../nbs/01_cli.ipynb #61282c71
 def _run(prog: str, commands: dict[str, Callable] | Callable, default: str | None, doc: str, words: list[str]) -> int:
@@ -222,9 +240,10 @@ def _run(prog: str, commands: dict[str, Callable] | Callable, default: str | Non
     if "--version" in words:
         print(f"{prog} peer_nb {__version__}")
         return 0
-    if callable(commands): name, func, words = prog, commands, words
+    if callable(commands): name, func = prog, commands
     elif words[:1] in (["-h"], ["--help"]):
-        print(_overview(prog, commands, default, doc) + (f"\n{help_text(prog, commands[default])}" if default else ""), end="")
+        page = _overview(prog, commands, default, doc)
+        print(page + (f"\n{help_text(prog, commands[default])}" if default else ""), end="")
         return 0
     else: name, func, words = _choose(prog, commands, default, words)
     if "-h" in words or "--help" in words:

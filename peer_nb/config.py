@@ -23,7 +23,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 
 from .files import UserError, sha256_of, write_atomic
-from .schema import (Allowed, Config, ConfigError, Count, DatasetConfig, DatasetEntry, EvalConfig, MappingText, MLAConfig, ModelConfig,
+from .schema import (
+    Allowed, Config, ConfigError, Count, DatasetConfig, DatasetEntry, EvalConfig, MappingText, MLAConfig, ModelConfig,
     PeerConfig, RopeScaling, Seed, Text, TrainConfig, WandbConfig)
 
 _all_ = ["UserError"]
@@ -37,7 +38,8 @@ __all__ = ['Problems', 'describe', 'convert', 'KnownKey', 'known_keys', 'to_dict
 def _number(value: Any) -> Decimal | None:
     "The finite number that a number or its text means, else None"
     if isinstance(value, bool) or not isinstance(value, (int, float, str)): return None
-    if isinstance(value, str) and not re.fullmatch(r"\s*[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d{1,9})?\s*", value, re.ASCII): return None
+    form = r"\s*[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d{1,9})?\s*"
+    if isinstance(value, str) and not re.fullmatch(form, value, re.ASCII): return None
     number = Decimal(value.strip() if isinstance(value, str) else value)
     return number if number.is_finite() else None
 
@@ -126,6 +128,7 @@ def _kinds(section: type) -> dict[str, Any]: # key -> type, with its conditions
     hints = get_type_hints(section, include_extras=True)
     return {f.name: hints[f.name] for f in fields(section) if f.init}
 
+# %% ../nbs/00_config.ipynb #d9fdf59a
 def _build(section: type, keys: Any, file: str, where: str) -> Any:
     "A section from a mapping; every key must be known, every required one present"
     if not isinstance(keys, dict): _refuse(keys, section, file, where)
@@ -157,6 +160,7 @@ def _walk_keys(section: type, where: str = "") -> Iterator[tuple[str, KnownKey]]
         yield key, KnownKey(section, name, kind, inner is None)
         if inner: yield from _walk_keys(inner, key + ".*"*bool(lists))
 
+# %% ../nbs/00_config.ipynb #269230d3
 @cache
 def known_keys() -> dict[str, KnownKey]: # by dotted key; * stands for an item of a list of sections
     "Every key that a configuration may have, in the file's order"
@@ -181,23 +185,29 @@ def _memory_problems(m: ModelConfig) -> Problems:
     p, here = m.peer_config, "model_config.peer_config."
     product = math.prod(p.product_key_dim)
     if p.num_experts != product:
-        yield here + "num_experts", f"{p.num_experts} is not the product of product_key_dim {p.product_key_dim}, {product}; change one of them"
+        yield here + "num_experts", (f"{p.num_experts} is not the product of product_key_dim {p.product_key_dim}, "
+            f"{product}; change one of them")
     if p.query_dim % len(p.product_key_dim):
-        yield here + "query_dim", f"{p.query_dim} does not divide evenly among the {len(p.product_key_dim)} dimensions of product_key_dim"
+        yield here + "query_dim", (f"{p.query_dim} does not divide evenly among the {len(p.product_key_dim)} "
+            "dimensions of product_key_dim")
     if p.num_experts_per_tok > p.num_experts:
-        yield here + "num_experts_per_tok", f"{p.num_experts_per_tok} experts cannot be chosen among num_experts = {p.num_experts}"
+        yield here + "num_experts_per_tok", (f"{p.num_experts_per_tok} experts cannot be chosen among "
+            f"num_experts = {p.num_experts}")
     if p.score == "softmax" and p.num_experts_per_tok == 1:
-        yield here + "num_experts_per_tok", "1 is not allowed with score softmax: a single weight is always 1, so the keys would learn nothing; choose 2 or more, or score sigmoid"
+        yield here + "num_experts_per_tok", ("1 is not allowed with score softmax: a single weight is always 1, "
+            "so the keys would learn nothing; choose 2 or more, or score sigmoid")
     if p.query_norm == "none" and p.batch_norm_query:
         yield here + "query_norm", "none contradicts batch_norm_query: true; set batch_norm_query: false as well"
     if p.query_norm in ("layer", "batch") and not p.batch_norm_query:
-        yield here + "query_norm", f"{p.query_norm} contradicts batch_norm_query: false; set it to true, or query_norm to none"
+        yield here + "query_norm", (f"{p.query_norm} contradicts batch_norm_query: false; "
+            "set it to true, or query_norm to none")
 
 # %% ../nbs/00_config.ipynb #98dc9889
 def _model_problems(m: ModelConfig) -> Problems:
     "Where the memory layers stand"
     if m.use_peer and m.memory_layers is None and m.peer_start_layer >= m.num_hidden_layers:
-        yield "model_config.peer_start_layer", f"{m.peer_start_layer} is not a layer (0 to {m.num_hidden_layers - 1}), so no layer would hold a memory; lower it or set use_peer: false"
+        yield "model_config.peer_start_layer", (f"{m.peer_start_layer} is not a layer "
+            f"(0 to {m.num_hidden_layers - 1}), so no layer would hold a memory; lower it or set use_peer: false")
     for i, layer in enumerate(m.memory_layers or []):
         key = f"model_config.memory_layers.{i}"
         if layer >= m.num_hidden_layers: yield key, f"{layer} is not a layer; allowed: 0 to {m.num_hidden_layers - 1}"
@@ -208,35 +218,49 @@ def _model_problems(m: ModelConfig) -> Problems:
 def _train_problems(t: TrainConfig, p: PeerConfig) -> Problems:
     "Duration, precision, and how tables get their gradients"
     lengths = [key for key in ("max_steps", "max_tokens", "num_train_epochs") if getattr(t, key) is not None]
-    if len(lengths) > 1: yield f"train_config.{lengths[1]}", f"contradicts {lengths[0]}: training has one length; set all but one of {', '.join(lengths)} to null"
+    if len(lengths) > 1:
+        yield f"train_config.{lengths[1]}", (f"contradicts {lengths[0]}: training has one length; "
+            f"set all but one of {', '.join(lengths)} to null")
     precisions = [key for key in ("fp16", "bf16", "fp8") if getattr(t, key)]
-    if len(precisions) > 1: yield f"train_config.{precisions[1]}", f"true contradicts {precisions[0]}: true; set one of them to false"
+    if len(precisions) > 1:
+        yield f"train_config.{precisions[1]}", f"true contradicts {precisions[0]}: true; set one of them to false"
+    layers = {key: getattr(t, f"pretrained_layer_{key}") for key in ("path", "map", "step")}
     for key in ("path", "map"):
-        if getattr(t, f"pretrained_layer_{key}") is None and any(getattr(t, f"pretrained_layer_{k}") is not None for k in ("path", "map", "step")):
-            yield f"train_config.pretrained_layer_{key}", "is missing; layers are taken over with a path (where from) and a map (what, and where to)"
+        if layers[key] is None and any(value is not None for value in layers.values()):
+            yield f"train_config.pretrained_layer_{key}", ("is missing; layers are taken over with a path (where from) "
+                "and a map (what, and where to)")
     table = "model_config.peer_config.table_gradient"
     if p.table_gradient != "dense" and t.parallel == "fsdp2":
-        yield table, f"{p.table_gradient} does not work with train_config.parallel: fsdp2, which shards dense gradients; choose dense, or parallel ddp"
+        yield table, (f"{p.table_gradient} does not work with train_config.parallel: fsdp2, which shards dense "
+            "gradients; choose dense, or parallel ddp")
     if p.table_gradient == "consumed" and t.gradient_accumulation_steps > 1:
-        yield table, f"consumed updates the tables in the backward pass, so gradient_accumulation_steps must be 1, not {t.gradient_accumulation_steps}"
+        yield table, ("consumed updates the tables in the backward pass, so gradient_accumulation_steps must be 1, "
+            f"not {t.gradient_accumulation_steps}")
 
 # %% ../nbs/00_config.ipynb #04818c76
 def _entry_problems(entries: list[DatasetEntry], where: str) -> Problems:
     "A list of sources: names, weights, where the text is"
     counts = Counter(entry.name for entry in entries)
     for i, entry in enumerate(entries):
-        if (entry.path is None) == (entry.task is None): yield f"{where}.{i}.path", "an entry has a path or a task, one of the two"
-        if entry.task is None and entry.task_arguments is not None: yield f"{where}.{i}.task_arguments", "has no effect without a task"
-        if counts[entry.name] > 1: yield f"{where}.{i}.name", f"{entry.name!r} is the name of {counts[entry.name]} entries; each needs its own"
+        if (entry.path is None) == (entry.task is None):
+            yield f"{where}.{i}.path", "an entry has a path or a task, one of the two"
+        if entry.task is None and entry.task_arguments is not None:
+            yield f"{where}.{i}.task_arguments", "has no effect without a task"
+        if counts[entry.name] > 1:
+            yield f"{where}.{i}.name", f"{entry.name!r} is the name of {counts[entry.name]} entries; each needs its own"
         if entry.text_template is not None and entry.text_field != "text":
-            yield f"{where}.{i}.text_template", f"contradicts text_field: {entry.text_field}; the text comes from one of them"
+            yield f"{where}.{i}.text_template", (f"contradicts text_field: {entry.text_field}; "
+                "the text comes from one of them")
 
+# %% ../nbs/00_config.ipynb #2d55b7f7
 def _data_problems(d: DatasetConfig, m: ModelConfig) -> Problems:
     "Data that the model cannot take"
     if d.max_seq_length > m.max_position_embeddings:
-        yield "dataset_config.max_seq_length", f"{d.max_seq_length} is longer than model_config.max_position_embeddings = {m.max_position_embeddings}"
+        yield "dataset_config.max_seq_length", (f"{d.max_seq_length} is longer than "
+            f"model_config.max_position_embeddings = {m.max_position_embeddings}")
     if d.tokenizer_name.startswith("corpus:") and (size := int(d.tokenizer_name.split(":")[-1])) > m.vocab_size:
-        yield "dataset_config.tokenizer_name", f"{d.tokenizer_name} has more tokens than model_config.vocab_size = {m.vocab_size}; raise that to {size}, or train a smaller tokenizer"
+        yield "dataset_config.tokenizer_name", (f"{d.tokenizer_name} has more tokens than model_config.vocab_size = "
+            f"{m.vocab_size}; raise that to {size}, or train a smaller tokenizer")
     yield from _entry_problems(d.datasets, "dataset_config.datasets")
     yield from _entry_problems(d.tokenizer_corpus or [], "dataset_config.tokenizer_corpus")
 
@@ -247,14 +271,18 @@ def to_dict(
     "What a YAML file would hold"
     return asdict(cfg)
 
+# %% ../nbs/00_config.ipynb #859d7dbc
 def validate(
     cfg: Config,
     file: str | Path = "", # where it came from, for the error
 ) -> Config: # the same object
     "Raise ConfigError for a value out of range or values that contradict each other"
     _build(Config, to_dict(cfg), str(file), "")
-    problems = [*_model_problems(cfg.model_config), *_train_problems(cfg.train_config, cfg.model_config.peer_config),
-        *_data_problems(cfg.dataset_config, cfg.model_config), *_entry_problems(cfg.eval_config.datasets or [], "eval_config.datasets")]
+    problems = [
+        *_model_problems(cfg.model_config),
+        *_train_problems(cfg.train_config, cfg.model_config.peer_config),
+        *_data_problems(cfg.dataset_config, cfg.model_config),
+        *_entry_problems(cfg.eval_config.datasets or [], "eval_config.datasets")]
     for key, problem in problems: raise ConfigError(str(file), key, problem)
     return cfg
 
@@ -284,6 +312,7 @@ class _Reader(yaml.SafeLoader):
             seen.add(name)
         return super().construct_mapping(node, deep)
 
+# %% ../nbs/00_config.ipynb #9f269708
 class _Writer(yaml.SafeDumper):
     "Quotes whatever YAML 1.1 or 1.2 would not read as text"
 
@@ -291,7 +320,8 @@ _SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "int": (r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
-    "float": (r"[-+]?((\.[0-9]+|[0-9][0-9_]*\.?[0-9]*)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)", "-+.0123456789"),
+    "float": (r"[-+]?((\.[0-9]+|[0-9][0-9_]*\.?[0-9]*)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))"
+              r"|\.(nan|NaN|NAN)", "-+.0123456789"),
     "merge": (r"<<", "<")}
 for tag, (pattern, first) in _SCALARS.items():
     for speaker in (_Reader, _Writer):
@@ -320,9 +350,11 @@ def read_yaml(
     "The mapping that a YAML file holds"
     try: text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e: raise ConfigError(str(path), "", f"not a UTF-8 text file (byte {e.start})") from e
-    except (OSError, ValueError) as e: raise ConfigError(str(path), "", f"cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    except (OSError, ValueError) as e:
+        raise ConfigError(str(path), "", f"cannot be read: {getattr(e, 'strerror', None) or e}") from e
     value = parse_yaml(text, path)
-    if not isinstance(value, dict) or not value: raise ConfigError(str(path), "", f"holds {_shown(value)}; a file with sections and keys is needed")
+    if not isinstance(value, dict) or not value:
+        raise ConfigError(str(path), "", f"holds {_shown(value)}; a file with sections and keys is needed")
     return value
 
 # %% ../nbs/00_config.ipynb #20fa3c37
@@ -344,9 +376,11 @@ def _set(tree: Any, steps: list[str], value: Any, key: str):
     step, *rest = steps
     if isinstance(tree, list):
         if not re.fullmatch(r"\d{1,9}", step) or int(step) >= len(tree):
-            raise ConfigError("override", key, f"{step!r} is not an item of this list; allowed: 0 to {len(tree) - 1}" if tree else "the list is empty; set it as a whole")
+            if not tree: raise ConfigError("override", key, "the list is empty; set it as a whole")
+            raise ConfigError("override", key, f"{step!r} is not an item of this list; allowed: 0 to {len(tree) - 1}")
         step = int(step)
-    elif not isinstance(tree, dict): raise ConfigError("override", key, f"{step!r} asks for a part of {_shown(tree)}, which has none")
+    elif not isinstance(tree, dict):
+        raise ConfigError("override", key, f"{step!r} asks for a part of {_shown(tree)}, which has none")
     old = tree[step] if isinstance(tree, list) else tree.get(step)
     if rest:
         if old is None: old = tree[step] = {}
@@ -386,7 +420,8 @@ def load_config(
 # %% ../nbs/00_config.ipynb #807a2e29
 def _write_sequence(writer: _Writer, items: list) -> yaml.Node:
     "A list: on one line when its items are plain"
-    return writer.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=not any(isinstance(item, (dict, list)) for item in items))
+    plain = not any(isinstance(item, (dict, list)) for item in items)
+    return writer.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=plain)
 
 _Writer.add_representer(list, _write_sequence)
 _Writer.ignore_aliases = lambda self, data: True   # a list that comes twice is written twice
@@ -397,6 +432,7 @@ def to_yaml(
     "Every key of a configuration, as a file states it"
     return yaml.dump(to_dict(cfg), Dumper=_Writer, sort_keys=False, allow_unicode=True, width=120)
 
+# %% ../nbs/00_config.ipynb #f1f97292
 def save_config(
     cfg: Config, # is checked before
     path: str | Path, # written whole or not at all
@@ -438,10 +474,12 @@ def config_hash(
 @dataclass
 class DataMix:
     "A named list of sources"
-    datasets: Annotated[list[DatasetEntry], Allowed("a list with at least one entry", len)] # the sources, with their weights
+    # the sources, with their weights
+    datasets: Annotated[list[DatasetEntry], Allowed("a list with at least one entry", len)]
     name: Text | None = None # for tables and figures; null: the key
     key: str = field(default="", init=False) # what the file calls it
 
+# %% ../nbs/00_config.ipynb #9eb85c26
 def load_data_mixes(
     path: str | Path, # a YAML file with `data_mixes:`
 ) -> dict[str, DataMix]: # key -> mix, in the file's order
@@ -449,11 +487,13 @@ def load_data_mixes(
     file, keys = str(path), read_yaml(path)
     for name in keys:
         if name != "data_mixes": raise ConfigError(file, str(name), "unknown key; did you mean data_mixes?")
-    if not isinstance(keys["data_mixes"], dict) or not keys["data_mixes"]: _refuse(keys["data_mixes"], DataMix, file, "data_mixes")
-    mixes = {str(key): _build(DataMix, body, file, f"data_mixes.{key}") for key, body in keys["data_mixes"].items()}
+    bodies = keys["data_mixes"]
+    if not isinstance(bodies, dict) or not bodies: _refuse(bodies, DataMix, file, "data_mixes")
+    mixes = {str(key): _build(DataMix, body, file, f"data_mixes.{key}") for key, body in bodies.items()}
     for key, mix in mixes.items():
         mix.key, mix.name = key, mix.name or key
-        for where, problem in _entry_problems(mix.datasets, f"data_mixes.{key}.datasets"): raise ConfigError(file, where, problem)
+        for where, problem in _entry_problems(mix.datasets, f"data_mixes.{key}.datasets"):
+            raise ConfigError(file, where, problem)
     return mixes
 
 # %% ../nbs/00_config.ipynb #957cc782
@@ -461,14 +501,17 @@ def _cell(value: Any) -> str:
     "A value in a Markdown table"
     return _shown(value).strip("'").replace("|", "\\|").replace("\\n", " ") if value is not MISSING else ""
 
+# %% ../nbs/00_config.ipynb #bc978dd4
 def config_table(cfg: Config) -> str: # Markdown
     "A configuration as a table: key, value, default, meaning"
     from fastcore.docments import docments
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
-    defaults, meanings = flatten(Config()), {section: docments(section) for section in {known.section for known in known_keys().values()}}
+    defaults = flatten(Config())
+    meanings = {section: docments(section) for section in {known.section for known in known_keys().values()}}
     for key, value in flatten(cfg).items():
         known = known_keys()[re.sub(r"\.\d+(?=\.)", ".*", key)]
-        default = defaults.get(key, getattr(known.section, known.name, MISSING))   # a field's default is an attribute of its class
+        # a field's default is an attribute of its class
+        default = defaults.get(key, getattr(known.section, known.name, MISSING))
         shown = _cell(value) if value == default else f"**{_cell(value)}**"
         rows.append(f"| `{key}` | {shown} | {_cell(default)} | {meanings[known.section][known.name] or ''} |")
     return "\n".join(rows)

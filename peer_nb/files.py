@@ -81,7 +81,8 @@ def read_json(
     try: return json.loads(Path(path).read_bytes())
     except FileNotFoundError: return None
     except OSError as e: raise UserError(f"{path}: cannot be read: {e.strerror}") from e
-    except (ValueError, RecursionError) as e: raise UserError(f"{path}: not a JSON file ({e}); it was changed by hand or by another program") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not a JSON file ({e}); it was changed by hand or by another program") from e
 
 # %% ../nbs/02_files.ipynb #56baccc7
 def _cut_torn_line(handle: int):
@@ -126,7 +127,9 @@ def read_jsonl(
     records = []
     for number, line in enumerate(lines, 1):
         try: records.append(json.loads(line))
-        except ValueError as e: raise UserError(f"{path}: line {number} is not JSON ({e}); it was changed by hand or by another program") from e
+        except ValueError as e:
+            problem = f"line {number} is not JSON ({e}); it was changed by hand or by another program"
+            raise UserError(f"{path}: {problem}") from e
     return records
 
 # %% ../nbs/02_files.ipynb #b7169e54
@@ -149,7 +152,9 @@ def folder_lock(
     if not folder.is_dir(): raise UserError(f"{folder}: no such folder, so it cannot be locked")
     lock = FileLock(folder/".lock")
     try: lock.acquire(timeout=wait)
-    except Timeout: raise UserError(f"{folder}: in use by {_holder(folder)}; wait until it is done, stop it, or choose another folder") from None
+    except Timeout:
+        advice = "wait until it is done, stop it, or choose another folder"
+        raise UserError(f"{folder}: in use by {_holder(folder)}; {advice}") from None
     except OSError as e: raise UserError(f"{folder}: cannot be locked: {e.strerror}") from e
     try:
         write_json(folder/".lock.json", dict(pid=os.getpid(), host=socket.gethostname()))

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from .files import UserError
 
 # %% auto #0
-__all__ = ['Count', 'Index', 'Even', 'Seed', 'Positive', 'NotNegative', 'Share', 'Part', 'Decay', 'Text', 'Tokenizer', 'Template',
-           'ConfigError', 'Allowed', 'MappingText', 'PeerConfig', 'RopeScaling', 'MLAConfig', 'ModelConfig',
+__all__ = ['Count', 'Index', 'Even', 'Seed', 'Positive', 'NotNegative', 'Share', 'Part', 'Decay', 'Text', 'Sizes', 'Tokenizer',
+           'Template', 'ConfigError', 'Allowed', 'MappingText', 'PeerConfig', 'RopeScaling', 'MLAConfig', 'ModelConfig',
            'TrainConfig', 'DatasetEntry', 'DatasetConfig', 'EvalConfig', 'WandbConfig', 'Config']
 
 # %% ../nbs/00_schema.ipynb #ba4356cc
@@ -47,6 +47,7 @@ Share = Annotated[float, Allowed("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 Part = Annotated[float, Allowed("a number above 0 and below 1", lambda x: 0 < x < 1)]
 Decay = Annotated[float, Allowed("a number from 0 to below 1", lambda x: 0 <= x < 1)]
 Text = Annotated[str, Allowed("text, not empty", lambda x: bool(x.strip()))]
+Sizes = Annotated[list[Count], Allowed("a list with at least one size", len)]
 
 class MappingText(str):
     "The kind of a key that takes a mapping or a list, kept as its JSON text, or text"
@@ -63,7 +64,9 @@ def _is_template(text: str) -> bool:
     except ValueError: return False   # a brace that is not closed
     return bool(parts) and all(re.fullmatch(r"[^\W\d][^.\[\]]*", name) and "{" not in spec for name, spec in parts)
 
-Tokenizer = Annotated[str, Allowed('a hub name or path, "bytes", or "corpus:bpe:N" with N at least 257 (256 bytes and the end of text)', _is_tokenizer)]
+Tokenizer = Annotated[str, Allowed(
+    'a hub name or path, "bytes", or "corpus:bpe:N" with N at least 257 (256 bytes and the end of text)',
+    _is_tokenizer)]
 Template = Annotated[str, Allowed('text with named fields in braces, such as "{question}\\n{answer}"', _is_template)]
 
 # %% ../nbs/00_schema.ipynb #e512879b
@@ -74,15 +77,17 @@ class PeerConfig:
     num_experts_per_tok: Count = 16 # experts that each retrieval head activates per token (top-k)
     num_heads: Count = 8 # expert retrieval heads
     expert_hidden_size: Count = 1 # neurons per expert
-    product_key_dim: Annotated[list[Count], Allowed("a list with at least one size", len)] = field(default_factory=lambda: [1024, 1024]) # sub-keys per dimension
+    product_key_dim: Sizes = field(default_factory=lambda: [1024, 1024]) # sub-keys per dimension
     query_dim: Count = 256 # query width per head; divides evenly among the dimensions
     batch_norm_query: bool = True # normalise the query, by LayerNorm unless `query_norm` says otherwise
     activation: Literal["gelu", "relu", "silu"] = "gelu" # expert non-linearity
     score: Literal["softmax", "sigmoid", "relu"] = "softmax" # from similarity to expert weight
-    query_norm: Literal["layer", "batch", "none"] | None = None # null follows batch_norm_query: layer if true, else none
+    # null follows batch_norm_query: layer if true, else none
+    query_norm: Literal["layer", "batch", "none"] | None = None
     shared_keys: bool = False # all retrieval heads use the same sub-keys
     table_gradient: Literal["dense", "sparse", "consumed"] = "dense" # how expert tables receive gradients
-    kernel: Literal["auto", "eager", "triton"] = "auto" # how rows are found and read: by fused kernels on a GPU, never by them, always
+    # how rows are found and read: by fused kernels on a GPU, never by them, always
+    kernel: Literal["auto", "eager", "triton"] = "auto"
     log_expert_usage: bool = True # record which experts are used
     log_freq: Count = 1000 # steps between two records of expert usage
     usage_threshold: Positive = 5.0 # an expert used this many times more than the mean is flagged as hot
@@ -99,6 +104,7 @@ class RopeScaling:
     mscale: Positive | None = None # yarn, with mscale_all_dim: strength of the factor on cosine and sine
     mscale_all_dim: Positive | None = None # yarn: strength of the factor on all scores
 
+# %% ../nbs/00_schema.ipynb #86612ad2
 @dataclass
 class MLAConfig:
     "Multi-head latent attention"
@@ -170,7 +176,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False # recompute activations in the backward pass
     parallel: Literal["none", "ddp", "fsdp2"] = "none" # how several GPUs share the work
     deterministic: bool = False # only deterministic kernels
-    freeze_layer_map: MappingText | None = None # {pattern: freeze | train}, the last match wins; or a JSON file. Batch norms in frozen places keep their statistics
+    # {pattern: freeze | train}, the last match wins; or a JSON file. Batch norms in frozen places keep their statistics
+    freeze_layer_map: MappingText | None = None
     freeze_strict: bool = True # every pattern must match something
     pretrained_layer_path: Text | None = None # checkpoint whose layers are taken over
     pretrained_layer_step: Index | None = None # its step; null: the newest
@@ -192,7 +199,8 @@ class DatasetEntry:
     text_field: Text = "text" # field with the text
     text_template: Template | None = None # or text made of several fields: "{question}\n{answer}"
     mask: Literal["qa", "hashhop", "digit_lookup"] | None = None # train only on answers
-    task: Literal["synthetic_qa", "digit_lookup", "two_hop", "hashhop"] | None = None # a generated task instead of a path
+    # a generated task instead of a path
+    task: Literal["synthetic_qa", "digit_lookup", "two_hop", "hashhop"] | None = None
     task_arguments: MappingText | None = None # of its generator, as `peer-data` takes them: {num_pairs: 1000, seed: 1}
 
 @dataclass

@@ -255,8 +255,8 @@ def undisturbed(files, shuffle, mixed, packing, workers, steps):
     return args, states, digests
 
 
-def check_cuts(files, configurations, cuts, monkeypatch, count=6, steps=160):
-    "Resume at cuts in one child process; what follows, and the state in the end, must be those of the run without a stop"
+def resumed_and_expected(files, configurations, cuts, monkeypatch, count=6, steps=160):
+    "What follows cuts, and the state in the end: resumed in one child process, and of the run without a stop"
     monkeypatch.setattr(StreamingRows, "block", 16)
     jobs, expected = [], []
     for configuration in configurations:
@@ -266,13 +266,14 @@ def check_cuts(files, configurations, cuts, monkeypatch, count=6, steps=160):
         expected += [[digests[c:c + 2*count], states[c + 2*count]] for c in at]
     done = subprocess.run([sys.executable, "-c", RESUME], input=json.dumps(jobs), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert [json.loads(line) for line in done.stdout.splitlines()] == expected
+    return [json.loads(line) for line in done.stdout.splitlines()], expected
 
 
 def test_resume_in_a_new_process_is_bit_identical(cache, files, monkeypatch):
     "Every configuration, at its beginning and at two cuts of a seeded draw"
     draw = np.random.default_rng(7)
-    check_cuts(files, CONFIGURATIONS, lambda n: [0, *map(int, draw.integers(1, n, 2))], monkeypatch)
+    resumed, expected = resumed_and_expected(files, CONFIGURATIONS, lambda n: [0, *map(int, draw.integers(1, n, 2))], monkeypatch)
+    assert resumed == expected
 
 
 @pytest.mark.slow
@@ -280,7 +281,8 @@ def test_resume_in_a_new_process_is_bit_identical(cache, files, monkeypatch):
 def test_resume_at_twenty_cuts(configuration, cache, files, monkeypatch):
     "Shuffle × interleave × pack × workers"
     draw = np.random.default_rng(CONFIGURATIONS.index(configuration))
-    check_cuts(files, [configuration], lambda n: list(map(int, draw.choice(n, 20, replace=False))), monkeypatch)
+    resumed, expected = resumed_and_expected(files, [configuration], lambda n: list(map(int, draw.choice(n, 20, replace=False))), monkeypatch)
+    assert resumed == expected
 
 
 def small_run(entries, batch=3, **data):

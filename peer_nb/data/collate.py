@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..config import UserError
-from .masking import ANSWERS, MaskStatistics, Straddle, check_choice, check_task, counted, document_borders, surfaces_of, trained_tokens
+from .masking import (
+    ANSWERS, MaskStatistics, Straddle, check_choice, check_task, counted, document_borders, surfaces_of, trained_tokens)
 from .packing import differences, encode, shuffled
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
@@ -42,13 +43,15 @@ def array(values) -> np.ndarray:
 def joined(
     rows: Sequence, # of each example, its token ids
     labels: Sequence | None = None, # of each example; None: the ids
-    borders: Sequence | None = None, # of each example, where documents begin in it, and its length; None: one document each
+    # of each example, where documents begin in it, and its length; None: one document each
+    borders: Sequence | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # as `Examples` without masks
     "Examples one after another"
     at = counted(np.array([len(r) for r in rows]))
     ids = np.fromiter(chain.from_iterable(rows), np.int64, at[-1])
     labels = ids if labels is None else np.concatenate(labels)
-    return ids, labels, at, at if borders is None else np.concatenate([b[:-1] + a for b, a in zip(borders, at)] + [at[-1:]])
+    if borders is None: return ids, labels, at, at
+    return ids, labels, at, np.concatenate([b[:-1] + a for b, a in zip(borders, at)] + [at[-1:]])
 
 # %% ../../nbs/data/03_collate.ipynb #34b684b9
 def read_tokens(
@@ -60,7 +63,8 @@ def read_tokens(
     given = example.get("cu_seqlens")
     borders = array([0, len(ids)]) if given is None else array(given)
     if len(borders) < 2 or borders[0] or borders[-1] != len(ids) or (np.diff(borders) < 0).any():
-        raise UserError(f"the cu_seqlens of an example must rise from 0 to {len(ids)}, its length; they are {borders[:8].tolist()}")
+        raise UserError(f"the cu_seqlens of an example must rise from 0 to {len(ids)}, its length; "
+            f"they are {borders[:8].tolist()}")
     if (real := example.get("attention_mask")) is not None:
         real = array(real) != 0
         ids, labels, borders = ids[real], labels[real], counted(real)[borders]
@@ -87,16 +91,15 @@ class DataCollatorForLanguageModelingVarLen:
 
     def __post_init__(self):
         chosen = [task for task in ANSWERS if getattr(self, f"apply_{task}_mask")]
-        if len(chosen) > 1: raise UserError(f"a text has one mask, not {' and '.join(chosen)}: choose one, or give each example its own `mask`")
+        if len(chosen) > 1:
+            raise UserError(f"a text has one mask, not {' and '.join(chosen)}: "
+                "choose one, or give each example its own `mask`")
         self.mask = chosen[0] if chosen else None
         check_choice("on_missing", self.on_missing, ("keep", "mask"))
         check_choice("scope", self.scope, ("auto", "all"))
         check_choice("straddle", self.straddle, ("include", "exclude", "error"))
-        if self.max_length is not None and self.max_length < 1: raise UserError(f"max_length is {self.max_length}; it is 1 or more")
-
-    def __call__(self, examples: Sequence) -> dict: # a batch
-        ready = self.cut(self.labelled(self.read(examples)))
-        return self.side_by_side(ready) if self.varlen else self.padded(ready)
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError(f"max_length is {self.max_length}; it is 1 or more")
 
 # %% ../../nbs/data/03_collate.ipynb #c365e7d6
 @patch
@@ -106,7 +109,8 @@ def read(self: DataCollatorForLanguageModelingVarLen, examples: Sequence) -> Exa
         ids, labels, at, borders = joined(encode(list(examples), self.tokenizer))
         masks = np.full(len(examples), self.mask, object)
     else:
-        found = [dict(text=e) if isinstance(e, str) else dict(e) if hasattr(e, "keys") else dict(input_ids=e) for e in examples]
+        found = [dict(text=e) if isinstance(e, str) else dict(e) if hasattr(e, "keys") else dict(input_ids=e)
+                 for e in examples]
         self.add_tokens([e for e in found if "input_ids" not in e])
         ids, labels, at, borders = joined(*zip(*map(read_tokens, found)))
         masks = np.array([e.get("mask", self.mask) for e in found], object)
@@ -116,7 +120,8 @@ def read(self: DataCollatorForLanguageModelingVarLen, examples: Sequence) -> Exa
 def add_tokens(self: DataCollatorForLanguageModelingVarLen, examples: list[dict]) -> None:
     "Tokenise the texts of examples"
     for e in examples:
-        if not isinstance(e.get("text"), str): raise UserError(f"an example has neither `input_ids` nor a `text`; its keys are {', '.join(map(str, e))}")
+        if not isinstance(e.get("text"), str):
+            raise UserError(f"an example has neither `input_ids` nor a `text`; its keys are {', '.join(map(str, e))}")
     texts = [e["text"] for e in examples]
     for e, ids in zip(examples, encode(texts, self.tokenizer) if texts else []): e["input_ids"] = ids
 
@@ -133,7 +138,8 @@ def trained(self: DataCollatorForLanguageModelingVarLen,
         out[borders[:-1]] = False
         return out
     options = {"qa": dict(on_missing=self.on_missing), "hashhop": dict(scope=self.scope)}.get(check_task(mask), {})
-    out, counts = trained_tokens(ids, borders, partial(ANSWERS[mask], **options), surfaces_of(self.tokenizer), self.straddle, self.train_eos)
+    rule = partial(ANSWERS[mask], **options)
+    out, counts = trained_tokens(ids, borders, rule, surfaces_of(self.tokenizer), self.straddle, self.train_eos)
     self.statistics.add(counts)
     return out
 
@@ -150,6 +156,7 @@ def labelled(self: DataCollatorForLanguageModelingVarLen, examples: Examples) ->
         trained[mine] = self.trained(ids[mine], np.unique(counted(mine)[borders]), mask)
     return examples._replace(labels=np.where(trained, labels, -100))
 
+# %% ../../nbs/data/03_collate.ipynb #285dedf6
 @patch
 def cut(self: DataCollatorForLanguageModelingVarLen, examples: Examples) -> Examples:
     "Keep at most `max_length` tokens of each example"
@@ -162,9 +169,13 @@ def cut(self: DataCollatorForLanguageModelingVarLen, examples: Examples) -> Exam
 
 # %% ../../nbs/data/03_collate.ipynb #acec57b5
 @patch
-def padded(self: DataCollatorForLanguageModelingVarLen, examples: Examples) -> dict[str, Tensor]: # input_ids, attention_mask, labels: [B, T]
+def padded(
+    self: DataCollatorForLanguageModelingVarLen,
+    examples: Examples, # labelled and cut
+) -> dict[str, Tensor]: # input_ids, attention_mask, labels: [B, T]
     "One example a row"
-    pad, side, step = self.tokenizer.pad_token_id, self.padding_side or self.tokenizer.padding_side, self.pad_to_multiple_of or 1
+    pad, step = self.tokenizer.pad_token_id, self.pad_to_multiple_of or 1
+    side = self.padding_side or self.tokenizer.padding_side
     if pad is None: raise UserError("padding needs a pad token: set tokenizer.pad_token, or use varlen=True")
     check_choice("padding_side", side, ("left", "right"))
     lengths = np.diff(examples.at)[:, None]
@@ -173,7 +184,8 @@ def padded(self: DataCollatorForLanguageModelingVarLen, examples: Examples) -> d
     real = column < lengths if side == "right" else column >= width - lengths                # [B, T]
     ids, labels = np.full(real.shape, pad), np.full(real.shape, -100)
     ids[real], labels[real] = examples.ids, examples.labels
-    return {name: torch.from_numpy(x) for name, x in dict(input_ids=ids, attention_mask=real.astype(np.int64), labels=labels).items()}
+    batch = dict(input_ids=ids, attention_mask=real.astype(np.int64), labels=labels)
+    return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 # %% ../../nbs/data/03_collate.ipynb #c245322c
 @patch
@@ -182,8 +194,16 @@ def side_by_side(self: DataCollatorForLanguageModelingVarLen, examples: Examples
     ids, labels, at, borders, masks = examples
     lengths = np.diff(borders)
     positions = np.arange(len(ids)) - np.repeat(borders[:-1], lengths)
-    return {name: torch.from_numpy(x)[None] for name, x in dict(input_ids=ids, labels=labels, position_ids=positions).items()} | dict(
+    row = lambda values: torch.from_numpy(values)[None]
+    return dict(input_ids=row(ids), labels=row(labels), position_ids=row(positions),
         cu_seqlens=torch.from_numpy(borders.astype(np.int32)), max_seqlen=int(lengths.max()))
+
+# %% ../../nbs/data/03_collate.ipynb #7c537a7c
+@patch
+def __call__(self: DataCollatorForLanguageModelingVarLen, examples: Sequence) -> dict: # padded or side by side
+    "A batch of examples of any kind"
+    ready = self.cut(self.labelled(self.read(examples)))
+    return self.side_by_side(ready) if self.varlen else self.padded(ready)
 
 # %% ../../nbs/data/03_collate.ipynb #5db9c3a8
 def count_targets(
@@ -204,9 +224,11 @@ class DocumentBatches:
         world_size: int = 1, # of how many
         num_workers: int = 0, # processes that read ahead
     ):
-        if len(dataset) < world_size: raise UserError(f"the data set has {len(dataset)} examples for {world_size} processes")
+        if len(dataset) < world_size:
+            raise UserError(f"the data set has {len(dataset)} examples for {world_size} processes")
         if batch_size < 1: raise UserError(f"batch_size is {batch_size}; it is 1 or more")
-        if not 0 <= rank < world_size: raise ValueError(f"rank {rank} of {world_size} processes: it is 0 to {world_size-1}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size} processes: it is 0 to {world_size-1}")
         self.dataset, self.collator, self.num_workers = dataset, collator, num_workers
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.epoch = self.taken = 0
@@ -222,10 +244,13 @@ def batches(self: DocumentBatches) -> list[list[int]]: # numbers of examples
     mine = order[:count - count % self.world_size][self.rank::self.world_size].tolist()
     return [mine[i:i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
 
+# %% ../../nbs/data/03_collate.ipynb #16b08a8a
 @patch
 def __iter__(self: DocumentBatches) -> Iterator[dict]:
     "What is left of the epoch; after its end, the next epoch"
-    loader = torch.utils.data.DataLoader(self.dataset, batch_sampler=self.batches()[self.taken:], collate_fn=self.collator, num_workers=self.num_workers)
+    batches = self.batches()[self.taken:]
+    loader = torch.utils.data.DataLoader(
+        self.dataset, batch_sampler=batches, collate_fn=self.collator, num_workers=self.num_workers)
     for batch in loader:
         self.taken += 1
         if self.taken == len(self): self.epoch, self.taken = self.epoch + 1, 0
@@ -245,7 +270,8 @@ def state_dict(self: DocumentBatches) -> dict: # plain values
 @patch
 def load_state_dict(self: DocumentBatches, state: dict) -> None:
     "Go on exactly where a state was taken; UserError when the order would be another"
-    if changed := differences(state["identity"], self.identity()): raise UserError("this state is of another loader: " + "; ".join(changed))
+    if changed := differences(state["identity"], self.identity()):
+        raise UserError("this state is of another loader: " + "; ".join(changed))
     self.epoch, self.taken = state["epoch"], state["taken"]
 
 # %% ../../nbs/data/03_collate.ipynb #64d4f815

@@ -59,7 +59,8 @@ def library_files() -> list[tuple[str, int, int]]: # (path inside the library wi
     root, found = sysconfig.get_path("stdlib"), []
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f not in LEFT_OUT and not f.startswith("config-")]
-        for path in (os.path.join(folder, n) for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata")):
+        kept = [n for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata")]
+        for path in (os.path.join(folder, n) for n in kept):
             stat = os.stat(path)
             found.append((os.path.relpath(path, root).replace(os.sep, "/"), stat.st_size, stat.st_mtime_ns))
     return sorted(found)
@@ -116,7 +117,9 @@ def library_split(
     split, corpora = {}, library_documents(path for path, *_ in library_files())
     for corpus, texts in corpora.items():
         held = {key for key in texts if is_heldout(key, fraction)}
-        split[corpus] = {"train": [t for k, t in texts.items() if k not in held], "heldout": [t for k, t in texts.items() if k in held]}
+        split[corpus] = {
+            "train": [text for key, text in texts.items() if key not in held],
+            "heldout": [text for key, text in texts.items() if key in held]}
     heldout = [t for parts in split.values() for t in parts["heldout"]]
     for parts in split.values():
         out = overlapping(parts["train"], heldout)
@@ -142,6 +145,7 @@ def summarise(documents: Iterable[str]) -> dict: # documents, bytes, sha256
     for text in documents: tally.add(text)
     return tally.result()
 
+# %% ../../nbs/data/00_corpora.ipynb #6295f957
 def library_folder(fraction: float) -> Path:
     "The cache folder with the split library, filled at the first call"
     key = sha256_of([RECIPE, sys.version, library_files(), fraction])
@@ -152,7 +156,8 @@ def library_folder(fraction: float) -> Path:
             split = library_split(fraction)
             for corpus, parts in split.items():
                 for part, texts in parts.items(): write_json(folder/f"{corpus[7:]}-{part}.json", texts)
-            write_json(folder/"summary.json", {c: {part: summarise(t) for part, t in parts.items()} for c, parts in split.items()})
+            sizes = {corpus: {part: summarise(t) for part, t in parts.items()} for corpus, parts in split.items()}
+            write_json(folder/"summary.json", sizes)
     return folder
 
 # %% ../../nbs/data/00_corpora.ipynb #0c591183
@@ -164,10 +169,12 @@ def format_of(path: str) -> str | None: # json, csv, text or parquet; None when 
     stem, ending = os.path.splitext(path.lower())
     return ENDINGS.get(os.path.splitext(stem)[1] if ending in PACKED else ending)
 
+# %% ../../nbs/data/00_corpora.ipynb #d9f921f3
 def is_local(entry: DatasetEntry) -> bool:
     "Whether an entry means files on this machine"
     path = os.path.expanduser(entry.path)
-    return bool(entry.format or format_of(path) or glob.has_magic(path) or path.startswith((".", os.sep)) or os.path.exists(path))
+    looks_local = glob.has_magic(path) or path.startswith((".", os.sep)) or os.path.exists(path)
+    return bool(entry.format or format_of(path) or looks_local)
 
 # %% ../../nbs/data/00_corpora.ipynb #76652c59
 def local_files(entry: DatasetEntry) -> tuple[list[str], str]: # sorted absolute paths, their one format
@@ -175,12 +182,20 @@ def local_files(entry: DatasetEntry) -> tuple[list[str], str]: # sorted absolute
     path, where = os.path.expanduser(entry.path), f"dataset '{entry.name}': path '{entry.path}'"
     pattern = os.path.join(glob.escape(path), "**") if os.path.isdir(path) else path
     found = [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
-    found = sorted(os.path.abspath(f) for f in found if os.path.isfile(f) and (entry.format or format_of(f) or not os.path.isdir(path)))
-    if not found: raise UserError(f"{where}: no such file. Give a file, a folder or a pattern such as data/*.jsonl; relative paths start at the current folder")
-    formats = {entry.format or format_of(f) for f in found}
-    if formats == {None}: raise UserError(f"{where}: the ending says no format. Set `format` to one of {', '.join(sorted(set(ENDINGS.values())))}")
-    if len(formats) > 1: raise UserError(f"{where}: {len(found)} files of several formats ({', '.join(sorted(map(str, formats)))}). Narrow the path or set `format`")
-    return found, formats.pop()
+    files = [os.path.abspath(f) for f in found if os.path.isfile(f)]
+    # of a folder, which may hold other things too, the files whose format is known
+    if os.path.isdir(path): files = [f for f in files if entry.format or format_of(f)]
+    if not files:
+        raise UserError(f"{where}: no such file. Give a file, a folder or a pattern such as data/*.jsonl; "
+            "relative paths start at the current folder")
+    formats = {entry.format or format_of(f) for f in files}
+    if formats == {None}:
+        known = ", ".join(sorted(set(ENDINGS.values())))
+        raise UserError(f"{where}: the ending says no format. Set `format` to one of {known}")
+    if len(formats) > 1:
+        several = f"{len(files)} files of several formats ({', '.join(sorted(map(str, formats)))})"
+        raise UserError(f"{where}: {several}. Narrow the path or set `format`")
+    return sorted(files), formats.pop()
 
 # %% ../../nbs/data/00_corpora.ipynb #2a10b518
 def hub_revision(
@@ -192,19 +207,24 @@ def hub_revision(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
     kept = Path(constants.HF_HUB_CACHE)/f"{kind}s--{name.replace('/', '--')}"/"refs"/"main"
     try: return HfApi().repo_info(name, repo_type=kind).sha
-    except (HfHubHTTPError, HFValidationError) as e: raise UserError(f"{kind} '{name}': the Hugging Face hub answered: {str(e).splitlines()[0]}") from e
+    except (HfHubHTTPError, HFValidationError) as e:
+        raise UserError(f"{kind} '{name}': the Hugging Face hub answered: {str(e).splitlines()[0]}") from e
     except Exception as e:
         if not isinstance(e, (OSError, OfflineModeIsEnabled)) and "httpx" not in type(e).__module__: raise
         if kept.exists(): return kept.read_text().strip()
-        raise UserError(f"{kind} '{name}' is no local path, so it was looked for on the Hugging Face hub, which cannot be reached ({type(e).__name__}), "
-            f"and no earlier download is kept. Connect, or point `path` (or `tokenizer_name`) at local files") from e
+        raise UserError(f"{kind} '{name}' is no local path, so it was looked for on the Hugging Face hub, which cannot "
+            f"be reached ({type(e).__name__}), and no earlier download is kept. "
+            "Connect, or point `path` (or `tokenizer_name`) at local files") from e
 
 # %% ../../nbs/data/00_corpora.ipynb #a5f9106c
 def fields_of(entry: DatasetEntry) -> list[str]:
     "The fields that an entry's text is made of"
     if entry.text_template is None: return [entry.text_field]
-    try: return [name for _, name, _, _ in string.Formatter().parse(entry.text_template) if name is not None]
-    except ValueError as e: raise UserError(f"dataset '{entry.name}': text_template: {e}. Fields stand in braces, as in \"{{question}} {{answer}}\"; a brace itself is doubled") from e
+    try: parts = list(string.Formatter().parse(entry.text_template))
+    except ValueError as e:
+        advice = 'Fields stand in braces, as in "{question} {answer}"; a brace itself is doubled'
+        raise UserError(f"dataset '{entry.name}': text_template: {e}. {advice}") from e
+    return [name for _, name, _, _ in parts if name is not None]
 
 # %% ../../nbs/data/00_corpora.ipynb #745db40d
 def records(
@@ -215,16 +235,20 @@ def records(
     from datasets import load_dataset
     if is_local(entry):
         files, fmt = local_files(entry)
-        exact = dict(text=dict(sample_by="paragraph"), csv=dict(keep_default_na=False, converters=dict.fromkeys(fields_of(entry), str)))
+        as_written = dict(keep_default_na=False, converters=dict.fromkeys(fields_of(entry), str))
+        exact = dict(text=dict(sample_by="paragraph"), csv=as_written)
         args = dict(path=fmt, data_files=files, split="train", streaming=True) | exact.get(fmt, {})
-    else: args = dict(path=entry.path, name=entry.subset, split=entry.split, streaming=entry.streaming, revision=hub_revision(entry.path, "dataset"))
+    else:
+        revision = hub_revision(entry.path, "dataset")
+        args = dict(path=entry.path, name=entry.subset, split=entry.split, streaming=entry.streaming, revision=revision)
     try:
         rows = load_dataset(**args)
         for batch in (rows.skip(skip) if skip else rows).iter(1000):   # a row at a time costs three times as much
             for values in zip(*batch.values()): yield dict(zip(batch, values))
     except UserError: raise
     except Exception as e:   # each format and compression fails with exceptions of its own
-        raise UserError(f"dataset '{entry.name}': '{entry.path}' cannot be read: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}") from e
+        problem = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+        raise UserError(f"dataset '{entry.name}': '{entry.path}' cannot be read: {problem}") from e
 
 # %% ../../nbs/data/00_corpora.ipynb #a85fcbc3
 def text_of(
@@ -234,17 +258,21 @@ def text_of(
     "The text of one record"
     key = f"dataset '{entry.name}': text_{'field' if entry.text_template is None else 'template'}"
     for name in (fields := fields_of(entry)):
-        if name not in record: raise UserError(f"{key} asks for the field '{name}'; the fields there are: {', '.join(map(str, record))}")
+        if name not in record:
+            raise UserError(f"{key} asks for the field '{name}'; the fields there are: {', '.join(map(str, record))}")
     if entry.text_template is None:
         if isinstance(text := record[entry.text_field], str | None): return text or ""
-        raise UserError(f"{key} '{entry.text_field}' holds {type(text).__name__}, not text. Name another field, or write text_template: \"{{{entry.text_field}}}\"")
+        raise UserError(f"{key} '{entry.text_field}' holds {type(text).__name__}, not text. "
+            f"Name another field, or write text_template: \"{{{entry.text_field}}}\"")
     for name in fields:
         if not isinstance(record[name], str | int | float):
-            raise UserError(f"{key}: the field '{name}' holds {type(record[name]).__name__} in some record; a template takes text and numbers")
+            raise UserError(f"{key}: the field '{name}' holds {type(record[name]).__name__} in some record; "
+                "a template takes text and numbers")
     return entry.text_template.format_map(record)
 
 # %% ../../nbs/data/00_corpora.ipynb #40bda057
-NEVER_TRAINED = dict(synthetic_qa="val|test", digit_lookup="test_novel", two_hop="novel|novel_ood", hashhop="test_.*") # splits of each task
+NEVER_TRAINED = dict(   # splits of each task
+    synthetic_qa="val|test", digit_lookup="test_novel", two_hop="novel|novel_ood", hashhop="test_.*")
 
 def task_arguments(
     entry: DatasetEntry, # with a task
@@ -252,12 +280,14 @@ def task_arguments(
     "The arguments that an entry's rows are made with; `UserError` for those that cannot be meant"
     from peer_nb.tasks.writing import resolved
     where = f"dataset '{entry.name}': task_arguments"
+    unclear = f"{where}: {entry.task_arguments!r} is no mapping; write task_arguments: {{num_pairs: 1000, seed: 1}}"
     try: given = json.loads(entry.task_arguments or "{}")
-    except json.JSONDecodeError as e: raise UserError(f"{where}: {entry.task_arguments!r} is no mapping; write task_arguments: {{num_pairs: 1000, seed: 1}}") from e
-    if not isinstance(given, dict): raise UserError(f"{where}: {entry.task_arguments!r} is no mapping; write task_arguments: {{num_pairs: 1000, seed: 1}}")
+    except json.JSONDecodeError as e: raise UserError(unclear) from e
+    if not isinstance(given, dict): raise UserError(unclear)
     try: return resolved(entry.task, **given)
     except UserError as e: raise UserError(f"{where}: {e}") from e
 
+# %% ../../nbs/data/00_corpora.ipynb #256a0516
 def task_documents(
     entry: DatasetEntry, # with a task
     heldout: bool, # rows that are never trained on, instead of the training set
@@ -282,11 +312,13 @@ def check_entry(entry: DatasetEntry) -> None:
         task_arguments(entry)
         return
     if entry.path.startswith("python:"):
-        if entry.path not in LIBRARY: raise UserError(f"{where}: path '{entry.path}' is not one of Python's corpora: {', '.join(LIBRARY)}")
+        if entry.path not in LIBRARY:
+            raise UserError(f"{where}: path '{entry.path}' is not one of Python's corpora: {', '.join(LIBRARY)}")
         odd = [k for k in ("subset", "format", "text_template") if getattr(entry, k)]
         if odd: raise UserError(f"{where}: `{odd[0]}` has no meaning for {entry.path}; remove it")
     if (entry.path in LIBRARY or is_local(entry)) and entry.split != "train":
-        raise UserError(f"{where}: split '{entry.split}' does not exist: {entry.path} has only 'train'; what is held out is chosen by `heldout_fraction`")
+        raise UserError(f"{where}: split '{entry.split}' does not exist: {entry.path} has only 'train'; "
+            "what is held out is chosen by `heldout_fraction`")
 
 # %% ../../nbs/data/00_corpora.ipynb #4d9dc796
 def belongs(
@@ -308,12 +340,14 @@ def documents(
     check_entry(entry)
     if entry.task: return task_documents(entry, heldout)
     if entry.path in LIBRARY:
-        return iter(read_json(library_folder(heldout_fraction)/f"{entry.path[7:]}-{'heldout' if heldout else 'train'}.json"))
+        part = "heldout" if heldout else "train"
+        return iter(read_json(library_folder(heldout_fraction)/f"{entry.path[7:]}-{part}.json"))
     if is_local(entry): local_files(entry)
     else: hub_revision(entry.path, "dataset")
     texts = (text_of(entry, r) for r in records(entry))
     return (t for t in texts if belongs(t, heldout, heldout_fraction))
 
+# %% ../../nbs/data/00_corpora.ipynb #83ecd4c3
 def summarise_parts(
     entry: DatasetEntry, # local, hub or task
     fraction: float, # part that is held out
@@ -349,12 +383,14 @@ def origin(
     "Where a source can be found again, cached; without the folder it lies in"
     if entry.task: return dict(task=entry.task, arguments=task_arguments(entry))
     if entry.path in LIBRARY: return dict(python=platform.python_version())
-    if not is_local(entry): return dict(revision=hub_revision(entry.path, "dataset"), subset=entry.subset, split=entry.split)
+    if not is_local(entry):
+        return dict(revision=hub_revision(entry.path, "dataset"), subset=entry.subset, split=entry.split)
     kept = writable_folder(cache_folder()/"corpora")/f"origin-{sha256_of([RECIPE, source_stamp(entry)])[:32]}.json"
     if found := read_json(kept): return found
     files, _ = local_files(entry)
     root = os.path.commonpath([os.path.dirname(f) for f in files])
-    found = dict(files={os.path.relpath(f, root).replace(os.sep, "/"): dict(bytes=os.path.getsize(f), sha256=file_hash(f)) for f in files})
+    inside = lambda file: os.path.relpath(file, root).replace(os.sep, "/")
+    found = dict(files={inside(f): dict(bytes=os.path.getsize(f), sha256=file_hash(f)) for f in files})
     write_json(kept, found)
     return found
 
@@ -399,20 +435,26 @@ def train_bpe(
 ) -> str: # JSON of a `tokenizers.Tokenizer`
     "A byte-level BPE of exactly `size` tokens"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    if size < 257: raise UserError(f"a byte-level BPE has 256 bytes and the end of text: its size is 257 or more, not {size}")
+    if size < 257:
+        raise UserError(f"a byte-level BPE has 256 bytes and the end of text: its size is 257 or more, not {size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=[EOS], initial_alphabet=sorted(alphabet), show_progress=False))
-    if tokenizer.get_vocab_size() != size:
-        raise UserError(f"this corpus is too small for a BPE of {size} tokens: it gives {tokenizer.get_vocab_size()}. Choose that size or a smaller one, or more text")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    if (made := tokenizer.get_vocab_size()) != size:
+        raise UserError(f"this corpus is too small for a BPE of {size} tokens: it gives {made}. "
+            "Choose that size or a smaller one, or more text")
     return tokenizer.to_str()
 
+# %% ../../nbs/data/00_corpora.ipynb #94903e15
 def bytes_tokenizer() -> str: # JSON of a `tokenizers.Tokenizer`
     "One token per byte, whose id is the byte; 256 ends the text"
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(byte_alphabet())}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
     return tokenizer.to_str()
 
@@ -425,8 +467,10 @@ def bpe_size(name: str) -> int | None: # None when `name` is not a "corpus:" tok
     "The size in \"corpus:bpe:4096\""
     if not name.startswith("corpus:"): return None
     if found := re.fullmatch(r"corpus:bpe:(\d+)", name): return int(found[1])
-    raise UserError(f"dataset_config.tokenizer_name: '{name}' is not of the form corpus:bpe:SIZE, such as corpus:bpe:4096")
+    raise UserError(f"dataset_config.tokenizer_name: '{name}' is not of the form corpus:bpe:SIZE, "
+        "such as corpus:bpe:4096")
 
+# %% ../../nbs/data/00_corpora.ipynb #28b9c9c4
 def tokenizer_identity(config: DatasetConfig) -> str: # sha256
     "A hash that changes when the tokenizer does"
     name = config.tokenizer_name
@@ -435,22 +479,31 @@ def tokenizer_identity(config: DatasetConfig) -> str: # sha256
         return sha256_of([RECIPE, "bpe", size, parts])
     if name == "bytes": return sha256_of([RECIPE, "bytes"])
     path = Path(name).expanduser()
-    if path.is_dir(): return sha256_of({f.name: file_hash(f) for f in path.iterdir() if f.is_file() and re.search("token|vocab|merges|spiece", f.name)})
-    if path.exists() or name.startswith((".", "/", "~")): raise UserError(f"dataset_config.tokenizer_name: '{name}' is no folder with a saved tokenizer (tokenizer.json)")
+    if path.is_dir():
+        parts = [f for f in path.iterdir() if f.is_file() and re.search("token|vocab|merges|spiece", f.name)]
+        return sha256_of({f.name: file_hash(f) for f in parts})
+    if path.exists() or name.startswith((".", "/", "~")):
+        problem = "is no folder with a saved tokenizer (tokenizer.json)"
+        raise UserError(f"dataset_config.tokenizer_name: '{name}' {problem}")
     return sha256_of(["hub", name, hub_revision(name, "model")])
 
 # %% ../../nbs/data/00_corpora.ipynb #521bfdf7
 def trained_bpe(config: DatasetConfig, size: int) -> str: # JSON of a `tokenizers.Tokenizer`
     "The corpus' own BPE from the cache, trained at the first call by one process"
     library = importlib.metadata.version("tokenizers")
-    kept = writable_folder(cache_folder()/"tokenizers"/f"bpe-{size}-{library}-{tokenizer_identity(config)[:32]}")/"tokenizer.json"
-    if not kept.exists():
-        with folder_lock(kept.parent, wait=-1):
-            if not kept.exists():
-                entries = tokenizer_entries(config)
-                if not entries: raise UserError(f"dataset_config.tokenizer_name: '{config.tokenizer_name}' needs text to train on, and `datasets` is empty")
-                log.info("training %s on %s; done once, then cached", config.tokenizer_name, ", ".join(e.name for e in entries))
-                write_atomic(kept, train_bpe((t for e in entries for t in documents(e, False, config.heldout_fraction)), size))
+    name = f"bpe-{size}-{library}-{tokenizer_identity(config)[:32]}"
+    kept = writable_folder(cache_folder()/"tokenizers"/name)/"tokenizer.json"
+    if kept.exists(): return kept.read_text()
+    with folder_lock(kept.parent, wait=-1):
+        if not kept.exists():
+            entries = tokenizer_entries(config)
+            if not entries:
+                raise UserError(f"dataset_config.tokenizer_name: '{config.tokenizer_name}' needs text to train on, "
+                    "and `datasets` is empty")
+            sources = ", ".join(e.name for e in entries)
+            log.info("training %s on %s; done once, then cached", config.tokenizer_name, sources)
+            texts = (text for e in entries for text in documents(e, False, config.heldout_fraction))
+            write_atomic(kept, train_bpe(texts, size))
     return kept.read_text()
 
 # %% ../../nbs/data/00_corpora.ipynb #d7ea1852
@@ -464,13 +517,17 @@ def load_tokenizer(
     if name == "bytes" or size is not None:
         from tokenizers import Tokenizer
         made = Tokenizer.from_str(bytes_tokenizer() if name == "bytes" else trained_bpe(config, size))
-        return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=EOS, bos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False, **common)
+        return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=EOS, bos_token=EOS, pad_token=EOS,
+            clean_up_tokenization_spaces=False, **common)
     tokenizer_identity(config)   # refuses a name that is neither a folder nor on the hub
     path = Path(name).expanduser()
-    source = dict(pretrained_model_name_or_path=path) if path.is_dir() else dict(pretrained_model_name_or_path=name, revision=hub_revision(name, "model"))
+    if path.is_dir(): source = dict(pretrained_model_name_or_path=path)
+    else: source = dict(pretrained_model_name_or_path=name, revision=hub_revision(name, "model"))
+    where = f"dataset_config.tokenizer_name: '{name}'"
     try: tokenizer = AutoTokenizer.from_pretrained(**source, **common)
-    except (OSError, ValueError) as e: raise UserError(f"dataset_config.tokenizer_name: '{name}' cannot be loaded: {str(e).splitlines()[0]}") from e
-    if tokenizer.eos_token_id is None: raise UserError(f"dataset_config.tokenizer_name: '{name}' has no end-of-text token, which packing needs between documents")
+    except (OSError, ValueError) as e: raise UserError(f"{where} cannot be loaded: {str(e).splitlines()[0]}") from e
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{where} has no end-of-text token, which packing needs between documents")
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -481,11 +538,15 @@ def check_datasets(
 ) -> None:
     "Refuse a list of sources that cannot be meant"
     names = [e.name for e in entries]
-    if not names: raise UserError(f"{key} is empty: name at least one source, such as {{name: docs, path: python:docs}}")
-    if double := [n for n in names if names.count(n) > 1]: raise UserError(f"{key}: the name '{double[0]}' stands {len(double)} times; names tell the sources apart")
+    if not names:
+        raise UserError(f"{key} is empty: name at least one source, such as {{name: docs, path: python:docs}}")
+    if double := [n for n in names if names.count(n) > 1]:
+        raise UserError(f"{key}: the name '{double[0]}' stands {len(double)} times; names tell the sources apart")
     for e in entries:
         check_entry(e)
-        if e.weight <= 0: raise UserError(f"{key}: '{e.name}' has weight {e.weight:g}; weights are above 0. Leave the entry out to leave the source out")
+        if e.weight <= 0:
+            raise UserError(f"{key}: '{e.name}' has weight {e.weight:g}; weights are above 0. "
+                "Leave the entry out to leave the source out")
 
 # %% ../../nbs/data/00_corpora.ipynb #410b269d
 def eval_entries(cfg: Config) -> list[DatasetEntry]:
@@ -493,13 +554,16 @@ def eval_entries(cfg: Config) -> list[DatasetEntry]:
     entries = cfg.eval_config.datasets
     return cfg.dataset_config.datasets if entries is None else entries
 
+# %% ../../nbs/data/00_corpora.ipynb #d76baeb6
 def data_manifest(cfg: Config) -> dict: # sources, heldout, tokenizer; plain values
     "What a run reads: names, sizes, content hashes, origins, shares and tokenizer"
     data = cfg.dataset_config
     check_datasets(data.datasets, "dataset_config.datasets")
     check_datasets(eval_entries(cfg), "eval_config.datasets")
     total = sum(e.weight for e in data.datasets)
-    describe = lambda e, part: dict(name=e.name, path=e.path or f"task:{e.task}", **summary(e, data.heldout_fraction)[part], origin=origin(e))
+    def describe(e: DatasetEntry, part: str) -> dict:
+        place = e.path or f"task:{e.task}"
+        return dict(name=e.name, path=place, **summary(e, data.heldout_fraction)[part], origin=origin(e))
     return dict(
         sources=[describe(e, "train") | dict(weight=e.weight, share=e.weight/total) for e in data.datasets],
         heldout=[describe(e, "heldout") for e in eval_entries(cfg)],
@@ -511,4 +575,5 @@ def data_fingerprint(cfg: Config) -> str: # sha256
     "A hash of what a run reads, wherever it lies"
     manifest = data_manifest(cfg)
     plain = lambda sources: [{k: v for k, v in s.items() if k in ("name", "weight", "sha256")} for s in sources]
-    return sha256_of(dict(sources=plain(manifest["sources"]), heldout=plain(manifest["heldout"]), tokenizer=manifest["tokenizer"]["sha256"]))
+    sources, heldout = plain(manifest["sources"]), plain(manifest["heldout"])
+    return sha256_of(dict(sources=sources, heldout=heldout, tokenizer=manifest["tokenizer"]["sha256"]))

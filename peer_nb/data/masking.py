@@ -115,10 +115,10 @@ def digit_lookup_answers(
 ) -> Spans:
     "`digit_lookup_spans` of many documents"
     stop = np.append(white_space(data, borders), True)
-    stop[borders] = True                                                        # a value stops before the next document's first byte
+    stop[borders] = True                              # a value stops before the next document's first byte
     start, stops = np.flatnonzero(data == ord(":")) + 1, np.flatnonzero(stop)
     end = stops[np.searchsorted(stops, start)]
-    first = np.append(True, end[1:] != end[:-1])[:len(end)]                     # of several colons with the same end
+    first = np.append(True, end[1:] != end[:-1])[:len(end)]           # of several colons with the same end
     start, end = start[first], end[first]
     return start[start < end], end[start < end]
 
@@ -127,7 +127,7 @@ def stripped(
     space: np.ndarray, # [bytes] bool
     first: np.ndarray, # [spans] where spans begin
     end: np.ndarray, # [spans] where they end; at or after `first`
-) -> tuple[np.ndarray, np.ndarray]: # the same without white space outside; the end may come to lie before the beginning
+) -> tuple[np.ndarray, np.ndarray]: # without white space outside; the end may come to lie before the beginning
     "Leave out white space at both ends"
     edges = np.flatnonzero(space[1:] != space[:-1]) + 1
     runs = np.concatenate([[0], edges, [len(space)]])
@@ -179,9 +179,12 @@ def spelling(
         byte = {c: b for b, c in enumerate(byte_alphabet())}
         return lambda piece: bytes(byte[c] for c in piece)
     if kinds & {"ByteFallback", "Metaspace"}:
-        return lambda piece: bytes([int(piece[3:5], 16)]) if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else piece.replace("▁", " ").encode()
-    raise UserError(f"masks need a tokenizer whose tokens spell the text exactly: byte-level or SentencePiece; this one decodes by {', '.join(kinds) or 'nothing'}")
+        is_byte = re.compile(r"<0x[0-9A-F]{2}>").fullmatch
+        return lambda piece: bytes([int(piece[3:5], 16)]) if is_byte(piece) else piece.replace("▁", " ").encode()
+    raise UserError("masks need a tokenizer whose tokens spell the text exactly: byte-level or SentencePiece; "
+        f"this one decodes by {', '.join(kinds) or 'nothing'}")
 
+# %% ../../nbs/data/02_masking.ipynb #e6327f30
 def token_bytes(
     tokenizer: PreTrainedTokenizerBase, # a fast one
 ) -> list[bytes]: # by id; special tokens are empty
@@ -211,23 +214,30 @@ class Surfaces:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         table = token_bytes(tokenizer)
         lengths = np.array([len(t) for t in table])
-        self.lengths, self.starts = lengths.astype(np.min_scalar_type(lengths.max())), (np.cumsum(lengths) - lengths).astype(np.int32)
+        self.lengths = lengths.astype(np.min_scalar_type(lengths.max()))
+        self.starts = (np.cumsum(lengths) - lengths).astype(np.int32)
         self.flat = np.frombuffer(b"".join(table), np.uint8)
         self.first = np.frombuffer(b"".join(t[:1] or b"\0" for t in table), np.uint8)
         self.eos, self.pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-        spelled = self.text(np.array(tokenizer(PROBE, add_special_tokens=False).input_ids))[0].tobytes().decode(errors="replace")
-        if spelled.lstrip() != PROBE: raise UserError(f"masks need a tokenizer that keeps its text; this one makes {spelled!r} of {PROBE!r}")
+        probe = np.array(tokenizer(PROBE, add_special_tokens=False).input_ids)
+        spelled = self.text(probe)[0].tobytes().decode(errors="replace")
+        if spelled.lstrip() != PROBE:
+            raise UserError(f"masks need a tokenizer that keeps its text; this one makes {spelled!r} of {PROBE!r}")
 
-    def text(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # [bytes] uint8; [tokens+1] where in it each token begins, and the end
+    def text(
+        self,
+        ids: np.ndarray, # [tokens]
+    ) -> tuple[np.ndarray, np.ndarray]: # [bytes] uint8; [tokens+1] where in it each token begins, and the end
         "What these tokens spell, one after another"
         lengths = self.lengths[ids]
         at, some = counted(lengths), lengths > 0
         if at[-1] == np.count_nonzero(some): return self.first[ids][some], at     # a byte each: nothing to repeat
-        shift = self.starts[ids] - at[:-1]                                        # [tokens] from the place in the text to that in the table
+        shift = self.starts[ids] - at[:-1]                    # [tokens] from the place in the text to that in the table
         place = np.repeat(shift, lengths)
         place += np.arange(at[-1])
         return self.flat[place], at
 
+# %% ../../nbs/data/02_masking.ipynb #b9af90e5
 @lru_cache(maxsize=8)
 def kept_surfaces(tokenizer: PreTrainedTokenizerBase, state: tuple) -> Surfaces: return Surfaces(tokenizer)
 
@@ -252,7 +262,8 @@ class MaskStatistics:
         for name, value in vars(other).items(): setattr(self, name, getattr(self, name) + value)
 
     def _repr_markdown_(self) -> str:
-        return "| " + " | ".join(vars(self)) + " |\n|" + "--:|"*len(vars(self)) + "\n| " + " | ".join(map(str, vars(self).values())) + " |"
+        names, values = " | ".join(vars(self)), " | ".join(map(str, vars(self).values()))
+        return f"| {names} |\n|{'--:|'*len(vars(self))}\n| {values} |"
 
 # %% ../../nbs/data/02_masking.ipynb #88eb0ca4
 def document_borders(
@@ -274,7 +285,8 @@ def refuse_straddling(data: np.ndarray, at: np.ndarray, straddling: np.ndarray) 
     "Name the first token that straddles"
     a, b = at[straddling[0]], at[straddling[0] + 1]
     show = lambda x, y: data[x:y].tobytes().decode(errors="replace")
-    raise UserError(f"{len(straddling)} tokens straddle the edge of an answer, the first is {show(a, b)!r} in {show(max(a - 20, 0), b + 20)!r}. "
+    token, around = show(a, b), show(max(a - 20, 0), b + 20)
+    raise UserError(f"{len(straddling)} tokens straddle the edge of an answer, the first is {token!r} in {around!r}. "
         "Use straddle='include' or 'exclude', or a tokenizer that splits there")
 
 # %% ../../nbs/data/02_masking.ipynb #ad0322cd
@@ -296,8 +308,8 @@ def lifted(
 ) -> tuple[np.ndarray, np.ndarray]: # [tokens] trained, bool; numbers of the tokens that straddle
     "From bytes to tokens"
     start, end = spans
-    first = np.searchsorted(at, start, side="right") - 1                 # the token with the first byte: the last that begins there or before
-    last = np.searchsorted(at, end, side="left")                         # after the token with the last byte
+    first = np.searchsorted(at, start, side="right") - 1    # the token with the first byte: the last to begin by then
+    last = np.searchsorted(at, end, side="left")            # after the token with the last byte
     early, late = at[first] < start, at[last] > end
     straddling = np.unique(np.concatenate([first[early], last[late] - 1]))
     trained = covered(first, last, len(at) - 1)
@@ -316,8 +328,9 @@ def trained_tokens(
     "Which tokens are trained"
     check_choice("straddle", straddle, ("include", "exclude", "error"))
     ids = ids.astype(np.int64, copy=False)
-    if len(ids) and ids.view(np.uint64).max() >= len(surfaces.lengths):     # a negative number is a large one here
-        raise UserError(f"token ids reach from {ids.min()} to {ids.max()}; the tokenizer's from 0 to {len(surfaces.lengths) - 1}")
+    known = len(surfaces.lengths)
+    if len(ids) and ids.view(np.uint64).max() >= known:     # a negative number is a large one here
+        raise UserError(f"token ids reach from {ids.min()} to {ids.max()}; the tokenizer's from 0 to {known - 1}")
     starts, (data, at) = document_borders(ids, starts, surfaces.eos), surfaces.text(ids)
     trained, straddling = lifted(rule(data, at[starts]), at, straddle == "exclude")
     if straddle == "error" and len(straddling): refuse_straddling(data, at, straddling)
@@ -326,14 +339,16 @@ def trained_tokens(
     text, answered = np.diff(at[starts]) > 0, np.logical_or.reduceat(trained, starts[:-1])
     last = starts[1:] - 1
     if train_eos: trained[last] |= answered & (ids[last] == surfaces.eos)
-    return trained, MaskStatistics(int(text.sum()), int((text & ~answered).sum()), len(straddling), np.count_nonzero(trained))
+    unanswered = int((text & ~answered).sum())
+    return trained, MaskStatistics(int(text.sum()), unanswered, len(straddling), np.count_nonzero(trained))
 
 # %% ../../nbs/data/02_masking.ipynb #490dc59f
 @lru_cache(maxsize=8)
 def exact_offsets(tokenizer: PreTrainedTokenizerBase):
     "A copy of the tokenizer's core whose offsets cover the text"
     from tokenizers import Tokenizer
-    return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace('"trim_offsets":true', '"trim_offsets":false'))
+    rules = tokenizer.backend_tokenizer.to_str()
+    return Tokenizer.from_str(rules.replace('"trim_offsets":true', '"trim_offsets":false'))
 
 def trained_by_offsets(
     text: str, # one document
@@ -343,12 +358,13 @@ def trained_by_offsets(
     **options, # of the rule
 ) -> tuple[list[int], list[bool]]: # token ids, without special tokens; whether each is trained
     "Tokens of one text by its characters and the tokenizer's offsets"
-    encoding, spans = exact_offsets(tokenizer).encode(text, add_special_tokens=False), SPANS[check_task(task)](text, **options)
-    answer = {i for a, b in spans for i in range(a, b)}
+    encoding = exact_offsets(tokenizer).encode(text, add_special_tokens=False)
+    answer = {i for a, b in SPANS[check_task(task)](text, **options) for i in range(a, b)}
     trained = []
     for a, b in encoding.offsets:
         inside = sum(i in answer for i in range(a, b))
-        if straddle == "error" and 0 < inside < b - a: raise UserError(f"the token {text[a:b]!r} straddles the edge of an answer")
+        if straddle == "error" and 0 < inside < b - a:
+            raise UserError(f"the token {text[a:b]!r} straddles the edge of an answer")
         trained.append(bool(trained) and inside > 0 and (straddle == "include" or inside == b - a))
     return encoding.ids, trained
 
@@ -368,7 +384,8 @@ def stream_of(
     if cu_seqlens is None: return real, ids[real], np.concatenate([[0], np.cumsum(real.sum(1))])
     borders = cu_seqlens.detach().cpu().numpy().reshape(-1)
     if len(ids) != 1 or borders[0] != 0 or borders[-1] != ids.size or (np.diff(borders) < 0).any():
-        raise UserError(f"cu_seqlens must rise from 0 to the length of a single row; it goes from {borders[0]} to {borders[-1]}, and input_ids has shape {tuple(input_ids.shape)}")
+        raise UserError("cu_seqlens must rise from 0 to the length of a single row; "
+            f"it goes from {borders[0]} to {borders[-1]}, and input_ids has shape {tuple(input_ids.shape)}")
     return real, ids[real], np.concatenate([[0], np.cumsum(real)])[borders]
 
 # %% ../../nbs/data/02_masking.ipynb #3a8330ef
@@ -407,6 +424,7 @@ def apply_synthetic_qa_mask(
     check_choice("on_missing", on_missing, ("keep", "mask"))
     return apply_mask(input_ids, tokenizer, lambda data, borders: qa_answers(data, borders, on_missing), **kwargs)
 
+# %% ../../nbs/data/02_masking.ipynb #5148a583
 @delegates(apply_mask)
 def apply_hashhop_mask(
     input_ids: Tensor, # as `apply_mask`
@@ -419,6 +437,7 @@ def apply_hashhop_mask(
     check_choice("scope", scope, ("auto", "all"))
     return apply_mask(input_ids, tokenizer, lambda data, borders: hashhop_answers(data, borders, scope), **kwargs)
 
+# %% ../../nbs/data/02_masking.ipynb #46176580
 @delegates(apply_mask)
 def apply_digit_lookup_mask(
     input_ids: Tensor, # as `apply_mask`

@@ -26,7 +26,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..config import Config, DatasetEntry, UserError
-from .corpora import RECIPE, belongs, check_datasets, documents, is_streamed, origin, records, summary, text_of
+from .corpora import (
+    RECIPE, belongs, check_datasets, documents, is_streamed, origin, records, summary, text_of)
 from .masking import apply_digit_lookup_mask, apply_hashhop_mask, apply_synthetic_qa_mask
 from ..files import cache_folder, folder_lock, read_json, sha256_of, writable_folder, write_json
 
@@ -36,7 +37,8 @@ if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 __all__ = ['MASKS', 'random_bits', 'shuffled', 'TokenisedCorpus', 'tokenizer_hash', 'encode', 'fast_encoder', 'portions',
            'in_parallel', 'token_arrays', 'cores', 'write_arrays', 'write_tokens', 'tokenised', 'ResidentRows',
            'StreamingRows', 'Mix', 'inputs_and_labels', 'rows_batch', 'borders', 'varlen_batch', 'PackedBatches',
-           'differences', 'fill', 'end_thread', 'PrefetchedBatches', 'run_identity', 'check_run', 'build_dataloader']
+           'differences', 'fill', 'end_thread', 'PrefetchedBatches', 'run_identity', 'check_run', 'open_source',
+           'build_dataloader']
 
 # %% ../../nbs/data/01_packing.ipynb #f00b1660
 def random_bits(
@@ -82,7 +84,8 @@ def fast_encoder(
 ) -> Callable[[list[str]], list[list[int]]]: # the same as `encode`
     "`encode` without what is not needed; may be called from several threads"
     if not tokenizer.is_fast: return lambda texts: encode(texts, tokenizer)
-    engine, end = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()), tokenizer.eos_token_id
+    engine = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    end = tokenizer.eos_token_id
     engine.no_padding()
     engine.no_truncation()
     engine.encode_special_tokens = True
@@ -103,6 +106,7 @@ def portions(
             group, size = [], 0
     if group: yield group
 
+# %% ../../nbs/data/01_packing.ipynb #19b38c76
 def in_parallel(
     function: Callable, # lets go of Python's lock
     items: Iterable, # its arguments; taken as they are needed
@@ -151,6 +155,7 @@ def write_arrays(path: Path, arrays: Iterable[np.ndarray]) -> None:
         f.flush()
         os.fsync(f.fileno())
 
+# %% ../../nbs/data/01_packing.ipynb #2174ad5a
 def write_tokens(
     entry: DatasetEntry, # whose training part
     tokenizer: PreTrainedTokenizerBase, # of the run
@@ -187,9 +192,11 @@ def tokenised(
                 write_tokens(entry, tokenizer, fraction, writable_folder(work))
                 os.replace(work, kept)
     info = read_json(kept/"info.json")
-    if info["documents"] != train["documents"]: raise UserError(f"dataset '{entry.name}': {entry.path} changed while it was read. Start again")
-    if not info["documents"]: raise UserError(f"dataset '{entry.name}': {entry.path} has no text to train on")
-    mapped = np.asarray(np.memmap(kept/"tokens.bin", info["dtype"], "r"))   # the same memory; slices of a plain array cost a fifth
+    where = f"dataset '{entry.name}': {entry.path}"
+    if info["documents"] != train["documents"]: raise UserError(f"{where} changed while it was read. Start again")
+    if not info["documents"]: raise UserError(f"{where} has no text to train on")
+    # a view of the same memory: slices of a plain array cost a fifth of a memmap's
+    mapped = np.asarray(np.memmap(kept/"tokens.bin", info["dtype"], "r"))
     return TokenisedCorpus(mapped, np.fromfile(kept/"starts.bin", np.int64))
 
 # %% ../../nbs/data/01_packing.ipynb #4e201bd2
@@ -255,7 +262,8 @@ class StreamingRows:
         seed: int, # of the order
         threads: int = 1, # that tokenise
     ):
-        self.entry, self.encode, self.fraction, self.length, self.seed, self.threads = entry, token_arrays(entry, tokenizer), fraction, length, seed, threads
+        self.entry, self.encode, self.fraction = entry, token_arrays(entry, tokenizer), fraction
+        self.length, self.seed, self.threads = length, seed, threads
         self.load_state_dict(dict(epoch=0, record=0, used=0))
 
     def state_dict(self) -> dict: return dict(epoch=self.epoch, record=self.record, used=self.used)
@@ -274,7 +282,8 @@ def read_block(self: StreamingRows) -> bool: # False at the end of the set
     texts = [t for t in block if belongs(t, False, self.fraction)]
     ids = [i for portion in in_parallel(self.encode, portions(texts), self.threads) for i in portion]
     order = shuffled(len(ids), self.seed, self.entry.name, self.epoch, self.record)
-    self.tokens, self.next_record = np.concatenate([np.empty(0, np.int64), *(ids[i] for i in order)]), self.record + len(block)
+    self.tokens = np.concatenate([np.empty(0, np.int64), *(ids[i] for i in order)])
+    self.next_record = self.record + len(block)
     self.empty &= not len(self.tokens)
     return bool(block)
 
@@ -353,12 +362,14 @@ def varlen_batch(
 ) -> dict: # input_ids, labels, position_ids [1, B*T] int64; cu_seqlens [S+1] int32; max_seqlen
     "Documents side by side"
     (tokens, labels), length = (values.reshape(-1) for values in inputs_and_labels(rows)), rows.shape[1]
-    cu_seqlens = borders(tokens, end, length, [i*length for i in range(len(rows)) if i == 0 or sources[i] != sources[i-1]])
+    starts = [i*length for i in range(len(rows)) if i == 0 or sources[i] != sources[i-1]]
+    cu_seqlens = borders(tokens, end, length, starts)
     lengths = np.diff(cu_seqlens)
     labels[cu_seqlens[:-1]] = -100
     positions = np.arange(len(tokens)) - np.repeat(cu_seqlens[:-1], lengths)
     row = lambda values: torch.from_numpy(values)[None]
-    return dict(input_ids=row(tokens), labels=row(labels), position_ids=row(positions), cu_seqlens=torch.from_numpy(cu_seqlens), max_seqlen=int(lengths.max()))
+    return dict(input_ids=row(tokens), labels=row(labels), position_ids=row(positions),
+        cu_seqlens=torch.from_numpy(cu_seqlens), max_seqlen=int(lengths.max()))
 
 # %% ../../nbs/data/01_packing.ipynb #f334368c
 class PackedBatches:
@@ -376,8 +387,10 @@ class PackedBatches:
         end: int | None = None, # token that ends a document: batches are varlen; None: rows
         origins: dict | None = None, # of the sources, to name what changed when the identity has
     ):
-        self.sources, self.mix, self.batch_size, self.rank, self.world_size = sources, Mix(weights, seed), batch_size, rank, world_size
-        self.identity, self.origins, self.tokens_per_epoch, self.end = identity or {}, origins or {}, tokens_per_epoch, end
+        self.sources, self.mix = sources, Mix(weights, seed)
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.identity, self.origins = identity or {}, origins or {}
+        self.tokens_per_epoch, self.end = tokens_per_epoch, end
         self.rows, self.counts = 0, dict.fromkeys(sources, 0)
 
     def __iter__(self) -> Iterator[dict]: return self
@@ -391,8 +404,8 @@ class PackedBatches:
 
 # %% ../../nbs/data/01_packing.ipynb #a3e7ef13
 @patch
-def draw(self: PackedBatches) -> list[tuple[int, np.ndarray]]: # (position of the source, row) of this process, batch_size of them
-    "Take the rows of one batch of all processes"
+def draw(self: PackedBatches) -> list[tuple[int, np.ndarray]]: # (position of the source, row), batch_size of them
+    "Take the rows of one batch of all processes; those of this process"
     names, mine = list(self.sources), []
     for i in range(self.batch_size*self.world_size):
         source = self.mix.source(self.rows)
@@ -433,7 +446,8 @@ def load_state_dict(self: PackedBatches, state: dict) -> None:
     "Go on exactly where a state was taken; UserError when the data are not the same"
     if changed := differences(state["identity"], self.identity):
         changed += differences(state.get("origins", {}), self.origins, "origin.")
-        raise UserError("the data are not those that the checkpoint was made with, so it cannot be resumed exactly: " + "; ".join(changed))
+        raise UserError("the data are not those that the checkpoint was made with, so it cannot be resumed exactly: "
+            + "; ".join(changed))
     self.rows, self.counts = state["rows"], dict(state["counts"])
     for name, source in self.sources.items(): source.load_state_dict(state["sources"][name])
 
@@ -460,6 +474,7 @@ def end_thread(thread: threading.Thread, stop: threading.Event) -> None:
     stop.set()
     if thread is not threading.current_thread(): thread.join()
 
+# %% ../../nbs/data/01_packing.ipynb #990ce529
 class PrefetchedBatches:
     "The same batches and the same state, made ahead in threads"
     def __init__(
@@ -508,23 +523,50 @@ def proportions(self: PrefetchedBatches) -> dict[str, float]: # of the rows give
     return {name: count/max(self.state["rows"], 1) for name, count in self.state["counts"].items()}
 
 # %% ../../nbs/data/01_packing.ipynb #16017810
-def run_identity(cfg: Config, tokenizer: PreTrainedTokenizerBase, world_size: int, num_workers: int = 0) -> dict: # plain values
+def run_identity(
+    cfg: Config, # a whole run
+    tokenizer: PreTrainedTokenizerBase, # of the run
+    world_size: int, # processes
+    num_workers: int = 0, # threads that prepare batches
+) -> dict: # plain values
     "Everything that the order and content of the batches depend on"
-    data = cfg.dataset_config
-    text = lambda e: dict(weight=e.weight, streaming=is_streamed(e), mask=e.mask, text=summary(e, data.heldout_fraction)["train"]["sha256"])
-    return dict(recipe=RECIPE, seed=cfg.train_config.seed, max_seq_length=data.max_seq_length, batch_size=cfg.train_config.per_device_train_batch_size,
-        packing=data.packing, world_size=world_size, num_workers=num_workers, tokenizer=tokenizer_hash(tokenizer), heldout_fraction=data.heldout_fraction,
-        order=[e.name for e in data.datasets], sources={e.name: text(e) for e in data.datasets})
+    data, train = cfg.dataset_config, cfg.train_config
+
+    def described(e: DatasetEntry) -> dict:
+        text = summary(e, data.heldout_fraction)["train"]["sha256"]
+        return dict(weight=e.weight, streaming=is_streamed(e), mask=e.mask, text=text)
+
+    return dict(
+        recipe=RECIPE, seed=train.seed, max_seq_length=data.max_seq_length,
+        batch_size=train.per_device_train_batch_size, packing=data.packing, world_size=world_size,
+        num_workers=num_workers, tokenizer=tokenizer_hash(tokenizer), heldout_fraction=data.heldout_fraction,
+        order=[e.name for e in data.datasets], sources={e.name: described(e) for e in data.datasets})
 
 # %% ../../nbs/data/01_packing.ipynb #2b5c5419
 def check_run(cfg: Config, tokenizer: PreTrainedTokenizerBase, rank: int, world_size: int, num_workers: int) -> None:
     "Refuse what cannot be mixed, divided, or read by the model"
-    rows = cfg.model_config.vocab_size
+    rows, size = cfg.model_config.vocab_size, len(tokenizer)
     check_datasets(cfg.dataset_config.datasets, "dataset_config.datasets")
-    if len(tokenizer) > rows:
-        raise UserError(f"model_config.vocab_size is {rows}, but the tokenizer {cfg.dataset_config.tokenizer_name} has {len(tokenizer)} tokens: set it to {len(tokenizer)} or more")
+    if size > rows:
+        raise UserError(f"model_config.vocab_size is {rows}, but the tokenizer {cfg.dataset_config.tokenizer_name} "
+            f"has {size} tokens: set it to {size} or more")
     if not 0 <= rank < world_size: raise ValueError(f"rank {rank} of {world_size} processes: it is 0 to {world_size-1}")
-    if num_workers < 0: raise ValueError(f"num_workers is {num_workers}: it is 0, or the number of threads that prepare batches")
+    if num_workers < 0:
+        raise ValueError(f"num_workers is {num_workers}: it is 0, or the number of threads that prepare batches")
+
+# %% ../../nbs/data/01_packing.ipynb #2cad7897
+def open_source(
+    entry: DatasetEntry, # one of the sources
+    tokenizer: PreTrainedTokenizerBase, # of the run
+    cfg: Config, # a whole run
+    threads: int, # that tokenise a stream
+) -> tuple[ResidentRows | StreamingRows, int | None]: # its rows; its tokens, None of a stream
+    "The rows of one source"
+    data, seed = cfg.dataset_config, cfg.train_config.seed
+    if is_streamed(entry):
+        return StreamingRows(entry, tokenizer, data.heldout_fraction, data.max_seq_length, seed, threads), None
+    corpus = tokenised(entry, tokenizer, data.heldout_fraction)
+    return ResidentRows(corpus, data.max_seq_length, seed, entry.name), len(corpus.tokens)
 
 # %% ../../nbs/data/01_packing.ipynb #4055d25a
 def build_dataloader(
@@ -533,21 +575,22 @@ def build_dataloader(
     *,
     rank: int = 0, # which process this is
     world_size: int = 1, # of how many
-    num_workers: int | None = None, # threads that prepare batches ahead; 0: each is made when it is asked for; None: `dataset_config.num_workers`, and if that is null 2 with a stream, else 0
+    # threads that prepare batches ahead; 0: each is made when it is asked for;
+    # None: `dataset_config.num_workers`, and if that is null 2 with a stream, else 0
+    num_workers: int | None = None,
 ) -> PackedBatches | PrefetchedBatches:
     "The training batches of a run"
     data, train = cfg.dataset_config, cfg.train_config
     if num_workers is None: num_workers = data.num_workers
     if num_workers is None: num_workers = 2*any(map(is_streamed, data.datasets))
     check_run(cfg, tokenizer, rank, world_size, num_workers)
-    sources, size = {}, 0
-    for e in data.datasets:
-        if is_streamed(e): sources[e.name], size = StreamingRows(e, tokenizer, data.heldout_fraction, data.max_seq_length, train.seed, num_workers), None
-        else:
-            corpus = tokenised(e, tokenizer, data.heldout_fraction)
-            sources[e.name] = ResidentRows(corpus, data.max_seq_length, train.seed, e.name)
-            size = None if size is None else size + len(corpus.tokens)
-    batches = PackedBatches(sources, [e.weight for e in data.datasets], train.seed, train.per_device_train_batch_size, rank, world_size,
-        run_identity(cfg, tokenizer, world_size, num_workers), size, tokenizer.eos_token_id if data.packing == "varlen" else None,
-        {e.name: origin(e) for e in data.datasets})
+    opened = {e.name: open_source(e, tokenizer, cfg, num_workers) for e in data.datasets}
+    sizes = [size for _, size in opened.values()]
+    batches = PackedBatches(
+        {name: rows for name, (rows, _) in opened.items()}, [e.weight for e in data.datasets], train.seed,
+        train.per_device_train_batch_size, rank, world_size,
+        identity=run_identity(cfg, tokenizer, world_size, num_workers),
+        tokens_per_epoch=None if None in sizes else sum(sizes),
+        end=tokenizer.eos_token_id if data.packing == "varlen" else None,
+        origins={e.name: origin(e) for e in data.datasets})
     return PrefetchedBatches(batches, num_workers) if num_workers else batches

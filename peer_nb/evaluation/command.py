@@ -14,14 +14,14 @@ from fastprogress.fastprogress import progress_bar
 
 from ..cli import make_main
 from .benchmarks import Answers, LoadedTasks, Scored, causal_lm, load_tasks, run_tasks, sample_lines
-from .items import data_root
+from .items import data_root as items_root
 from .page import benchmark_page
 from .perplexity import load_checkpoint_model, model_fingerprint, perplexity
 from .recall_command import recall
 from ..files import UserError, folder_lock, read_json, writable_folder, write_atomic, write_json
 
 # %% auto #0
-__all__ = ['main', 'claim_folder', 'write_results', 'scores_lines', 'AskProgress', 'benchmark']
+__all__ = ['COMMANDS', 'main', 'claim_folder', 'write_results', 'scores_lines', 'AskProgress', 'benchmark']
 
 # %% ../../nbs/evaluation/09_command.ipynb #03c983b5
 def claim_folder(
@@ -32,8 +32,10 @@ def claim_folder(
     known = read_json(folder/"identity.json")
     if known is None: write_json(folder/"identity.json", identity)
     elif known != identity:
-        other = [f"{key} ({known.get(key)} there, {identity.get(key)} now)" for key in identity if known.get(key) != identity[key]]
-        raise UserError(f"{folder}: holds the answers of another run: {'; '.join(other)[:300]}. Choose another --output, or delete {folder/'answers.jsonl'} and {folder/'identity.json'}")
+        changed = [key for key in identity if known.get(key) != identity[key]]
+        other = "; ".join(f"{key} ({known.get(key)} there, {identity.get(key)} now)" for key in changed)[:300]
+        raise UserError(f"{folder}: holds the answers of another run: {other}. "
+            f"Choose another --output, or delete {folder/'answers.jsonl'} and {folder/'identity.json'}")
 
 # %% ../../nbs/evaluation/09_command.ipynb #36a07309
 def write_results(
@@ -50,18 +52,21 @@ def write_results(
     write_json(folder/"results.json", result)
     benchmark_page(result, folder/"index.html", title)
 
+# %% ../../nbs/evaluation/09_command.ipynb #baf28e59
 def scores_lines(
     result: dict, # of `run_tasks`
 ) -> str: # for a terminal
     "Scores as a table"
-    rows = [(name, metric, m, row) for name, row in [*result["groups"].items(), *result["tasks"].items()] for metric, m in row["metrics"].items()]
+    named = [*result["groups"].items(), *result["tasks"].items()]
+    rows = [(name, metric, m, row) for name, row in named for metric, m in row["metrics"].items()]
     width, wide = (max([len(r[i]) for r in rows] + [6]) for i in (0, 1))
     lines = [f"{'task':<{width}}  {'metric':<{wide}}   score    s.e.      95 % interval    chance   items"]
     for name, metric, m, row in rows:
         ci = f"{m['ci'][0]:.4f} – {m['ci'][1]:.4f}" if m["ci"] else "–"
         chance = row.get("chance") if metric in ("acc", "acc_norm") else None
         se, guess = ("–" if v is None else f"{v:.4f}" for v in (m["se"], chance))
-        lines.append(f"{name:<{width}}  {metric:<{wide}}  {m['value']:.4f}  {se:>6}  {ci:>17}  {guess:>8}  {row['items']:>6,}")
+        lines.append(f"{name:<{width}}  {metric:<{wide}}  {m['value']:.4f}  {se:>6}  {ci:>17}  {guess:>8}"
+                     f"  {row['items']:>6,}")
     return "\n".join(lines)
 
 # %% ../../nbs/evaluation/09_command.ipynb #4c0bcec0
@@ -84,46 +89,19 @@ class AskProgress:
             self.shown = 10*done // max(1, total)
             print(f"{done:,} of {total:,} questions answered", flush=True)
 
-# %% ../../nbs/evaluation/09_command.ipynb #393a61ea
-def benchmark(
-    checkpoint: str,                         # folder of a model that transformers can read, or its name on the hub
-    tasks: list[str],                        # hellaswag, mmlu, truthfulqa, gsm8k, humaneval, math500, minerva, aime24, any other lm-eval task or group, an eval of the registry
-    output: str = "eval_results",            # folder for results.json, samples/ and index.html; the same again continues
-    data_root: str | None = None,            # folder of benchmark items, used instead of the hub; default: PEER_NB_DATA, if set
-    registry: str | None = None,             # folder of an OpenAI Evals registry
-    limit: int | None = None,                # items of each task; default: all
-    fewshot: int | None = None,              # examples in each prompt; default: the task's own number
-    window: int | None = None,               # tokens of the longest input; default: the model's longest
-    batch_size: int = 16,                    # questions per forward pass
-    max_new_tokens: int | None = None,       # to generate for an answer; default: the task's own number, at most half the window
-    allow_code_execution: bool = False,      # run programs that the model writes (humaneval): in a subprocess with limits on time, memory, files, network
+# %% ../../nbs/evaluation/09_command.ipynb #33f7de7d
+def _benchmark(
+    model: Any, tokenizer: Any, loaded: LoadedTasks, # what answers, and what is asked
+    folder: Path, title: str, # of the results
+    window: int, batch_size: int, options: dict, # how it is asked
 ) -> int: # exit code
-    """Run benchmarks on a model: lm-eval's tasks, online or from a folder
-
-    Ctrl-C keeps what is done; the same command again continues. Examples:
-      peer-eval benchmark output/checkpoint-1000 hellaswag gsm8k --limit 200
-      peer-eval benchmark output/checkpoint-1000 mmlu --data-root ~/benchmark_data --fewshot 5
-      peer-eval benchmark output/checkpoint-1000 humaneval --allow-code-execution
-    """
-    loaded = load_tasks(tasks, _root(data_root), registry, allow_code_execution)
-    model, tokenizer = load_checkpoint_model(checkpoint)
-    window = window or model.config.max_position_embeddings
-    with folder_lock(writable_folder(output)) as folder:
-        return _benchmark(model, tokenizer, loaded, folder, checkpoint, window, batch_size,
-                          dict(num_fewshot=fewshot, max_new_tokens=max_new_tokens, limit=limit))
-
-def _root(given: str | None) -> Path | None:
-    "The folder of items that is meant"
-    return data_root(given)
-
-# %% ../../nbs/evaluation/09_command.ipynb #9b0ca77d
-def _benchmark(model: Any, tokenizer: Any, loaded: LoadedTasks, folder: Path, title: str, window: int, batch_size: int, options: dict) -> int: # exit code
     "Ask, write, show"
     lm = causal_lm(model, tokenizer, batch_size, window)
     claim_folder(folder, dict(model=model_fingerprint(model, tokenizer), window=window, dtype=str(model.dtype)))
     answers = Answers(folder/"answers.jsonl")
     if answers.known: print(f"{len(answers.known):,} answers are there already")
-    result, scored = run_tasks(lm, loaded, window, answers=answers, block=4*batch_size, progress=AskProgress(), **options)
+    asking = dict(answers=answers, block=4*batch_size, progress=AskProgress())
+    result, scored = run_tasks(lm, loaded, window, **asking, **options)
     result |= dict(model=title, batch_size=batch_size, limit=options["limit"])
     write_results(folder, result, scored, title)
     print(scores_lines(result))
@@ -134,5 +112,38 @@ def _benchmark(model: Any, tokenizer: Any, loaded: LoadedTasks, folder: Path, ti
     print(f"{folder/'index.html'}")
     return 0
 
+# %% ../../nbs/evaluation/09_command.ipynb #2946b71e
+def benchmark(
+    checkpoint: str,                         # folder of a model that transformers can read, or its name on the hub
+    # hellaswag, mmlu, truthfulqa, gsm8k, humaneval, math500, minerva, aime24, any other lm-eval task or group, an eval
+    # of the registry
+    tasks: list[str],
+    output: str = "eval_results",            # folder for results.json, samples/, index.html; the same again continues
+    data_root: str | None = None,            # folder of benchmark items, instead of the hub; default: PEER_NB_DATA
+    registry: str | None = None,             # folder of an OpenAI Evals registry
+    limit: int | None = None,                # items of each task; default: all
+    fewshot: int | None = None,              # examples in each prompt; default: the task's own number
+    window: int | None = None,               # tokens of the longest input; default: the model's longest
+    batch_size: int = 16,                    # questions per forward pass
+    # to generate for an answer; default: the task's own number, at most half the window
+    max_new_tokens: int | None = None,
+    # run programs that the model writes (humaneval): in a subprocess with limits on time, memory, files, network
+    allow_code_execution: bool = False,
+) -> int: # exit code
+    """Run benchmarks on a model: lm-eval's tasks, online or from a folder
+
+    Ctrl-C keeps what is done; the same command again continues. Examples:
+      peer-eval benchmark output/checkpoint-1000 hellaswag gsm8k --limit 200
+      peer-eval benchmark output/checkpoint-1000 mmlu --data-root ~/benchmark_data --fewshot 5
+      peer-eval benchmark output/checkpoint-1000 humaneval --allow-code-execution
+    """
+    loaded = load_tasks(tasks, items_root(data_root), registry, allow_code_execution)
+    model, tokenizer = load_checkpoint_model(checkpoint)
+    window = window or model.config.max_position_embeddings
+    options = dict(num_fewshot=fewshot, max_new_tokens=max_new_tokens, limit=limit)
+    with folder_lock(writable_folder(output)) as folder:
+        return _benchmark(model, tokenizer, loaded, folder, checkpoint, window, batch_size, options)
+
 # %% ../../nbs/evaluation/09_command.ipynb #b7bceba6
-main = make_main("peer-eval", {"perplexity": perplexity, "benchmark": benchmark, "recall": recall}, doc="Measure a trained model")
+COMMANDS = {"perplexity": perplexity, "benchmark": benchmark, "recall": recall}
+main = make_main("peer-eval", COMMANDS, doc="Measure a trained model")

@@ -30,17 +30,24 @@ class Field(NamedTuple):
     text: str                    # completes "must be ..."
     holds: Callable[[Any], bool] # for the value
 
+def _is_targets(value: Any) -> bool:
+    "Whether a value has choices, and labels that begin with 1"
+    if not isinstance(value, dict) or not value.get("choices"): return False
+    choices, labels = value["choices"], value.get("labels", ())
+    return len(choices) == len(labels) and labels[0] == 1 and set(labels) <= {0, 1}
+
+# %% ../../nbs/evaluation/02_items.ipynb #90176f1f
 TEXT = Field("a text that is not empty", lambda v: isinstance(v, str) and bool(v.strip()))
 ANY_TEXT = Field("a text", lambda v: isinstance(v, str))
 INDEX = Field("0, 1, 2 or 3", lambda v: v in (0, 1, 2, 3) and not isinstance(v, bool))
 LABEL = Field("0, 1, 2 or 3", lambda v: str(v) in ("0", "1", "2", "3"))
-FOUR = Field("a list of four texts", lambda v: isinstance(v, list) and len(v) == 4 and all(isinstance(x, str) for x in v))
+FOUR = Field("a list of four texts", lambda v: isinstance(v, list) and len(v) == 4 and set(map(type, v)) == {str})
 WORKED = Field("a text with '#### ' before the answer", lambda v: isinstance(v, str) and "####" in v)
 BOXED = Field("a text with the answer in \\boxed{}", lambda v: isinstance(v, str) and "\\boxed" in v)
 NUMBER = Field("a whole number", lambda v: str(v).strip().lstrip("-").isdigit())
-TARGETS = Field("choices and as many labels, of which the first is 1", lambda v: isinstance(v, dict) and bool(v.get("choices"))
-                and len(v["choices"]) == len(v.get("labels", ())) and v["labels"][0] == 1 and set(v["labels"]) <= {0, 1})
+TARGETS = Field("choices and as many labels, of which the first is 1", _is_targets)
 
+# %% ../../nbs/evaluation/02_items.ipynb #0bc331c8
 ROWS: dict[str, dict[str, Field]] = {   # data set on the hub -> its fields
     "openai/gsm8k": dict(question=TEXT, answer=WORKED),
     "Rowan/hellaswag": dict(activity_label=ANY_TEXT, ctx_a=TEXT, ctx_b=ANY_TEXT, endings=FOUR, label=LABEL),
@@ -59,10 +66,15 @@ def check_row(
     place: str,        # file and line
 ) -> dict: # the row
     "A row that can be scored, or a UserError that names the place"
-    if not isinstance(row, dict): raise UserError(f"{place}: a row must be an object with fields, not {json.dumps(row)[:60]}")
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: a row must be an object with fields, not {json.dumps(row)[:60]}")
     for name, field in ROWS.get(dataset, {}).items():
-        if name not in row: raise UserError(f"{place}: the row has no field {name!r} (it has {', '.join(row) or 'none'}); a row of {dataset} needs {', '.join(ROWS[dataset])}")
-        if not field.holds(row[name]): raise UserError(f"{place}: {name} must be {field.text}, not {json.dumps(row[name], ensure_ascii=False)[:80]}")
+        if name not in row:
+            raise UserError(f"{place}: the row has no field {name!r} (it has {', '.join(row) or 'none'}); "
+                f"a row of {dataset} needs {', '.join(ROWS[dataset])}")
+        if not field.holds(row[name]):
+            value = json.dumps(row[name], ensure_ascii=False)[:80]
+            raise UserError(f"{place}: {name} must be {field.text}, not {value}")
     return row
 
 # %% ../../nbs/evaluation/02_items.ipynb #0629410b
@@ -72,8 +84,10 @@ def read_text(
     "A file's text"
     unpack = {".gz": gzip.decompress, ".bz2": bz2.decompress}.get(path.suffix, bytes)
     try: return unpack(path.read_bytes()).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error: raise UserError(f"{path}: cannot be read as text: {error}") from error
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text: {error}") from error
 
+# %% ../../nbs/evaluation/02_items.ipynb #6381edb8
 def read_lines(
     path: Path,   # JSON lines
     dataset: str, # name on the hub
@@ -96,7 +110,8 @@ def gsm8k(
     folder: Path, # train.jsonl and test.jsonl, or one of them
 ) -> Converted:
     "Grade-school mathematics"
-    found = {split: read_lines(path, "openai/gsm8k") for split in ("train", "test") if (path := folder/f"{split}.jsonl").is_file()}
+    files = {split: folder/f"{split}.jsonl" for split in ("train", "test")}
+    found = {split: read_lines(path, "openai/gsm8k") for split, path in files.items() if path.is_file()}
     if "test" not in found: found = dict(train=found["train"][:EXAMPLES], test=found["train"][EXAMPLES:])
     return {"main": {"train": found["test"][:EXAMPLES]} | found}
 
@@ -107,11 +122,13 @@ def _first(folder: Path, *names: str) -> Path: # or UserError
     if found is None: raise UserError(f"{folder}: holds none of {', '.join(names)}")
     return found
 
+# %% ../../nbs/evaluation/02_items.ipynb #aaaa68df
 def humaneval(
     folder: Path, # HumanEval.jsonl, or .gz
 ) -> Converted:
     "Programs from their description"
-    return {"openai_humaneval": {"test": read_lines(_first(folder, "HumanEval.jsonl.gz", "HumanEval.jsonl"), "openai/openai_humaneval")}}
+    path = _first(folder, "HumanEval.jsonl.gz", "HumanEval.jsonl")
+    return {"openai_humaneval": {"test": read_lines(path, "openai/openai_humaneval")}}
 
 def math500(
     folder: Path, # test.jsonl
@@ -123,20 +140,24 @@ def math500(
 def _hellaswag_item(lines: list[str], place: str) -> dict:
     "A row from six lines"
     activity, colon, context = lines[0].partition(": ")
-    if not colon or len(lines) < 6: raise UserError(f"{place}: an item is six lines: 'activity: context', the right ending's index, four endings")
+    if not colon or len(lines) < 6:
+        raise UserError(f"{place}: an item is six lines: 'activity: context', the right ending's index, four endings")
     row = dict(activity_label=activity, ctx_a=context, ctx_b="", endings=lines[2:], label=lines[1].strip())
     return check_row(row, "Rowan/hellaswag", place)
 
+# %% ../../nbs/evaluation/02_items.ipynb #732778eb
 def hellaswag(
     folder: Path, # hellaswag_val.jsonl, or hellaswag_val_full.txt (.bz2)
 ) -> Converted:
     "Endings of everyday scenes; the task is asked without examples, and takes them, if told to, from the training file"
-    path, train = _first(folder, "hellaswag_val.jsonl", "hellaswag_val_full.txt.bz2", "hellaswag_val_full.txt"), folder/"hellaswag_train.jsonl"
+    path = _first(folder, "hellaswag_val.jsonl", "hellaswag_val_full.txt.bz2", "hellaswag_val_full.txt")
     if path.suffix == ".jsonl": rows = read_lines(path, "Rowan/hellaswag")
     else:
         lines = read_text(path).rstrip("\n").split("\n")
         rows = [_hellaswag_item(lines[i:i + 6], f"{path}: line {i + 1}") for i in range(0, len(lines), 6)]
-    return {"default": {"train": read_lines(train, "Rowan/hellaswag") if train.is_file() else rows[:EXAMPLES], "validation": rows}}
+    train = folder/"hellaswag_train.jsonl"
+    examples = read_lines(train, "Rowan/hellaswag") if train.is_file() else rows[:EXAMPLES]
+    return {"default": {"train": examples, "validation": rows}}
 
 # %% ../../nbs/evaluation/02_items.ipynb #ca61053d
 def _mmlu_rows(path: Path) -> list[dict]:
@@ -148,10 +169,14 @@ def _mmlu_rows(path: Path) -> list[dict]:
         except csv.Error as error: raise UserError(f"{place}: not CSV: {error}") from error
         if cells is None: return rows
         if not cells or cells[0] == "question" and reader.line_num == 1: continue
-        if len(cells) != 6: raise UserError(f"{place}: {len(cells)} columns; a row is a question, four choices and the answer")
-        answer = "ABCD".find(cells[5]) if cells[5] in tuple("ABCD") else int(cells[5]) if cells[5] in tuple("0123") else cells[5]
-        rows.append(check_row(dict(question=cells[0], choices=cells[1:5], answer=answer), "cais/mmlu", place))
+        if len(cells) != 6:
+            raise UserError(f"{place}: {len(cells)} columns; a row is a question, four choices and the answer")
+        question, *choices, answer = cells
+        if answer in tuple("ABCD"): answer = "ABCD".find(answer)
+        elif answer in tuple("0123"): answer = int(answer)
+        rows.append(check_row(dict(question=question, choices=choices, answer=answer), "cais/mmlu", place))
 
+# %% ../../nbs/evaluation/02_items.ipynb #052aee39
 def mmlu(
     folder: Path, # dev/, val/ and test/ with <subject>_<split>.csv
 ) -> Converted:
@@ -171,6 +196,7 @@ def _targets(answers: Any, place: str) -> dict: # {"choices", "labels"}
     ordered = sorted(answers.items(), key=lambda pair: pair[1] != 1)
     return dict(choices=[a for a, _ in ordered], labels=[v for _, v in ordered])
 
+# %% ../../nbs/evaluation/02_items.ipynb #8fc6357d
 def truthfulqa(
     folder: Path, # mc_task.json
 ) -> Converted:
@@ -180,16 +206,21 @@ def truthfulqa(
     except ValueError as error: raise UserError(f"{path}: not JSON: {error}") from error
     for number, item in enumerate(items, 1):
         place = f"{path}: item {number}"
-        if missing := {"question", "mc1_targets", "mc2_targets"} - set(item): raise UserError(f"{place}: has no {', '.join(sorted(missing))}")
-        row = dict(question=item["question"], mc1_targets=_targets(item["mc1_targets"], place), mc2_targets=_targets(item["mc2_targets"], place))
+        if missing := {"question", "mc1_targets", "mc2_targets"} - set(item):
+            raise UserError(f"{place}: has no {', '.join(sorted(missing))}")
+        targets = {name: _targets(item[name], place) for name in ("mc1_targets", "mc2_targets")}
+        row = dict(question=item["question"], **targets)
         rows.append(check_row(row, "truthfulqa/truthful_qa", place))
     return {"multiple_choice": {"validation": rows}}
 
 # %% ../../nbs/evaluation/02_items.ipynb #59e9bb95
-SOURCES: dict[str, tuple[str, Callable[[Path], Converted]]] = {   # data set on the hub -> (folder under the root, converter)
-    "openai/gsm8k": ("gsm8k", gsm8k), "Rowan/hellaswag": ("hellaswag", hellaswag), "openai/openai_humaneval": ("humaneval", humaneval),
-    "HuggingFaceH4/MATH-500": ("math500", math500), "cais/mmlu": ("mmlu", mmlu), "truthfulqa/truthful_qa": ("truthfulqa", truthfulqa)}
-
+SOURCES: dict[str, tuple[str, Callable[[Path], Converted]]] = {   # set on the hub -> (folder under the root, converter)
+    "openai/gsm8k": ("gsm8k", gsm8k),
+    "Rowan/hellaswag": ("hellaswag", hellaswag),
+    "openai/openai_humaneval": ("humaneval", humaneval),
+    "HuggingFaceH4/MATH-500": ("math500", math500),
+    "cais/mmlu": ("mmlu", mmlu),
+    "truthfulqa/truthful_qa": ("truthfulqa", truthfulqa)}
 def write_hub_shape(
     converted: Converted, # what to write
     folder: Path,         # where; an existing README means that it is there already
@@ -200,7 +231,8 @@ def write_hub_shape(
         (folder/config).mkdir(parents=True, exist_ok=True)
         head += [f"- config_name: {config}", "  data_files:"]
         for split, rows in splits.items():
-            write_atomic(folder/config/f"{split}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            write_atomic(folder/config/f"{split}.jsonl", "".join(lines))
             head += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
     write_atomic(folder/"README.md", "\n".join([*head, "---", ""]))   # last: it says that the folder is whole
     return folder
@@ -213,8 +245,10 @@ def convert_source(
     folder: Path, # the authors' files
 ) -> Path: # hub-shaped folder in the cache
     "Convert a benchmark's own files, once"
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in (".jsonl", ".json", ".csv", ".txt", ".gz", ".bz2"))
-    key = sha256_of([CONVERTERS, dataset, *[[str(p.relative_to(folder)), sha256_of(p.read_bytes())] for p in files]])
+    endings = (".jsonl", ".json", ".csv", ".txt", ".gz", ".bz2")
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in endings)
+    content = [[str(p.relative_to(folder)), sha256_of(p.read_bytes())] for p in files]
+    key = sha256_of([CONVERTERS, dataset, *content])
     target = cache_folder()/"benchmarks"/key[:16]/dataset.rpartition("/")[2]
     return target if (target/"README.md").is_file() else write_hub_shape(SOURCES[dataset][1](folder), target)
 
@@ -226,8 +260,10 @@ def trial_note(
     "What a reader of scores on these files must know"
     folder = root/SOURCES[dataset][0]
     if dataset == "openai/gsm8k" and not (folder/"test.jsonl").is_file():
-        return f"gsm8k: there is no test.jsonl; the items are the training file's, but for the first {EXAMPLES}, which serve as examples: for trials, not for reports"
-    if dataset == "Rowan/hellaswag" and not (folder/"hellaswag_train.jsonl").is_file(): return "hellaswag: there is no training file; examples, if asked for, are among the items"
+        return ("gsm8k: there is no test.jsonl; the items are the training file's, but for the first "
+            f"{EXAMPLES}, which serve as examples: for trials, not for reports")
+    if dataset == "Rowan/hellaswag" and not (folder/"hellaswag_train.jsonl").is_file():
+        return "hellaswag: there is no training file; examples, if asked for, are among the items"
     return "math500: examples, if asked for, are among the items" if dataset == "HuggingFaceH4/MATH-500" else ""
 
 # %% ../../nbs/evaluation/02_items.ipynb #31e34796
@@ -237,9 +273,11 @@ def data_root(
     "The folder of benchmark items: the one given, or that in PEER_NB_DATA"
     place = given or os.environ.get("PEER_NB_DATA")
     if not place: return None
-    if not Path(place).is_dir(): raise UserError(f"{'--data-root' if given else 'PEER_NB_DATA'} {place}: no such folder")
+    if not Path(place).is_dir():
+        raise UserError(f"{'--data-root' if given else 'PEER_NB_DATA'} {place}: no such folder")
     return Path(place).resolve()
 
+# %% ../../nbs/evaluation/02_items.ipynb #fbe59a16
 def _check_hub_shape(folder: Path, dataset: str):
     "Read the JSON lines of a hub-shaped folder once, so that a broken row is named"
     for path in sorted(folder.rglob("*.jsonl")): read_lines(path, dataset)
@@ -271,5 +309,6 @@ def reading_cache(
     folder: Path, # hub-shaped
 ) -> Path: # for `cache_dir` of `datasets.load_dataset`
     "Where the items of this folder, as it is now, are kept after reading"
-    state = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()]
+    files = [(p, p.stat()) for p in sorted(folder.rglob("*")) if p.is_file()]
+    state = [(str(p.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for p, stat in files]
     return cache_folder()/"benchmarks"/"read"/sha256_of([str(folder), state])[:16]

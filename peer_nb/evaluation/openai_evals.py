@@ -30,6 +30,7 @@ def matches(
     "Match: the completion begins with an ideal answer"
     return {"accuracy": float(any(text.startswith(answer) for answer in ideal))}
 
+# %% ../../nbs/evaluation/03_openai_evals.ipynb #72593bf3
 def includes(
     text: str,                # the completion
     ideal: list[str],         # answers, any of which will do
@@ -47,6 +48,7 @@ def normalize(
     kept = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
+# %% ../../nbs/evaluation/03_openai_evals.ipynb #f0322103
 def word_f1(
     text: str,   # the completion
     answer: str, # what it is compared with
@@ -56,6 +58,7 @@ def word_f1(
     shared = (Counter(said) & Counter(wanted)).total()
     return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
 
+# %% ../../nbs/evaluation/03_openai_evals.ipynb #39273433
 def fuzzy_matches(
     text: str,          # the completion
     ideal: list[str],   # answers, any of which will do
@@ -114,10 +117,13 @@ def find_eval(
     entry = registry.get(name)
     if entry is None:
         near = difflib.get_close_matches(name, registry, 3)
-        raise UserError(f"{folder}: no eval {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else f"; it has {len(registry)} others"))
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {len(registry)} others"
+        raise UserError(f"{folder}: no eval {name!r}; {hint}")
     if "class" not in entry: entry = registry.get(entry.get("id"), {})
     kind = entry.get("class")
-    if kind not in CLASSES: raise UserError(f"{folder}: eval {name!r} has the class {kind}, which is not supported; supported: {', '.join(CLASSES)}")
+    if kind not in CLASSES:
+        raise UserError(f"{folder}: eval {name!r} has the class {kind}, which is not supported; "
+            f"supported: {', '.join(CLASSES)}")
     args = entry.get("args") or {}
     if "samples_jsonl" not in args: raise UserError(f"{folder}: eval {name!r} names no samples_jsonl")
     return RegisteredEval(name, CLASSES[kind], args, Path(folder))
@@ -129,15 +135,19 @@ def eval_rows(
     "The items of an eval"
     def read(name: str) -> tuple[Path, list[dict]]:
         path = next((p for p in (spec.folder/"data"/name, Path(name)) if p.is_file()), None)
-        if path is None: raise UserError(f"{spec.folder}: eval {spec.name!r} needs {spec.folder/'data'/name}, which is not there")
+        if path is None:
+            raise UserError(f"{spec.folder}: eval {spec.name!r} needs {spec.folder/'data'/name}, which is not there")
         return path, read_lines(path, "")
-    shots = read(spec.args["few_shot_jsonl"])[1][:spec.args.get("num_few_shot", 0)] if spec.args.get("num_few_shot") else []
+    shots, count = [], spec.args.get("num_few_shot")
+    if count: shots = read(spec.args["few_shot_jsonl"])[1][:count]
+    examples = [message for shot in shots for message in shot["sample"]]
     path, samples = read(spec.args["samples_jsonl"])
     rows = []
     for number, sample in enumerate(samples, 1):
-        if missing := {"input", "ideal"} - set(sample): raise UserError(f"{path}: sample {number} has no {' and no '.join(sorted(missing))}")
+        if missing := {"input", "ideal"} - set(sample):
+            raise UserError(f"{path}: sample {number} has no {' and no '.join(sorted(missing))}")
         prompt, ideal = sample["input"], sample["ideal"]
-        if shots: prompt = [*prompt[:-1], *(message for shot in shots for message in shot["sample"]), *prompt[-1:]]
+        if shots: prompt = [*prompt[:-1], *examples, *prompt[-1:]]
         rows.append(dict(prompt=prompt_text(prompt), ideal=[ideal] if isinstance(ideal, str) else list(ideal)))
     return rows
 
@@ -152,6 +162,7 @@ def score_answer(
     compare = {"Match": matches, "Includes": partial(includes, **options), "FuzzyMatch": fuzzy_matches}[kind]
     return compare(results[0].strip(), doc["ideal"])
 
+# %% ../../nbs/evaluation/03_openai_evals.ipynb #53c1e003
 def eval_task(
     spec: RegisteredEval,
 ): # an lm-eval task
@@ -163,7 +174,9 @@ def eval_task(
     metrics = ["accuracy", "f1_score"] if spec.kind == "FuzzyMatch" else ["accuracy"]
     length = 16 if spec.kind == "FuzzyMatch" else spec.args.get("max_tokens", 500)
     return ConfigurableTask(config=dict(
-        task=spec.name, custom_dataset=lambda **_: {"test": Dataset.from_list(rows)}, test_split="test", output_type="generate_until",
-        doc_to_text="prompt", doc_to_target="ideal", process_results=partial(score_answer, spec.kind, options), num_fewshot=0,
+        task=spec.name, custom_dataset=lambda **_: {"test": Dataset.from_list(rows)}, test_split="test",
+        output_type="generate_until", doc_to_text="prompt", doc_to_target="ideal", num_fewshot=0,
+        process_results=partial(score_answer, spec.kind, options),
         metric_list=[dict(metric=m, aggregation="mean", higher_is_better=True) for m in metrics],
-        generation_kwargs=dict(until=[], do_sample=False, max_gen_toks=length), metadata=dict(version=1, registry="openai/evals")))
+        generation_kwargs=dict(until=[], do_sample=False, max_gen_toks=length),
+        metadata=dict(version=1, registry="openai/evals")))

@@ -27,6 +27,7 @@ class Dot:
     chance: float | None = None  # what guessing gives
     note: str = ""               # shown when the pointer rests on it
 
+# %% ../../nbs/evaluation/08_page.ipynb #4f196aea
 def place(
     value: float,                # on the scale
     scale: tuple[float, float],  # lowest and highest value
@@ -41,12 +42,21 @@ def place(
 def _dot_row(dot: Dot, y: float, scale: tuple[float, float], left: float, right: float) -> str:
     "The marks of one line"
     at = lambda value: f"{place(value, scale, left, right):.1f}"
-    parts = [f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{html.escape(dot.label)}</text>', f'<line class="rule" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>']
-    if dot.chance is not None: parts.append(f'<line class="chance" x1="{at(dot.chance)}" x2="{at(dot.chance)}" y1="{y - 8}" y2="{y + 8}"><title>guessing: {dot.chance:.3f}</title></line>')
-    if dot.low is not None and dot.high is not None: parts.append(f'<line class="whisker" x1="{at(dot.low)}" x2="{at(dot.high)}" y1="{y}" y2="{y}"/>')
-    parts.append(f'<circle cx="{at(dot.value)}" cy="{y}" r="5"><title>{html.escape(dot.note or dot.label)}</title></circle>')
+    def line(kind: str, x1: str, x2: str, half: float, inside: str = "") -> str:
+        end = f">{inside}</line>" if inside else "/>"
+        return f'<line class="{kind}" x1="{x1}" x2="{x2}" y1="{y - half}" y2="{y + half}"{end}'
+
+    parts = [f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{html.escape(dot.label)}</text>']
+    parts.append(line("rule", str(left), str(right), 0))
+    if dot.chance is not None:
+        guess = at(dot.chance)
+        parts.append(line("chance", guess, guess, 8, f"<title>guessing: {dot.chance:.3f}</title>"))
+    if dot.low is not None and dot.high is not None: parts.append(line("whisker", at(dot.low), at(dot.high), 0))
+    note = html.escape(dot.note or dot.label)
+    parts.append(f'<circle cx="{at(dot.value)}" cy="{y}" r="5"><title>{note}</title></circle>')
     return "".join([*parts, f'<text class="value" x="{right + 12}" y="{y + 4}">{dot.value:.4g}</text>'])
 
+# %% ../../nbs/evaluation/08_page.ipynb #3c2d6643
 def dots_figure(
     dots: list[Dot],
     scale: tuple[float, float] | None = None, # lowest and highest value; None: from the dots
@@ -58,21 +68,28 @@ def dots_figure(
         scale = (min(ends) - margin, max(ends) + margin)
     left, right, height = 40 + 7 * max(len(d.label) for d in dots), 780, 30 * len(dots) + 34
     rows = [_dot_row(d, 18 + 30*i, scale, left, right) for i, d in enumerate(dots)]
-    axis = [f'<text class="value" x="{x}" y="{height - 8}" text-anchor="{anchor}">{v:.4g}</text>' for x, v, anchor in ((left, scale[0], "start"), (right, scale[1], "end"))]
-    return f'<svg viewBox="0 0 {right + 90} {height}" role="img" xmlns="http://www.w3.org/2000/svg">{"".join(rows + axis)}</svg>'
+    axis = [f'<text class="value" x="{x}" y="{height - 8}" text-anchor="{anchor}">{v:.4g}</text>'
+            for x, v, anchor in ((left, scale[0], "start"), (right, scale[1], "end"))]
+    box = f'viewBox="0 0 {right + 90} {height}" role="img" xmlns="http://www.w3.org/2000/svg"'
+    return f'<svg {box}>{"".join(rows + axis)}</svg>'
 
 # %% ../../nbs/evaluation/08_page.ipynb #1387720f
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2733; --soft: #66717f; --line: #d9dfe6; --mark: #1f5fa8; --paper: #fff; --warn: #8a5a00; --warnbg: #fff6e0 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --soft: #97a3b1; --line: #333d49; --mark: #6fb1ff; --paper: #14191f; --warn: #ffd27a; --warnbg: #33290f } }
+:root { color-scheme: light dark; --ink: #1d2733; --soft: #66717f; --line: #d9dfe6; --mark: #1f5fa8; --paper: #fff;
+  --warn: #8a5a00; --warnbg: #fff6e0 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --soft: #97a3b1; --line: #333d49; --mark: #6fb1ff;
+  --paper: #14191f; --warn: #ffd27a; --warnbg: #33290f } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 }
 main { max-width: 60rem; margin: 2.5rem auto; padding: 0 1.2rem }
-h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem } p.sub { color: var(--soft); margin: .2rem 0 1rem }
+h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem }
+p.sub { color: var(--soft); margin: .2rem 0 1rem }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums } div.wide { overflow-x: auto }
-th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap } th:first-child, td:first-child { text-align: left }
-th { color: var(--soft); font-weight: 500 } ul.caveats { background: var(--warnbg); color: var(--warn); padding: .7rem .7rem .7rem 2rem; border-radius: .5rem }
-svg { width: 100%; height: auto; font-size: 13px } svg text { fill: var(--ink) } svg .value { fill: var(--soft) } svg .rule { stroke: var(--line) }
-svg .whisker { stroke: var(--mark); stroke-width: 3; stroke-linecap: round } svg circle { fill: var(--mark) } svg .chance { stroke: var(--soft); stroke-width: 2; stroke-dasharray: 3 2 }
+th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap }
+th:first-child, td:first-child { text-align: left } th { color: var(--soft); font-weight: 500 }
+ul.caveats { background: var(--warnbg); color: var(--warn); padding: .7rem .7rem .7rem 2rem; border-radius: .5rem }
+svg { width: 100%; height: auto; font-size: 13px } svg text { fill: var(--ink) } svg .value { fill: var(--soft) }
+svg .rule { stroke: var(--line) } svg .whisker { stroke: var(--mark); stroke-width: 3; stroke-linecap: round }
+svg circle { fill: var(--mark) } svg .chance { stroke: var(--soft); stroke-width: 2; stroke-dasharray: 3 2 }
 """
 
 # %% ../../nbs/evaluation/08_page.ipynb #32b81d7a
@@ -83,10 +100,15 @@ def table(
     "A table; text is escaped"
     def cell(value: Any) -> str:
         if value is None: return "–"
-        return (f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3g}") if isinstance(value, float) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else html.escape(str(value))
-    body = "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{"".join(f"<th>{html.escape(h)}</th>" for h in head)}</tr></thead><tbody>{body}</tbody></table></div>'
+        if isinstance(value, float): return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3g}"
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return f"{value:,}" if whole else html.escape(str(value))
 
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+
+# %% ../../nbs/evaluation/08_page.ipynb #302c9529
 def write_page(
     path: Path,                      # HTML file
     title: str,
@@ -97,9 +119,13 @@ def write_page(
     "Write a page"
     warned = "".join(f"<li>{html.escape(c)}</li>" for c in caveats)
     body = "".join(f"<h2>{html.escape(name)}</h2>{content}" for name, content in parts)
-    return write_atomic(path, f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-                        f'<title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body><main><h1>{html.escape(title)}</h1>'
-                        f'<p class="sub">{html.escape(subtitle)}</p>{f"<ul class=caveats>{warned}</ul>" if warned else ""}{body}</main></body></html>\n')
+    title, note = html.escape(title), f"<ul class=caveats>{warned}</ul>" if warned else ""
+    return write_atomic(path,
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>'
+        f'<body><main><h1>{title}</h1>'
+        f'<p class="sub">{html.escape(subtitle)}</p>{note}{body}</main></body></html>\n')
 
 # %% ../../nbs/evaluation/08_page.ipynb #e2c284ce
 def benchmark_page(
@@ -113,14 +139,17 @@ def benchmark_page(
         for metric, m in row["metrics"].items():
             low, high = m["ci"] or (None, None)
             chance = row.get("chance") if metric in ("acc", "acc_norm") else None
-            dots.append(Dot(f"{name} {metric}", m["value"], low, high, chance, f"{m['value']:.4f} on {row['items']:,} items"))
-            rows.append([name, metric, m["value"], m["se"], low, high, chance, row["items"], row.get("items_in_set"), row.get("num_fewshot"), row.get("version")])
+            note = f"{m['value']:.4f} on {row['items']:,} items"
+            dots.append(Dot(f"{name} {metric}", m["value"], low, high, chance, note))
+            rows.append([name, metric, m["value"], m["se"], low, high, chance, row["items"],
+                         *(row.get(key) for key in ("items_in_set", "num_fewshot", "version"))])
     head = ["task", "metric", "score", "s.e.", "95 % low", "high", "guessing", "items", "of", "examples", "version"]
     scale = (0.0, 1.0) if all(0 <= d.value <= 1 for d in dots) else None
     first = ["Interrupted: these are the items that were done."] if result["partial"] else []
     parts = [("Scores", dots_figure(dots, scale)), ("Numbers", table(head, rows))] if dots else []
     skipped = [f"{name} was left out: {why}" for name, why in result["skipped"].items()]
-    return write_page(path, title, f"lm-eval {result.get('lm_eval', '')}, window {result.get('window')} tokens, 95 % intervals", parts, [*first, *result["caveats"], *skipped])
+    how = f"lm-eval {result.get('lm_eval', '')}, window {result.get('window')} tokens, 95 % intervals"
+    return write_page(path, title, how, parts, [*first, *result["caveats"], *skipped])
 
 # %% ../../nbs/evaluation/08_page.ipynb #5f922fa3
 def perplexity_page(
@@ -131,9 +160,15 @@ def perplexity_page(
     "Draw the scores of texts"
     texts = result["texts"]
     bounds = {name: s.get("bits_per_byte_ci") or (None, None) for name, s in texts.items()}
-    dots = [Dot(name, s["bits_per_byte"], *bounds[name], note=f"{s['bits_per_byte']:.4f} bits per byte") for name, s in texts.items()]
-    head = ["text", "bits/byte", "s.e.", "95 % low", "high", "token perplexity", "word perplexity", "loss", "tokens", "bytes", "documents", "window", "stride"]
-    rows = [[name, s["bits_per_byte"], s["bits_per_byte_se"], *bounds[name], s["perplexity"], s["word_perplexity"], s["loss"], s["tokens"], s["bytes"], s["documents"], s["window"], s["stride"]]
-            for name, s in texts.items()]
+    others = ("perplexity", "word_perplexity", "loss", "tokens", "bytes", "documents", "window", "stride")
+    dots, rows = [], []
+    for name, s in texts.items():
+        note = f"{s['bits_per_byte']:.4f} bits per byte"
+        dots.append(Dot(name, s["bits_per_byte"], *bounds[name], note=note))
+        rows.append([name, s["bits_per_byte"], s["bits_per_byte_se"], *bounds[name], *(s[key] for key in others)])
+    head = ["text", "bits/byte", "s.e.", "95 % low", "high", "token perplexity", "word perplexity", "loss", "tokens",
+            "bytes", "documents", "window", "stride"]
     first = ["Interrupted: not all texts were scored."] if result["partial"] else []
-    return write_page(path, title, "Bits per byte with 95 % intervals over documents; fewer is better", [("Bits per byte", dots_figure(dots)), ("Numbers", table(head, rows))] if texts else [], first)
+    parts = [("Bits per byte", dots_figure(dots)), ("Numbers", table(head, rows))] if texts else []
+    how = "Bits per byte with 95 % intervals over documents; fewer is better"
+    return write_page(path, title, how, parts, first)

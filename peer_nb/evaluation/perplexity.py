@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = ['BLOCK', 'STREAM_TOKENS', 'TextScore', 'DocumentScore', 'bootstrap_interval', 'total_score', 'score_windows',
            'encode_within', 'window_losses', 'text_hash', 'document_scores', 'score_documents', 'heldout_texts',
            'autocast_for', 'evaluate_heldout', 'load_checkpoint_model', 'model_fingerprint', 'Sources', 'set_sources',
-           'config_sources', 'mix_sources', 'score_sources', 'scores_table', 'show_progress', 'perplexity']
+           'config_sources', 'mix_sources', 'known_scores', 'score_sources', 'scores_table', 'show_progress',
+           'perplexity']
 
 # %% ../../nbs/evaluation/00_perplexity.ipynb #2499dd79
 @dataclass(frozen=True)
@@ -55,9 +56,11 @@ class TextScore:
         return asdict(self)
 
     def _repr_markdown_(self) -> str:
-        rows = [f"| {key} | {value:,.4f} |" if isinstance(value, float) else f"| {key} | {value} |" if not isinstance(value, tuple)
-                else f"| {key} | {value[0]:.4f} – {value[1]:.4f} |"
-                for key, value in asdict(self).items()]
+        def shown(value) -> str:
+            if isinstance(value, tuple): return f"{value[0]:.4f} – {value[1]:.4f}"
+            return f"{value:,.4f}" if isinstance(value, float) else str(value)
+
+        rows = [f"| {key} | {shown(value)} |" for key, value in asdict(self).items()]
         return "\n".join(["| | |", "|---|---:|", *rows])
 
 # %% ../../nbs/evaluation/00_perplexity.ipynb #82faff0c
@@ -82,9 +85,11 @@ def bootstrap_interval(
     if len(bits) < 2: return None
     ratio = lambda b, s, axis=-1: b.sum(axis) / s.sum(axis)
     batch = max(1, 5_000_000 // len(bits))
-    found = bootstrap((np.array(bits), np.array(sizes)), ratio, paired=True, vectorized=True, n_resamples=resamples, method="percentile", batch=batch, random_state=np.random.default_rng(0))
+    found = bootstrap((np.array(bits), np.array(sizes)), ratio, paired=True, vectorized=True, n_resamples=resamples,
+                      method="percentile", batch=batch, random_state=np.random.default_rng(0))
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
+# %% ../../nbs/evaluation/00_perplexity.ipynb #830e18de
 def total_score(
     scores: list[DocumentScore],
     window: int,        # tokens of context
@@ -93,25 +98,29 @@ def total_score(
 ) -> TextScore: # over all documents together
     "Totals, ratios and their error"
     n, nats, tokens = len(scores), math.fsum(s.nats for s in scores), sum(s.tokens for s in scores)
-    sizes, words, bits = [s.bytes for s in scores], sum(s.words for s in scores), [s.nats / math.log(2) for s in scores]
+    sizes, words = [s.bytes for s in scores], sum(s.words for s in scores)
+    bits = [s.nats / math.log(2) for s in scores]
     total = sum(sizes)
     ratio = math.fsum(bits) / total
     spread = math.fsum((b - ratio*s)**2 for b, s in zip(bits, sizes))
     exp = lambda x: math.exp(min(x, 700))
-    return TextScore(nats / tokens, exp(nats / tokens), ratio, math.sqrt(spread * n / (n - 1)) / total if n > 1 else None, tokens, total, n,
-                     window, stride, words, exp(nats / words), bootstrap_interval(bits, sizes, resamples) if resamples else None)
+    error = math.sqrt(spread * n / (n - 1)) / total if n > 1 else None
+    interval = bootstrap_interval(bits, sizes, resamples) if resamples else None
+    return TextScore(nats / tokens, exp(nats / tokens), ratio, error, tokens, total, n, window, stride,
+                     words, exp(nats / words), interval)
 
 # %% ../../nbs/evaluation/00_perplexity.ipynb #32731e91
 def score_windows(
     tokens: list[int],          # of one document
     window: int,                # longest input
     first: int,                 # the token before the first, usually the end of text
-    stride: int | None = None,  # targets of each window after the first; None: the window, so that targets' windows are disjoint
+    stride: int | None = None,  # targets of each window after the first; None: the window, so that windows are disjoint
 ) -> Iterator[tuple[list[int], int]]: # (window + 1 tokens or fewer, how many of its targets are context only)
     "Cut a document so that every token is a target once"
     stride = stride or window
     if window < 1: raise UserError(f"the window has {window} tokens: at least 1 is needed")
-    if not 1 <= stride <= window: raise UserError(f"the stride is {stride} tokens: it must be between 1 and the window, {window}")
+    if not 1 <= stride <= window:
+        raise UserError(f"the stride is {stride} tokens: it must be between 1 and the window, {window}")
     sequence, start = [first, *tokens], 0
     while start < len(tokens):
         end = min(start + (stride if start else window), len(tokens))
@@ -158,7 +167,9 @@ def window_losses(
 def _check_tokens(model: nn.Module, ids: list[int]):
     "Refuse a tokenizer that does not belong to the model"
     size = model.get_input_embeddings().num_embeddings
-    if max(ids) >= size: raise UserError(f"the tokenizer does not match the model: it gives the token {max(ids)}, and the model knows {size} (0 to {size - 1})")
+    if max(ids) >= size:
+        raise UserError(f"the tokenizer does not match the model: it gives the token {max(ids)}, "
+            f"and the model knows {size} (0 to {size - 1})")
 
 def _score_block(model: nn.Module, block: list[tuple[list[int], str, list]], batch_size: int) -> list[DocumentScore]:
     "The documents of one block: (tokens, text, windows)"
@@ -220,7 +231,8 @@ def score_documents(
     resamples: int = 0,             # of the bootstrap; 0: no interval
 ) -> TextScore: # over all documents together
     "Loss, perplexity and bits per byte of documents"
-    scores = list(document_scores(model, tokenizer, texts, window=window, batch_size=batch_size, max_tokens=max_tokens, stride=stride))
+    scores = list(document_scores(model, tokenizer, texts, window=window, batch_size=batch_size,
+                                  max_tokens=max_tokens, stride=stride))
     if not scores: raise UserError("no text to score: the documents hold no tokens")
     return total_score(scores, window, stride or window, resamples)
 
@@ -245,7 +257,8 @@ def autocast_for(
 ) -> AbstractContextManager: # a fresh context for each use
     "Half precision where the configuration asks for it and the device is quick in it"
     gpu = device.type == "cuda"
-    if train.bf16 or train.fp8 and gpu: return torch.autocast(device.type, dtype=torch.bfloat16)   # what is around the float8 layers
+    if train.bf16 or (train.fp8 and gpu):      # with fp8: what is around the float8 layers
+        return torch.autocast(device.type, dtype=torch.bfloat16)
     return torch.autocast("cuda", dtype=torch.float16) if train.fp16 and gpu else nullcontext()
 
 # %% ../../nbs/evaluation/00_perplexity.ipynb #dedcee04
@@ -253,20 +266,20 @@ def evaluate_heldout(
     model: nn.Module, # a causal language model
     tokenizer,        # the one it was trained with
     cfg: Config,      # which sets, how much of them, window = max_seq_length
-    kept: dict[str, list[DocumentScore]] | None = None, # filled with each set's documents, where single ones are wanted
+    kept: dict[str, list[DocumentScore]] | None = None, # filled with each set's documents, for who wants single ones
 ) -> dict[str, TextScore]: # set's name → score
     "Score the held-out part of every evaluation set"
     scores, device = {}, next(model.parameters()).device
+    settings = dict(window=cfg.dataset_config.max_seq_length, batch_size=cfg.eval_config.eval_batch_size)
     for entry in eval_entries(cfg):
         texts, limit = heldout_texts(entry, cfg)
         try:
             with autocast_for(cfg.train_config, device):
-                window = cfg.dataset_config.max_seq_length
-                found = list(document_scores(model, tokenizer, texts, window=window, batch_size=cfg.eval_config.eval_batch_size, max_tokens=limit))
+                found = list(document_scores(model, tokenizer, texts, max_tokens=limit, **settings))
             if not found: raise UserError("no text to score: the documents hold no tokens")
         except UserError as error:
             raise UserError(f"held-out part of {entry.name} ({entry.path or entry.task}): {error}") from error
-        scores[entry.name] = total_score(found, window, window)
+        scores[entry.name] = total_score(found, settings["window"], settings["window"])
         if kept is not None: kept[entry.name] = found
     return scores
 
@@ -281,8 +294,10 @@ def load_checkpoint_model(
 
     import peer_nb.models.causal_lm  # noqa: F401  (registers the model with transformers)
     local = Path(checkpoint).is_dir()
-    if local and not (Path(checkpoint)/"config.json").is_file(): raise UserError(f"--checkpoint {checkpoint}: not a checkpoint folder (it has no config.json)")
-    if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint): raise UserError(f"--checkpoint {checkpoint}: no such folder")
+    if local and not (Path(checkpoint)/"config.json").is_file():
+        raise UserError(f"--checkpoint {checkpoint}: not a checkpoint folder (it has no config.json)")
+    if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint):
+        raise UserError(f"--checkpoint {checkpoint}: no such folder")
     device, bars = "cuda" if torch.cuda.is_available() else "cpu", logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -290,10 +305,12 @@ def load_checkpoint_model(
         return model, AutoTokenizer.from_pretrained(checkpoint, local_files_only=local)
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        raise UserError(f"--checkpoint {checkpoint}: {'cannot be loaded' if local else 'no such folder, and no model of this name can be had from the hub'} ({reason})") from error
+        problem = "cannot be loaded" if local else "no such folder, and no model of this name can be had from the hub"
+        raise UserError(f"--checkpoint {checkpoint}: {problem} ({reason})") from error
     finally:
         if bars: logging.enable_progress_bar()
 
+# %% ../../nbs/evaluation/00_perplexity.ipynb #4f82d14f
 def model_fingerprint(
     model: PreTrainedModel,             # a causal language model
     tokenizer: PreTrainedTokenizerBase,
@@ -322,14 +339,17 @@ def set_sources(
 ) -> Sources:
     "All documents of a set"
     entry = DatasetEntry(name, name, subset=subset, split=split, text_field=text_field)
-    return Sources({name: (documents(entry, heldout=True, heldout_fraction=1.0), max_tokens)})   # all are in the part that is held out
+    # with a fraction of 1 every document is in the part that is held out
+    return Sources({name: (documents(entry, heldout=True, heldout_fraction=1.0), max_tokens)})
 
+# %% ../../nbs/evaluation/00_perplexity.ipynb #4e4529ec
 def config_sources(
     cfg: Config, # which sets, max_tokens
 ) -> Sources:
     "The held-out sets of a configuration"
     return Sources({e.name: heldout_texts(e, cfg) for e in eval_entries(cfg)}, cfg.dataset_config.max_seq_length)
 
+# %% ../../nbs/evaluation/00_perplexity.ipynb #10fa8049
 def mix_sources(
     mix: str,    # FILE:KEY
     cfg: Config, # heldout_fraction, max_tokens
@@ -337,12 +357,25 @@ def mix_sources(
     "The held-out part of each set of a mix"
     file, _, key = mix.rpartition(":")
     mixes = load_data_mixes(file) if file else {}
-    if key not in mixes: raise UserError(f"--mix {mix}: write FILE:KEY with a mix of the file" + (f"; {file} has {', '.join(mixes)}" if mixes else ""))
+    if key not in mixes:
+        there = f"; {file} has {', '.join(mixes)}" if mixes else ""
+        raise UserError(f"--mix {mix}: write FILE:KEY with a mix of the file{there}")
     entries = mixes[key].datasets
     total = sum(e.weight for e in entries)
     return Sources({e.name: heldout_texts(e, cfg) for e in entries}, None, {e.name: e.weight / total for e in entries})
 
-# %% ../../nbs/evaluation/00_perplexity.ipynb #e1e1567f
+# %% ../../nbs/evaluation/00_perplexity.ipynb #bbe0c0db
+def known_scores(
+    record: Path | None, # JSON lines of documents; None: none are known
+) -> dict[str, dict[str, DocumentScore]]: # text -> hash -> score
+    "The documents that were scored before"
+    kept: dict[str, dict[str, DocumentScore]] = {}
+    for line in read_jsonl(record) if record else []:
+        name = line.pop("text")
+        kept.setdefault(name, {})[line["doc_hash"]] = DocumentScore(**line)
+    return kept
+
+# %% ../../nbs/evaluation/00_perplexity.ipynb #38ac209f
 def score_sources(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -353,18 +386,15 @@ def score_sources(
     batch_size: int = 16,           # windows per forward pass
     resamples: int = 0,             # of the bootstrap
     record: Path | None = None,     # JSON lines of documents, read first and added to
-    progress: Callable[[str, list[DocumentScore]], None] = lambda name, scores: None, # called for each document
+    progress: Callable[[str, list[DocumentScore]], None] = lambda name, scores: None, # called after each document
 ) -> dict: # schema, kind, partial, texts, window, stride; mix
     "Score all texts; after an interrupt, those that were done"
-    kept: dict[str, dict[str, DocumentScore]] = {}
-    for line in read_jsonl(record) if record else []:
-        name = line.pop("text")
-        kept.setdefault(name, {})[line["doc_hash"]] = DocumentScore(**line)
-    texts, partial = {}, False
+    settings = dict(window=window, stride=stride, batch_size=batch_size)
+    kept, texts, partial = known_scores(record), {}, False
     for name, (documents_, limit) in sources.texts.items():
         scores, known = [], kept.get(name, {})
         try:
-            for s in document_scores(model, tokenizer, documents_, window=window, stride=stride, batch_size=batch_size, max_tokens=limit, known=known):
+            for s in document_scores(model, tokenizer, documents_, max_tokens=limit, known=known, **settings):
                 scores.append(s)
                 if record and s.doc_hash not in known: append_jsonl(record, dict(text=name, **asdict(s)))
                 progress(name, scores)
@@ -374,7 +404,8 @@ def score_sources(
         if partial: break
     result = dict(schema=1, kind="perplexity", partial=partial, window=window, stride=stride or window, texts=texts)
     if sources.weights and not partial:
-        result["mix"] = dict(weights=sources.weights, bits_per_byte=sum(w * texts[n]["bits_per_byte"] for n, w in sources.weights.items()))
+        weighted = sum(weight * texts[name]["bits_per_byte"] for name, weight in sources.weights.items())
+        result["mix"] = dict(weights=sources.weights, bits_per_byte=weighted)
     return result
 
 # %% ../../nbs/evaluation/00_perplexity.ipynb #f14469c5
@@ -383,28 +414,39 @@ def scores_table(
 ) -> str: # fixed-width lines, a header first
     "Scores as a table for a terminal"
     width = max(4, *map(len, scores))
-    lines = [f"{'text':<{width}}  bits/byte    s.e.     95 % interval  perplexity  per word    loss     tokens  documents  window  stride"]
+    lines = [f"{'text':<{width}}  bits/byte    s.e.     95 % interval  perplexity  per word    loss"
+             "     tokens  documents  window  stride"]
     for name, s in scores.items():
         error = "     –" if s.bits_per_byte_se is None else f"{s.bits_per_byte_se:6.4f}"
         bounds = f"{s.bits_per_byte_ci[0]:.4f} – {s.bits_per_byte_ci[1]:.4f}" if s.bits_per_byte_ci else "–"
-        lines.append(f"{name:<{width}}  {s.bits_per_byte:9.4f}  {error}  {bounds:>16}  {s.perplexity:10.2f}  {s.word_perplexity:8.3g}  {s.loss:6.4f}"
+        lines.append(f"{name:<{width}}  {s.bits_per_byte:9.4f}  {error}  {bounds:>16}  {s.perplexity:10.2f}"
+                     f"  {s.word_perplexity:8.3g}  {s.loss:6.4f}"
                      f"  {s.tokens:9,}  {s.documents:9,}  {s.window:6,}  {s.stride:6,}")
     return "\n".join(lines)
 
-# %% ../../nbs/evaluation/00_perplexity.ipynb #ec505ca9
-def _sources(checkpoint: str, files: list[str] | None, config: str | None, mix: str | None, dataset: str | None, split: str, subset: str | None, text_field: str, max_tokens: int | None) -> Sources:
+# %% ../../nbs/evaluation/00_perplexity.ipynb #d6ad2477
+def _sources(
+    checkpoint: str, files: list[str] | None, config: str | None, mix: str | None, dataset: str | None,
+    split: str, subset: str | None, text_field: str, max_tokens: int | None, # as `perplexity` takes them
+) -> Sources:
     "What the command line names"
     own = Path(checkpoint)/"trainer_state"/"config.yaml"
-    given = [name for name, value in (("--files", files), ("--config", config), ("--mix", mix), ("--dataset", dataset)) if value]
-    if len(given) > 1 and set(given) != {"--mix", "--config"}: raise UserError(f"give one of --files, --config, --mix and --dataset, not {' and '.join(given)}")
-    if missing := [f for f in files or () if not Path(f).is_file()]: raise UserError(f"no such file: {', '.join(missing)}")
+    options = {"--files": files, "--config": config, "--mix": mix, "--dataset": dataset}
+    given = [name for name, value in options.items() if value]
+    if len(given) > 1 and set(given) != {"--mix", "--config"}:
+        raise UserError(f"give one of --files, --config, --mix and --dataset, not {' and '.join(given)}")
+    if missing := [f for f in files or () if not Path(f).is_file()]:
+        raise UserError(f"no such file: {', '.join(missing)}")
     if files: return Sources({f: ([Path(f).read_text(encoding="utf-8")], max_tokens) for f in files})
     if dataset: return set_sources(dataset, split, subset, text_field, max_tokens)
-    if not config and not mix and not own.is_file(): raise UserError(f"nothing to score: name --files, --dataset, --mix or --config (the checkpoint has no {own.name} of its own)")
+    if not config and not mix and not own.is_file():
+        raise UserError("nothing to score: name --files, --dataset, --mix or --config "
+            f"(the checkpoint has no {own.name} of its own)")
     cfg = load_config(config or own) if config or own.is_file() else Config()
     cfg = apply_overrides(cfg, {"eval_config.max_tokens": max_tokens} if max_tokens else {})
     return mix_sources(mix, cfg) if mix else config_sources(cfg)
 
+# %% ../../nbs/evaluation/00_perplexity.ipynb #5e849ed7
 def show_progress(
     name: str,                    # of the text
     scores: list[DocumentScore],  # so far
@@ -412,11 +454,22 @@ def show_progress(
     "A line that is written over, where somebody is looking"
     if not sys.stdout.isatty() or len(scores) % 8: return
     bits, size = sum(s.nats for s in scores) / math.log(2), sum(s.bytes for s in scores)
-    print(f"\r{name}: {len(scores):,} documents, {sum(s.tokens for s in scores):,} tokens, {bits/size:.4f} bits per byte so far ", end="", flush=True)
+    tokens = sum(s.tokens for s in scores)
+    print(f"\r{name}: {len(scores):,} documents, {tokens:,} tokens, {bits/size:.4f} bits per byte so far ",
+          end="", flush=True)
+
+# %% ../../nbs/evaluation/00_perplexity.ipynb #70925a98
+def _record(output: Path, whose: dict) -> Path: # JSON lines
+    "The documents' file beside the scores, emptied when it holds those of another model or setting"
+    record, settings = output.with_suffix(".documents.jsonl"), output.with_suffix(".settings.json")
+    if (read_json(settings) or {}) != whose: record.unlink(missing_ok=True)
+    write_json(settings, whose)
+    return record
 
 # %% ../../nbs/evaluation/00_perplexity.ipynb #accf66ea
 def perplexity(
-    checkpoint: str,                 # folder of a model that transformers can read (output/checkpoint-N), or its name on the hub
+    # folder of a model that transformers can read (output/checkpoint-N), or its name on the hub
+    checkpoint: str,
     files: list[str] | None = None,  # text files to score, each as one document
     config: str | None = None,       # configuration whose held-out sets are scored; default: the checkpoint's own
     mix: str | None = None,          # FILE:KEY, a mix of a datasets.yaml, each set's held-out part
@@ -424,8 +477,10 @@ def perplexity(
     split: str = "train",            # of the set on the hub
     subset: str | None = None,       # configuration of the set on the hub
     text_field: str = "text",        # field of the set with the text
-    window: int | None = None,       # tokens of context; default: the configuration's max_seq_length, or the model's longest
-    stride: int | None = None,       # tokens between two windows; default: the window, so that windows are disjoint as lm-eval's
+    # tokens of context; default: the configuration's max_seq_length, or the model's longest
+    window: int | None = None,
+    # tokens between two windows; default: the window, so that windows are disjoint as lm-eval's
+    stride: int | None = None,
     batch_size: int = 16,            # windows per forward pass
     max_tokens: int | None = None,   # score at most this many tokens of each text
     resamples: int = 2000,           # of the bootstrap over documents; 0: no interval
@@ -435,15 +490,18 @@ def perplexity(
 
     Ctrl-C keeps the documents that are done; the same command again continues. Examples:
       peer-eval perplexity output/checkpoint-1000
-      peer-eval perplexity output/checkpoint-1000 --files a.txt b.txt --window 512 --stride 256
-      peer-eval perplexity gpt2 --dataset Salesforce/wikitext --subset wikitext-2-raw-v1 --split test --output wikitext.json
+      peer-eval perplexity output/checkpoint-1000 --files a.txt b.txt --window 512 --stride 256 --output scores.json
+      peer-eval perplexity gpt2 --dataset Salesforce/wikitext --subset wikitext-2-raw-v1 --split test
     """
     sources = _sources(checkpoint, files, config, mix, dataset, split, subset, text_field, max_tokens)
     model, tokenizer = load_checkpoint_model(checkpoint)
     window = window or sources.window or model.config.max_position_embeddings
-    whose = dict(model=model_fingerprint(model, tokenizer), window=window, stride=stride or window, batch_size=batch_size, max_tokens=max_tokens)
+    stride = stride or window
+    settings = dict(window=window, stride=stride, batch_size=batch_size)
+    whose = dict(model=model_fingerprint(model, tokenizer), **settings, max_tokens=max_tokens)
     record = _record(Path(output), whose) if output else None
-    result = score_sources(model, tokenizer, sources, window=window, stride=stride, batch_size=batch_size, resamples=resamples, record=record, progress=show_progress)
+    result = score_sources(model, tokenizer, sources, **settings, resamples=resamples, record=record,
+                           progress=show_progress)
     if sys.stdout.isatty(): print()
     if result["texts"]: print(scores_table({name: TextScore(**s) for name, s in result["texts"].items()}))
     if "mix" in result: print(f"the mix, by weight: {result['mix']['bits_per_byte']:.4f} bits per byte")
@@ -452,11 +510,3 @@ def perplexity(
         perplexity_page(result, Path(output).with_suffix(".html"), checkpoint)
     if result["partial"]: raise KeyboardInterrupt
     return 0
-
-# %% ../../nbs/evaluation/00_perplexity.ipynb #453d26cc
-def _record(output: Path, whose: dict) -> Path: # JSON lines
-    "The documents' file beside the scores, emptied when it holds those of another model or setting"
-    record = output.with_suffix(".documents.jsonl")
-    if ((read_json(output.with_suffix(".settings.json")) or {}) != whose): record.unlink(missing_ok=True)
-    write_json(output.with_suffix(".settings.json"), whose)
-    return record

@@ -26,11 +26,12 @@ from ..tasks.writing import TASKS
 __all__ = ['GROUPS', 'LOGITS', 'Mode', 'Z', 'FLAT', 'Question', 'questions_of', 'file_rows', 'read_questions', 'Encoded',
            'encoded_one', 'encode_questions', 'start_of', 'Pieces', 'Forced', 'split_places', 'keeps_last_logits',
            'teacher_forced', 'cut_cache', 'Speech', 'speak', 'longest_context', 'generate_after', 'batches_of',
-           'check_fit', 'forced_text', 'record_of', 'answer_batches', 'wilson', 'share', 'mean', 'summary',
-           'bucket_names', 'recall_of', 'Walk', 'walk']
+           'check_fit', 'forced_text', 'places_of', 'record_of', 'answer_batches', 'wilson', 'share', 'mean', 'summary',
+           'bucket_names', 'questions_in', 'recall_of', 'Walk', 'walk']
 
 # %% ../../nbs/evaluation/04_recall.ipynb #470ae94b
-GROUPS = ("frequency", "difficulty", "hops", "chain_of_thought", "alphabet", "length") # columns that answers are counted by
+# columns that answers are counted by
+GROUPS = ("frequency", "difficulty", "hops", "chain_of_thought", "alphabet", "length")
 
 @dataclass(frozen=True)
 class Question:
@@ -68,8 +69,10 @@ def file_rows(file: Path) -> list[dict]:
             import pyarrow.parquet
             return pyarrow.parquet.read_table(file).to_pylist()
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError: raise UserError(f"{file}: is named in the manifest and missing; make the data set again") from None
-    except (OSError, ValueError) as e: raise UserError(f"{file}: cannot be read as rows ({e}); make the data set again") from e
+    except FileNotFoundError:
+        raise UserError(f"{file}: is named in the manifest and missing; make the data set again") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file}: cannot be read as rows ({e}); make the data set again") from e
 
 # %% ../../nbs/evaluation/04_recall.ipynb #b455caca
 def read_questions(
@@ -80,15 +83,20 @@ def read_questions(
     "The questions of a data set"
     manifest = read_json(Path(folder)/"manifest.json")
     if not isinstance(manifest, dict) or manifest.get("task") not in TASKS:
-        raise UserError(f"{folder}: holds no data set of a memory task (manifest.json is missing or not ours); make one with peer-data TASK {folder}")
+        raise UserError(f"{folder}: holds no data set of a memory task (manifest.json is missing or not ours); "
+            f"make one with peer-data TASK --output_dir {folder}")
     there = {name: info for name, info in manifest["splits"].items() if {"answer", "answers"} & set(info["columns"])}
     for name in splits or ():
-        if name not in there: raise UserError(f"split {name}: has no questions in {folder}; {', '.join(there) or 'no split'} can be asked")
+        if name not in there:
+            can = ", ".join(there) or "no split"
+            raise UserError(f"split {name}: has no questions in {folder}; {can} can be asked")
     found = []
     for name in splits or [name for name in there if name != "train"]:
         rows = file_rows(Path(folder)/next(iter(there[name]["files"])))
         found += [q for number, row in enumerate(rows[:limit]) for q in questions_of(name, number, row)]
-    if not found: raise UserError(f"{folder}: holds no questions" + (f" in {', '.join(splits)}" if splits else "") + "; make a data set with larger test sets")
+    if not found:
+        where = f" in {', '.join(splits)}" if splits else ""
+        raise UserError(f"{folder}: holds no questions{where}; make a data set with larger test sets")
     return manifest["task"], found
 
 # %% ../../nbs/evaluation/04_recall.ipynb #e885cd13
@@ -104,6 +112,7 @@ class Encoded:
     @property
     def straddles(self) -> bool: return self.lead > 0 or self.stop is None
 
+# %% ../../nbs/evaluation/04_recall.ipynb #7708a7be
 def encoded_one(
     question: Question, # in text
     ids: list[int], # tokens of question, answer and end
@@ -116,7 +125,8 @@ def encoded_one(
     z = next(i for i, e in enumerate(ends) if e >= end)
     if not before + ids[:a]: raise UserError(f"{question.id}: nothing comes before its answer; use --start separator")
     clean = ends[z] == end and z + 1 < len(ids)
-    return Encoded(question, before + ids[:a], ids[a:z + 1], ids[z + 1] if clean else None, begin - (ends[a - 1] if a else 0))
+    stop, lead = ids[z + 1] if clean else None, begin - (ends[a - 1] if a else 0)
+    return Encoded(question, before + ids[:a], ids[a:z + 1], stop, lead)
 
 # %% ../../nbs/evaluation/04_recall.ipynb #c7b07e32
 def encode_questions(
@@ -125,12 +135,18 @@ def encode_questions(
     start: Literal["separator", "nothing"] = "separator", # what comes before a question
 ) -> list[Encoded]: # in the same order
     "Cut questions and their answers as training does"
-    if not getattr(tokenizer, "is_fast", False): raise UserError(f"recall needs a tokenizer that says where its tokens end; {type(tokenizer).__name__} is not a fast one")
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError("recall needs a tokenizer that says where its tokens end; "
+            f"{type(tokenizer).__name__} is not a fast one")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start == "separator" and first is None: raise UserError("the tokenizer has neither a bos nor an eos token to put before a question; use --start nothing")
+    if start == "separator" and first is None:
+        raise UserError("the tokenizer has neither a bos nor an eos token to put before a question; "
+            "use --start nothing")
     before = [first] if start == "separator" else []
-    cut = tokenizer([q.prompt + q.answer + q.end for q in questions], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return [encoded_one(q, ids, [end for _, end in offsets], before) for q, ids, offsets in zip(questions, cut["input_ids"], cut["offset_mapping"])]
+    texts = [q.prompt + q.answer + q.end for q in questions]
+    cut = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ends = [[end for _, end in offsets] for offsets in cut["offset_mapping"]]
+    return [encoded_one(*parts, before) for parts in zip(questions, cut["input_ids"], ends)]
 
 # %% ../../nbs/evaluation/04_recall.ipynb #start1co
 def start_of(
@@ -144,7 +160,8 @@ class Pieces:
     "What each token spells inside of a text"
     def __init__(self, tokenizer):
         self.tokenizer, self.known, self.eos = tokenizer, {}, tokenizer.eos_token_id
-        self.anchor = tokenizer("0", add_special_tokens=False)["input_ids"]   # behind it, a token shows its leading space
+        # behind an anchor, a token shows its leading space
+        self.anchor = tokenizer("0", add_special_tokens=False)["input_ids"]
         self.before = len(self.spell(self.anchor))
 
     def spell(self, ids: list[int]) -> str: return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -153,9 +170,13 @@ class Pieces:
         if token not in self.known: self.known[token] = self.spell([*self.anchor, token])[self.before:]
         return self.known[token]
 
-    def said(self, encoded: Encoded, ids: Sequence[int]) -> tuple[str, bool]: # the answer; whether it has come to its end
+    def said(
+        self,
+        encoded: Encoded, # the question
+        ids: Sequence[int], # tokens that a model said
+    ) -> tuple[str, bool]: # the answer; whether it has come to its end
         "Read an answer out of the tokens that a model said"
-        text, q = "", encoded.question
+        q = encoded.question
         stopped = next((i for i, t in enumerate(ids) if t == self.eos), len(ids))
         text = "".join(self[t] for t in ids[:stopped])
         lead = q.prompt[len(q.prompt) - encoded.lead:]
@@ -197,6 +218,7 @@ def keeps_last_logits(model: nn.Module) -> bool:
     "Whether a model can leave out the logits of the places before"
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
+# %% ../../nbs/evaluation/04_recall.ipynb #6be7d84a
 @torch.no_grad()
 def teacher_forced(
     model: nn.Module, # a causal language model in evaluation mode
@@ -206,12 +228,14 @@ def teacher_forced(
 ) -> tuple[list[Forced], Any]: # one for each; the cache of the padded rows, or None
     "Look at every token of the answers in one forward pass"
     device, targets = next(model.parameters()).device, [e.answer + ([] if e.stop is None else [e.stop]) for e in batch]
-    padded = nn.utils.rnn.pad_sequence([torch.tensor(e.context + t) for e, t in zip(batch, targets)], batch_first=True)[:, :-1].to(device)
+    whole = [torch.tensor(e.context + t) for e, t in zip(batch, targets)]
+    padded = nn.utils.rnn.pad_sequence(whole, batch_first=True)[:, :-1].to(device)
     width, least = padded.shape[1], min(len(e.context) for e in batch)
     options = dict(logits_to_keep=width - least + 1) if keeps_last_logits(model) else {}
     out, sizes = model(input_ids=padded, use_cache=keep, **options), [len(t) for t in targets]
     rows = torch.repeat_interleave(torch.arange(len(batch)), torch.tensor(sizes))
-    places = torch.cat([torch.arange(n) + len(e.context) - 1 for e, n in zip(batch, sizes)]) - (width - out.logits.shape[1])
+    places = torch.cat([torch.arange(n) + len(e.context) - 1 for e, n in zip(batch, sizes)])
+    places -= width - out.logits.shape[1]                                            # among the logits that are there
     chosen = out.logits[rows.to(device), places.to(device)].float().log_softmax(-1)  # [places, vocabulary]
     right = torch.tensor([t for row in targets for t in row], device=device)
     return split_places(chosen, right, sizes, top), out.past_key_values if keep else None
@@ -226,7 +250,8 @@ def cut_cache(
     from transformers.cache_utils import DynamicCache, DynamicLayer
     if type(past) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in past.layers): return None
     kept = DynamicCache()
-    for i, layer in enumerate(past.layers): kept.update(layer.keys[rows, ..., :length, :], layer.values[rows, ..., :length, :], i)
+    for i, layer in enumerate(past.layers):
+        kept.update(layer.keys[rows, ..., :length, :], layer.values[rows, ..., :length, :], i)
     return kept
 
 # %% ../../nbs/evaluation/04_recall.ipynb #77ad4396
@@ -243,7 +268,8 @@ class Speech:
         q, lead = self.encoded.question, self.encoded.lead
         if len(self.tokens) >= self.room or self.tokens[-1] == pieces.eos: return True
         said = "".join(pieces[t] for t in self.tokens)[lead:]
-        return len(said) > len(q.answer) or bool(q.end) and q.end[0] in said or len(self.tokens) > 2*len(q.answer) + lead
+        ended = bool(q.end) and q.end[0] in said
+        return len(said) > len(q.answer) or ended or len(self.tokens) > 2*len(q.answer) + lead
 
 # %% ../../nbs/evaluation/04_recall.ipynb #35038771
 @torch.no_grad()
@@ -256,7 +282,8 @@ def speak(
     "Go on with the likeliest token until every answer is over"
     device = next(model.parameters()).device
     options = dict(logits_to_keep=1) if keeps_last_logits(model) else {}
-    ids = torch.tensor([(s.encoded.context if past is None else []) + s.tokens[-1 if past else 0:] for s in speeches], device=device)
+    unread = [(s.encoded.context if past is None else []) + s.tokens[-1 if past else 0:] for s in speeches]
+    ids = torch.tensor(unread, device=device)
     open_ones = [s for s in speeches if not s.over(pieces)]
     while open_ones:
         out = model(input_ids=ids, past_key_values=past, use_cache=True, **options)
@@ -265,9 +292,11 @@ def speak(
             if not s.over(pieces): s.tokens.append(token)
         open_ones = [s for s in open_ones if not s.over(pieces)]
 
+# %% ../../nbs/evaluation/04_recall.ipynb #298e2f0d
 def longest_context(model: nn.Module) -> int:
     "How many tokens a model reads; without a limit, very many"
-    return getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 2**31
+    known = (getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next(filter(None, known), 2**31)
 
 # %% ../../nbs/evaluation/04_recall.ipynb #32a3125d
 def generate_after(
@@ -319,12 +348,14 @@ def check_fit(
     "Refuse a tokenizer or questions that the model has no place for"
     rows, highest = model.get_input_embeddings().num_embeddings, max(max(e.context + e.answer) for e in encoded)
     if highest >= rows or len(tokenizer) > rows:
-        raise UserError(f"the tokenizer does not match the model: it has {len(tokenizer):,} tokens, the model's vocabulary {rows:,}; give the tokenizer that the model was trained with")
+        raise UserError(f"the tokenizer does not match the model: it has {len(tokenizer):,} tokens, the model's "
+            f"vocabulary {rows:,}; give the tokenizer that the model was trained with")
     longest = max(encoded, key=lambda e: len(e.context) + len(e.answer))
     size, room = len(longest.context) + len(longest.answer), longest_context(model)
     if size > room:
         too_long = sum(len(e.context) + len(e.answer) > room for e in encoded)
-        raise UserError(f"{too_long} of {len(encoded)} questions do not fit into the {room} tokens that the model reads ({longest.question.id} has {size}); make shorter ones")
+        raise UserError(f"{too_long} of {len(encoded)} questions do not fit into the {room} tokens that the model "
+            f"reads ({longest.question.id} has {size}); make shorter ones")
 
 # %% ../../nbs/evaluation/04_recall.ipynb #38309741
 Mode = Literal["teacher", "generated"]
@@ -335,11 +366,26 @@ def forced_text(
     pieces: Pieces, # of the tokenizer
 ) -> tuple[str, str]: # what the forced tokens spell; for each character of the answer 1 (right) or 0
     "The likeliest tokens beside the right ones"
-    right = "".join("".join("1" if i < len(pieces[s]) and pieces[s][i] == c else "0" for i, c in enumerate(pieces[t])) for s, t in zip(said, e.answer))
-    text = "".join(pieces[s] for s in said[:len(e.answer)])
+    pairs = [(pieces[s], pieces[t]) for s, t in zip(said, e.answer)]
+    right = "".join("01"[mine[i:i + 1] == c] for mine, true in pairs for i, c in enumerate(true))
+    text = "".join(mine for mine, _ in pairs)
     return text[e.lead:], right[e.lead:e.lead + len(e.question.answer)]
 
-# %% ../../nbs/evaluation/04_recall.ipynb #b46bcda3
+# %% ../../nbs/evaluation/04_recall.ipynb #dca96019
+def places_of(
+    e: Encoded, # the question
+    f: Forced, # what one forward pass says
+    pieces: Pieces, # of the tokenizer
+) -> list[dict[str, Any]]: # one for each token of the answer
+    "The distributions at the places of an answer"
+    places = []
+    for i, token in enumerate(e.answer):
+        likely, rest = [[t, pieces[t], p] for t, p in f.top[i]], max(0., 1 - sum(p for _, p in f.top[i]))
+        places.append(dict(token=pieces[token], logprob=f.logprob[i], rank=f.rank[i], confidence=f.confidence[i],
+                           entropy=f.entropy[i], top=likely, rest=rest))
+    return places
+
+# %% ../../nbs/evaluation/04_recall.ipynb #5c7ef6f2
 def record_of(
     e: Encoded, # the question
     f: Forced, # what one forward pass says
@@ -350,14 +396,17 @@ def record_of(
     "What is kept of a question"
     q, n = e.question, len(e.answer)
     text, right = forced_text(e, f.said, pieces)
-    record = dict(id=q.id, split=q.split, groups=q.groups, answer=q.answer, logprob=sum(f.logprob[:n]), tokens=n, straddles=e.straddles,
-                  forced=text, forced_exact=f.said[:n] == e.answer, forced_right=right)
-    if e.stop is not None: record["ended"] = f.said[n] == e.stop or f.said[n] == pieces.eos or pieces[f.said[n]].startswith(q.end[:1])
+    record = dict(
+        id=q.id, split=q.split, groups=q.groups, answer=q.answer, logprob=sum(f.logprob[:n]), tokens=n,
+        straddles=e.straddles, forced=text, forced_exact=f.said[:n] == e.answer, forced_right=right)
+    if e.stop is not None:
+        after = f.said[n]
+        record["ended"] = after == e.stop or after == pieces.eos or pieces[after].startswith(q.end[:1])
     if said is not None:
         answer, ended = pieces.said(e, said)
-        record |= dict(said=answer, exact=answer == q.answer, right="".join("01"[answer[i:i + 1] == c] for i, c in enumerate(q.answer)))
-    if top: record["places"] = [dict(token=pieces[t], logprob=f.logprob[i], rank=f.rank[i], confidence=f.confidence[i], entropy=f.entropy[i],
-                                     top=[[token, pieces[token], p] for token, p in f.top[i]], rest=max(0., 1 - sum(p for _, p in f.top[i]))) for i, t in enumerate(e.answer)]
+        right = "".join("01"[answer[i:i + 1] == c] for i, c in enumerate(q.answer))
+        record |= dict(said=answer, exact=answer == q.answer, right=right)
+    if top: record["places"] = places_of(e, f, pieces)
     return record
 
 # %% ../../nbs/evaluation/04_recall.ipynb #c6337b5b
@@ -412,9 +461,12 @@ def summary(
 ) -> dict[str, Any]: # metric: value with its uncertainty
     "What a set of answers shows"
     right = [r.get("right", r["forced_right"]) for r in records]
-    numbers = dict(exact_match=share([r.get("exact", r["forced_exact"]) for r in records]),
-        first_digit_accuracy=share([w[0] == "1" for w in right]), digit_accuracy=mean([w.count("1")/len(w) for w in right]),
-        forced_digit_accuracy=mean([r["forced_right"].count("1")/len(r["forced_right"]) for r in records]),
+    forced = [r["forced_right"] for r in records]
+    numbers = dict(
+        exact_match=share([r.get("exact", r["forced_exact"]) for r in records]),
+        first_digit_accuracy=share([w[0] == "1" for w in right]),
+        digit_accuracy=mean([w.count("1")/len(w) for w in right]),
+        forced_digit_accuracy=mean([w.count("1")/len(w) for w in forced]),
         answer_logprob=mean([r["logprob"] for r in records]))
     if ends := [r["ended"] for r in records if "ended" in r and r["forced_exact"]]: numbers["ended"] = share(ends)
     width = max(map(len, right))
@@ -429,27 +481,41 @@ def bucket_names(record: dict) -> list[str]: # most general first
     split, groups = record["split"], record["groups"]
     return ["", f"{split}/", *(f"{split}/{name}={groups[name]}/" for name in GROUPS if name in groups)]
 
+# %% ../../nbs/evaluation/04_recall.ipynb #921c2159
+def questions_in(
+    splits: dict[str, Sequence[dict] | dict[str, list]], # split -> rows, or columns as the tasks' generators give them
+    limit: int | None = None, # of rows from the beginning of each split
+) -> list[Question]:
+    "The questions of rows at hand"
+    questions = []
+    for split, rows in splits.items():
+        if isinstance(rows, dict): rows = [dict(zip(rows, values)) for values in zip(*rows.values())]
+        questions += [q for number, row in enumerate(rows[:limit]) for q in questions_of(split, number, row)]
+    return questions
+
+# %% ../../nbs/evaluation/04_recall.ipynb #9ec85f74
 def recall_of(
     model: nn.Module, # any causal language model of transformers; its mode is restored
     tokenizer, # that it is trained with
     task: str, # first part of the names
-    splits: dict[str, Sequence[dict] | dict[str, list]], # split -> rows, or columns as the tasks' generators give them
+    splits: dict[str, Sequence[dict] | dict[str, list]], # as `questions_in`
     mode: Mode = "teacher", # one forward pass, or also let it speak
     limit: int | None = None, # of rows from the beginning of each split
     batch_tokens: int = 8192, # most tokens of a batch
     start: Literal["separator", "nothing"] = "separator", # what comes before a question
 ) -> dict[str, float]: # such as synthetic_qa/known/frequency=8/exact_match
     "Recall of a task's questions as flat metrics"
-    questions = []
-    for split, rows in splits.items():
-        if isinstance(rows, dict): rows = [dict(zip(rows, values)) for values in zip(*rows.values())]
-        questions += [q for number, row in enumerate(rows[:limit]) for q in questions_of(split, number, row)]
+    questions = questions_in(splits, limit)
     if not questions: raise UserError(f"{task}: no questions in {', '.join(splits) or 'no split'}")
     found: dict[str, list[dict]] = {}
     for batch in answer_batches(model, tokenizer, encode_questions(tokenizer, questions, start), mode, batch_tokens):
         for record in batch:
             for name in bucket_names(record): found.setdefault(name, []).append(record)
-    return {f"{task}/{name}{metric}": numbers[metric]["value"] for name in sorted(found) for numbers in [summary(found[name])] for metric in FLAT}
+    flat = {}
+    for name in sorted(found):
+        numbers = summary(found[name])
+        flat |= {f"{task}/{name}{metric}": numbers[metric]["value"] for metric in FLAT}
+    return flat
 
 # %% ../../nbs/evaluation/04_recall.ipynb #2b993e82
 @dataclass
@@ -462,16 +528,21 @@ class Walk:
     @cached_property
     def rows(self) -> list[list[str]]: # one per token of the answer: right token, what was likeliest, and numbers
         "Cells of the table"
-        return [[repr(p["token"]), repr(p["top"][0][1]), f"{math.exp(p['logprob']):.4f}", str(p["rank"] + 1), f"{p['entropy']:.3f}",
-                 "  ".join(f"{text!r} {share:.3f}" for _, text, share in p["top"])] for p in self.record["places"]]
+        rows = []
+        for p in self.record["places"]:
+            distribution = "  ".join(f"{text!r} {share:.3f}" for _, text, share in p["top"])
+            rows.append([repr(p["token"]), repr(p["top"][0][1]), f"{math.exp(p['logprob']):.4f}", str(p["rank"] + 1),
+                         f"{p['entropy']:.3f}", distribution])
+        return rows
 
     def __str__(self) -> str:
-        table = [["token", "likeliest", "p(token)", "rank", "entropy", "distribution"], *self.rows]
+        r, table = self.record, [["token", "likeliest", "p(token)", "rank", "entropy", "distribution"], *self.rows]
         widths = [max(len(row[i]) for row in table) for i in range(5)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[5]]) for row in table]
-        said = f"said      {self.record['said']}" + (" (right)" if self.record["exact"] else "") if "said" in self.record else ""
-        return "\n".join(filter(None, [f"{self.record['id']}  {self.record['groups'] or ''}".rstrip(), self.prompt, "", f"answer    {self.truth}", said,
-                                      f"log p     {self.record['logprob']:.3f} nats in {self.record['tokens']} tokens", "", *lines]))
+        said = f"said      {r['said']}" + (" (right)" if r["exact"] else "") if "said" in r else ""
+        return "\n".join(filter(None, [
+            f"{r['id']}  {r['groups'] or ''}".rstrip(), self.prompt, f"answer    {self.truth}", said,
+            f"log p     {r['logprob']:.3f} nats in {r['tokens']} tokens", *lines]))
 
     def _repr_markdown_(self) -> str:
         head = "| token | likeliest | p(token) | rank | entropy | distribution |\n|---|---|--:|--:|--:|---|\n"

@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .. import __version__
 from ..config import load_config
 from .perplexity import load_checkpoint_model
-from .recall import Question, answer_batches, encode_questions, read_questions, start_of, walk
-from .recall_page import add_kinds, answer_pool, by_group, calibration, chances, count_kinds, number, recall_page
-from ..files import UserError, append_jsonl, folder_lock, read_json, read_jsonl, sha256_of, writable_folder, write_atomic, write_json
+from .recall import FLAT, Question, answer_batches, encode_questions, read_questions, start_of, walk
+from .recall_page import (
+    add_kinds, answer_pool, by_group, calibration, chances, count_kinds, number, recall_page)
+from ..files import (
+    UserError, append_jsonl, folder_lock, read_json, read_jsonl, sha256_of, writable_folder, write_atomic, write_json)
 
 # %% auto #0
 __all__ = ['SCHEMA', 'MissingWeights', 'open_checkpoint', 'trained_start', 'weights_print', 'Processes', 'claim_folder',
@@ -63,9 +66,12 @@ def open_checkpoint(
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(f"{checkpoint}: not a causal language model with its tokenizer, or broken: {reason}") from e
-    if missing.names: raise UserError(f"{checkpoint}: lacks {len(missing.names)} of the model's weights, such as {missing.names[0]}: another model's, or not written to its end")
+    if missing.names:
+        raise UserError(f"{checkpoint}: lacks {len(missing.names)} of the model's weights, such as {missing.names[0]}: "
+            "another model's, or not written to its end")
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
-        raise UserError(f"{checkpoint}: holds a {type(model).__name__}, which predicts no tokens; recall needs a causal language model")
+        raise UserError(f"{checkpoint}: holds a {type(model).__name__}, which predicts no tokens; "
+            "recall needs a causal language model")
     return model, tokenizer
 
 # %% ../../nbs/evaluation/06_recall_command.ipynb #tstart1c
@@ -106,31 +112,39 @@ class Processes:
         world = int(os.environ.get("WORLD_SIZE", 1))
         if world == 1: return cls()
         if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))   # for a word at the beginning and the end; answers go through files
+        # for a word at the beginning and the end; answers go through files
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         return cls(int(os.environ["RANK"]), world)
 
     def share(self, items: Sequence) -> list: # in order
         "What is ours to do"
         return list(items[self.rank::self.world])
 
-    def decided(self, decide: Callable[[], Any]) -> Any: # what process 0 found
-        "Let process 0 decide; its refusal is everybody's"
-        if self.world == 1: return decide()
-        answer: list = [None, None]
-        if self.rank == 0:
-            try: answer[0] = decide()
-            except UserError as e: answer[1] = str(e)
-        torch.distributed.broadcast_object_list(answer)
-        if answer[1] is not None: raise UserError(answer[1]) if self.rank == 0 else SystemExit(2)
-        return answer[0]
+# %% ../../nbs/evaluation/06_recall_command.ipynb #bb0f4421
+@patch
+def decided(
+    self: Processes,
+    decide: Callable[[], Any], # called in process 0 only
+) -> Any: # what it found
+    "Let process 0 decide; its refusal is everybody's"
+    if self.world == 1: return decide()
+    answer: list = [None, None]
+    if self.rank == 0:
+        try: answer[0] = decide()
+        except UserError as e: answer[1] = str(e)
+    torch.distributed.broadcast_object_list(answer)
+    if answer[1] is not None: raise UserError(answer[1]) if self.rank == 0 else SystemExit(2)
+    return answer[0]
 
-    def wait(self) -> None:
-        "Go on when all have come here"
-        if self.world > 1: torch.distributed.barrier()
+@patch
+def wait(self: Processes) -> None:
+    "Go on when all have come here"
+    if self.world > 1: torch.distributed.barrier()
 
-    def close(self) -> None:
-        "Take leave of the others"
-        if self.world > 1: torch.distributed.destroy_process_group()
+@patch
+def close(self: Processes) -> None:
+    "Take leave of the others"
+    if self.world > 1: torch.distributed.destroy_process_group()
 
 # %% ../../nbs/evaluation/06_recall_command.ipynb #ad0fbbed
 def claim_folder(
@@ -145,7 +159,8 @@ def claim_folder(
         write_json(folder/"run.json", identity)
     elif before != identity:
         changed = [name for name in identity | before if before.get(name) != identity.get(name)]
-        raise UserError(f"{folder}: holds the answers of another run, with different {', '.join(changed)}; choose another --output, or --force to begin again")
+        raise UserError(f"{folder}: holds the answers of another run, with different {', '.join(changed)}; "
+            "choose another --output, or --force to begin again")
 
 # %% ../../nbs/evaluation/06_recall_command.ipynb #6ef1697b
 def read_answers(folder: Path, order: dict[str, int]) -> list[dict]: # in the order of the questions
@@ -173,19 +188,36 @@ def watched(
             print(f"{done:,} of {total:,} questions answered", flush=True)
 
 # %% ../../nbs/evaluation/06_recall_command.ipynb #0dbba671
-_SHARE = dict(type="object", required=["value", "low", "high", "n"], additionalProperties=False,
-              properties={name: dict(type="number", minimum=0) for name in ("value", "low", "high", "n")})
-_MEAN = dict(type="object", required=["value", "se", "n"], properties=dict(value=dict(type="number"), se=dict(type=["number", "null"]), n=dict(type="integer")))
+_TEXT, _OBJECT, _NUMBER = dict(type="string"), dict(type="object"), dict(type="number")
+_SHARE = dict(
+    type="object", required=["value", "low", "high", "n"], additionalProperties=False,
+    properties={name: dict(type="number", minimum=0) for name in ("value", "low", "high", "n")})
+_MEAN = dict(
+    type="object", required=["value", "se", "n"],
+    properties=dict(value=_NUMBER, se=dict(type=["number", "null"]), n=dict(type="integer")))
 _COUNTS = dict(type="object", additionalProperties=dict(type="integer", minimum=0))
-_GROUP = dict(type="object", required=["split", "by", "count", "errors", "exact_match", "first_digit_accuracy", "digit_accuracy", "answer_logprob", "accuracy_by_place"],
-    properties=dict(split=dict(type="string"), by=dict(type="object"), count=dict(type="integer", minimum=1), errors=_COUNTS, exact_match=_SHARE, first_digit_accuracy=_SHARE,
-        digit_accuracy=_MEAN, forced_digit_accuracy=_MEAN, answer_logprob=_MEAN, ended=_SHARE, accuracy_by_place=dict(type="array", items=_SHARE)))
-SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "recall.json", "type": "object",
-    "required": ["schema", "kind", "task", "mode", "partial", "questions", "answered", "metrics", "groups", "errors", "tokens", "calibration", "model", "data", "settings", "environment"],
-    "properties": dict(schema=dict(const=1), kind=dict(const="recall"), task=dict(type="string"), mode=dict(enum=["teacher", "generated"]), partial=dict(type="boolean"),
-        questions=dict(type="integer", minimum=1), answered=dict(type="integer", minimum=0), metrics=dict(type="object", additionalProperties=dict(type="number")),
-        groups=dict(type="array", items=_GROUP), errors=dict(type="object", required=["kinds", "chance"], properties=dict(kinds=_COUNTS, chance=dict(type="object"))),
-        tokens=_COUNTS, calibration=dict(type=["object", "null"]), **{name: dict(type="object") for name in ("model", "data", "settings", "environment")})}
+_GROUP = dict(
+    type="object",
+    required=["split", "by", "count", "errors", "exact_match", "first_digit_accuracy", "digit_accuracy",
+              "answer_logprob", "accuracy_by_place"],
+    properties=dict(
+        split=_TEXT, by=_OBJECT, count=dict(type="integer", minimum=1), errors=_COUNTS, exact_match=_SHARE,
+        first_digit_accuracy=_SHARE, digit_accuracy=_MEAN, forced_digit_accuracy=_MEAN, answer_logprob=_MEAN,
+        ended=_SHARE, accuracy_by_place=dict(type="array", items=_SHARE)))
+
+# %% ../../nbs/evaluation/06_recall_command.ipynb #4be02655
+SCHEMA = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "recall.json", "type": "object",
+    "required": ["schema", "kind", "task", "mode", "partial", "questions", "answered", "metrics", "groups", "errors",
+                 "tokens", "calibration", "model", "data", "settings", "environment"],
+    "properties": dict(
+        schema=dict(const=1), kind=dict(const="recall"), task=_TEXT, mode=dict(enum=["teacher", "generated"]),
+        partial=dict(type="boolean"), questions=dict(type="integer", minimum=1),
+        answered=dict(type="integer", minimum=0), metrics=dict(type="object", additionalProperties=_NUMBER),
+        groups=dict(type="array", items=_GROUP),
+        errors=dict(type="object", required=["kinds", "chance"], properties=dict(kinds=_COUNTS, chance=_OBJECT)),
+        tokens=_COUNTS, calibration=dict(type=["object", "null"]),
+        model=_OBJECT, data=_OBJECT, settings=_OBJECT, environment=_OBJECT)}
 
 # %% ../../nbs/evaluation/06_recall_command.ipynb #60c3c313
 def flat_metrics(
@@ -194,7 +226,7 @@ def flat_metrics(
 ) -> dict[str, float]: # such as synthetic_qa/known/frequency=8/exact_match
     "The numbers of all groups under one name each"
     name = lambda g: "/".join([task, g["split"], *(f"{k}={v}" for k, v in g["by"].items())])
-    return {f"{name(g)}/{m}": g[m]["value"] for g in groups for m in ("exact_match", "first_digit_accuracy", "digit_accuracy", "answer_logprob")}
+    return {f"{name(g)}/{metric}": g[metric]["value"] for g in groups for metric in FLAT}
 
 # %% ../../nbs/evaluation/06_recall_command.ipynb #a792a919
 def result_of(
@@ -208,29 +240,38 @@ def result_of(
     "Everything a run has found out"
     add_kinds(records, {q.id: q for q in questions}, pool)
     groups = by_group(records)
-    tokens = dict(of_answers=sum(r["tokens"] for r in records), straddling_answers=sum(r["straddles"] for r in records),
-                  right_in_other_tokens=sum(r.get("exact", False) and not r["forced_exact"] for r in records))
-    return dict(schema=1, kind="recall", task=task, mode=mode, partial=len(records) < len(questions), questions=len(questions), answered=len(records),
-                metrics=flat_metrics(task, groups), groups=groups, errors=dict(kinds=count_kinds(records), chance=chances(pool)), tokens=tokens,
-                calibration=calibration(records), **about)
+    tokens = dict(
+        of_answers=sum(r["tokens"] for r in records),
+        straddling_answers=sum(r["straddles"] for r in records),
+        right_in_other_tokens=sum(r.get("exact", False) and not r["forced_exact"] for r in records))
+    return dict(
+        schema=1, kind="recall", task=task, mode=mode, partial=len(records) < len(questions),
+        questions=len(questions), answered=len(records), metrics=flat_metrics(task, groups), groups=groups,
+        errors=dict(kinds=count_kinds(records), chance=chances(pool)), tokens=tokens,
+        calibration=calibration(records), **about)
 
 # %% ../../nbs/evaluation/06_recall_command.ipynb #11d459f7
 def environment(model: nn.Module, world: int) -> dict[str, Any]:
     "What computed it"
     import transformers
-    device = next(model.parameters()).device
-    return dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, peer_nb=__version__,
-                device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, dtype=str(next(model.parameters()).dtype).removeprefix("torch."), processes=world)
+    weight = next(model.parameters())
+    device = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else weight.device.type
+    return dict(
+        python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
+        peer_nb=__version__, device=device, dtype=str(weight.dtype).removeprefix("torch."), processes=world)
 
 # %% ../../nbs/evaluation/06_recall_command.ipynb #f0f39af4
 def results_table(groups: Sequence[dict]) -> str: # fixed-width lines, a header first
     "Groups as a table for a terminal"
     rows = [["split", "group", "questions", "exact match (95 %)", "first digit", "digits", "log p"]]
     for g in groups:
-        rows.append([g["split"], " ".join(f"{k}={v}" for k, v in g["by"].items()), f"{g['count']:,}", number(g["exact_match"]), f"{g['first_digit_accuracy']['value']:.1%}",
-                     f"{g['digit_accuracy']['value']:.1%}", f"{g['answer_logprob']['value']:.3f}"])
+        by = " ".join(f"{name}={value}" for name, value in g["by"].items())
+        rows.append([g["split"], by, f"{g['count']:,}", number(g["exact_match"]),
+                     f"{g['first_digit_accuracy']['value']:.1%}", f"{g['digit_accuracy']['value']:.1%}",
+                     f"{g['answer_logprob']['value']:.3f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(7)]
-    return "\n".join("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+    aligned = [[*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])] for row in rows]
+    return "\n".join("  ".join(row) for row in aligned)
 
 # %% ../../nbs/evaluation/06_recall_command.ipynb #b3962570
 @dataclass
@@ -243,7 +284,8 @@ class Asked:
 
     def identity(self, checkpoint: str) -> dict[str, Any]: # plain values
         "What two starts must have in common"
-        return dict(weights=weights_print(checkpoint), questions=sha256_of([[q.id, q.prompt, q.answer] for q in self.questions]), **self.settings)
+        texts = [[q.id, q.prompt, q.answer] for q in self.questions]
+        return dict(weights=weights_print(checkpoint), questions=sha256_of(texts), **self.settings)
 
     def find(self, name: str) -> Question:
         "A question by its id"
@@ -268,7 +310,8 @@ def answer_all(
     encoded = encode_questions(tokenizer, ours, asked.settings["start"])
     batches = answer_batches(model, tokenizer, encoded, asked.settings["mode"], batch_tokens, asked.settings["top"])
     for batch in watched(batches, len(ours), us.rank == 0):
-        for i, record in enumerate(batch): append_jsonl(folder/f"items-{us.rank}.jsonl", record, fsync=i == len(batch) - 1)
+        last = len(batch) - 1
+        for i, record in enumerate(batch): append_jsonl(folder/f"items-{us.rank}.jsonl", record, fsync=i == last)
 
 # %% ../../nbs/evaluation/06_recall_command.ipynb #1f2819fc
 def finish(
@@ -280,13 +323,18 @@ def finish(
     world: int, # processes
 ) -> dict | None: # result; None while nothing is answered
     "Make the JSON and the page of all answers so far"
-    records = read_answers(folder, {q.id: i for i, q in enumerate(asked.questions)})
+    questions = asked.questions
+    records = read_answers(folder, {q.id: i for i, q in enumerate(questions)})
     if not records: return None
-    size = dict(parameters=sum(p.numel() for p in model.parameters()), vocabulary=model.get_input_embeddings().num_embeddings)
-    about = dict(model=dict(path=str(checkpoint), type=type(model).__name__, **size, tokenizer=len(tokenizer)),
-                 data=dict(path=str(asked.data), splits=" ".join(dict.fromkeys(q.split for q in asked.questions))), settings=asked.settings, environment=environment(model, world))
-    result = result_of(asked.task, asked.settings["mode"], records, asked.questions, answer_pool(asked.data, asked.questions), about)
-    write_atomic(folder/"index.html", recall_page(result, records, {q.id: q for q in asked.questions}))
+    about = dict(
+        model=dict(
+            path=str(checkpoint), type=type(model).__name__, parameters=sum(p.numel() for p in model.parameters()),
+            vocabulary=model.get_input_embeddings().num_embeddings, tokenizer=len(tokenizer)),
+        data=dict(path=str(asked.data), splits=" ".join(dict.fromkeys(q.split for q in questions))),
+        settings=asked.settings, environment=environment(model, world))
+    pool = answer_pool(asked.data, questions)
+    result = result_of(asked.task, asked.settings["mode"], records, questions, pool, about)
+    write_atomic(folder/"index.html", recall_page(result, records, {q.id: q for q in questions}))
     write_json(folder/"recall.json", result)
     return result
 
@@ -325,21 +373,25 @@ def recall(
     data: Path, # data set of a memory task, written by peer-data
     output: Path | None = None, # folder for the results; default: recall-CHECKPOINT-DATA here
     splits: list[str] | None = None, # whose questions; default: all splits that have some, but not train
-    mode: Literal["teacher", "generated"] = "generated", # one forward pass for all of an answer, or also let the model speak
+    # one forward pass for all of an answer, or also let the model speak
+    mode: Literal["teacher", "generated"] = "generated",
     logits: bool = False, # keep the distribution, confidence and entropy at each place of each answer
     top: int = 32, # with --logits: the likeliest tokens that are kept by name; 0 for the whole vocabulary
     show: str | None = None, # print one question token by token (an id such as known/17), and write nothing
     limit: int | None = None, # rows from the beginning of each split
     batch_tokens: int = 8192, # tokens of a batch, padding included
-    start: Literal["auto", "separator", "nothing"] = "auto", # what comes before a question: bos or eos, or nothing; auto: as the checkpoint was trained
+    # what comes before a question: bos or eos, or nothing; auto: as the checkpoint was trained
+    start: Literal["auto", "separator", "nothing"] = "auto",
     force: bool = False, # forget the answers that the output folder holds
 ) -> int: # exit code
     """Ask a model the questions of a memory task
 
-    Writes recall.json, index.html and every answer as a line of JSON. Interrupted, it keeps what is answered; the same command goes on.
+    Writes recall.json, index.html and every answer as a line of JSON. Interrupted, it keeps what is answered; the
+    same command goes on.
     Several GPUs: torchrun --nproc_per_node 8 $(which peer-eval) recall CHECKPOINT DATA"""
     check_numbers(top=(top, 0), limit=(1 if limit is None else limit, 1), batch_tokens=(batch_tokens, 1))
-    if not (Path(checkpoint)/"config.json").is_file(): raise UserError(f"{checkpoint}: not a checkpoint folder (it has no config.json)")
+    if not (Path(checkpoint)/"config.json").is_file():
+        raise UserError(f"{checkpoint}: not a checkpoint folder (it has no config.json)")
     task, questions = read_questions(data, splits, limit)
     if start == "auto": start = trained_start(Path(checkpoint))
     asked = Asked(task, questions, Path(data), dict(mode=mode, start=start, top=(top or -1) if logits else 0))
@@ -347,6 +399,7 @@ def recall(
         question = asked.find(show)
         print(walk(*open_checkpoint(checkpoint), question, start=start))
         return 0
+    output = output or f"recall-{Path(checkpoint).resolve().name}-{Path(data).resolve().name}"
     us = Processes.from_environment()
-    try: return run_recall(asked, checkpoint, Path(output or f"recall-{Path(checkpoint).resolve().name}-{Path(data).resolve().name}"), us, batch_tokens, force)
+    try: return run_recall(asked, checkpoint, Path(output), us, batch_tokens, force)
     finally: us.close()

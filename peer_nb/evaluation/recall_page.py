@@ -20,8 +20,9 @@ from ..files import read_json
 # %% auto #0
 __all__ = ['KINDS', 'COLOURS', 'WIDTH', 'HEIGHT', 'LEFT', 'TOP', 'BOTTOM', 'STYLE', 'words', 'form_of', 'error_kind',
            'answer_pool', 'chances', 'add_kinds', 'count_kinds', 'by_group', 'calibration', 'svg', 'text_at',
-           'share_axis', 'number', 'interval_figure', 'stacked_figure', 'histogram', 'key', 'table', 'figure',
-           'group_figures', 'group_table', 'marked', 'error_section', 'confidence_section', 'facts_of', 'recall_page']
+           'share_axis', 'number', 'dot_with_interval', 'interval_figure', 'stacked_figure', 'histogram', 'key',
+           'table', 'figure', 'group_figures', 'group_table', 'marked', 'mono', 'error_examples', 'error_section',
+           'confidence_section', 'facts_of', 'head_of', 'recall_page']
 
 # %% ../../nbs/evaluation/05_recall_page.ipynb #5c53005c
 KINDS = ("near miss", "another fact's answer", "malformed", "other")
@@ -35,6 +36,7 @@ def form_of(answer: str, digits: bool) -> re.Pattern: # matches every answer of 
     one = "[0-9]" if digits else "[0-9A-Za-z]"
     return re.compile("".join(one if c.isalnum() else re.escape(c) for c in answer))
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #32ff61f9
 def error_kind(
     answer: str, # the right one
     said: str, # a wrong one
@@ -64,7 +66,8 @@ def chances(pool: set[str]) -> dict[str, float]: # near miss, another fact's ans
     "How often an answer that only has the right form would be of a kind"
     if not pool: return {}
     width = max(map(len, pool))
-    choices = [len({word[i] for word in pool if len(word) == width}) for i in range(width)]   # characters seen at each place
+    full = [word for word in pool if len(word) == width]
+    choices = [len({word[i] for word in full}) for i in range(width)]   # characters seen at each place
     there = math.prod(choices)
     return {"near miss": sum(c - 1 for c in choices)/there, "another fact's answer": (len(pool) - 1)/there}
 
@@ -96,14 +99,24 @@ def by_group(
     "Metrics of each split, and of each bucket inside of it"
     buckets: dict[tuple, list[dict]] = {}
     for r in records:
-        keys = [(r["split"], None, None)] + [(r["split"], name, r["groups"][name]) for name in GROUPS if name in r["groups"]]
+        keys = [(r["split"], None, None)]
+        keys += [(r["split"], name, r["groups"][name]) for name in GROUPS if name in r["groups"]]
         for key in keys: buckets.setdefault(key, []).append(r)
     values = {}
     for split, name, value in buckets: values.setdefault((split, name), set()).add(value)
-    kept = sorted((k for k in buckets if k[1] is None or len(values[k[:2]]) > 1 or k[1] == "hops"),
-                  key=lambda k: (list(dict.fromkeys(r["split"] for r in records)).index(k[0]), k[1] is not None, GROUPS.index(k[1]) if k[1] else 0, k[2] if isinstance(k[2], int) else str(k[2])))
-    return [dict(split=s, by={} if name is None else {name: value}, count=len(buckets[s, name, value]), errors=count_kinds(buckets[s, name, value]),
-                 **summary(buckets[s, name, value])) for s, name, value in kept]
+    splits = list(dict.fromkeys(r["split"] for r in records))
+
+    def place(key: tuple) -> tuple:
+        split, name, value = key
+        of_name = (False, 0) if name is None else (True, GROUPS.index(name))
+        return splits.index(split), *of_name, value if isinstance(value, int) else str(value)
+
+    rows = []
+    for key in sorted((k for k in buckets if k[1] is None or len(values[k[:2]]) > 1 or k[1] == "hops"), key=place):
+        (split, name, value), own = key, buckets[key]
+        by = {} if name is None else {name: value}
+        rows.append(dict(split=split, by=by, count=len(own), errors=count_kinds(own), **summary(own)))
+    return rows
 
 # %% ../../nbs/evaluation/05_recall_page.ipynb #5b71abe7
 def calibration(
@@ -115,10 +128,20 @@ def calibration(
     if not places: return None
     table: list[list[tuple[float, bool]]] = [[] for _ in range(bins)]
     for p in places: table[min(int(p["confidence"]*bins), bins - 1)].append((p["confidence"], p["rank"] == 0))
-    rows = [dict(low=i/bins, high=(i + 1)/bins, confidence=sum(c for c, _ in cell)/len(cell), right=share([ok for _, ok in cell])) for i, cell in enumerate(table) if cell]
-    mean = lambda key, ok: (lambda found: sum(found)/len(found) if found else None)([p[key] for p in places if (p["rank"] == 0) == ok])
-    return dict(error=sum(row["right"]["n"]*abs(row["right"]["value"] - row["confidence"]) for row in rows)/len(places), bins=rows,
-                places=len(places), **{f"{key}_{name}": mean(key, ok) for key in ("confidence", "entropy") for name, ok in (("right", True), ("wrong", False))})
+    rows = []
+    for i, cell in enumerate(table):
+        if not cell: continue
+        sure, right = zip(*cell)
+        rows.append(dict(low=i/bins, high=(i + 1)/bins, confidence=sum(sure)/len(sure), right=share(right)))
+
+    def mean(key: str, ok: bool) -> float | None:
+        found = [p[key] for p in places if (p["rank"] == 0) == ok]
+        return sum(found)/len(found) if found else None
+
+    error = sum(row["right"]["n"]*abs(row["right"]["value"] - row["confidence"]) for row in rows)/len(places)
+    means = {f"{key}_{name}": mean(key, ok)
+             for key in ("confidence", "entropy") for name, ok in (("right", True), ("wrong", False))}
+    return dict(error=error, bins=rows, places=len(places), **means)
 
 # %% ../../nbs/evaluation/05_recall_page.ipynb #a564c37e
 COLOURS = ("var(--c0)", "var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)", "var(--c5)")
@@ -139,9 +162,11 @@ def share_axis(title: str) -> list[str]:
     lines = []
     for tick in (0, .25, .5, .75, 1):
         y = TOP + height*(1 - tick)
-        lines += [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>', text_at(LEFT - 6, y + 4, f"{tick:.0%}", "end")]
+        line = f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        lines += [line, text_at(LEFT - 6, y + 4, f"{tick:.0%}", "end")]
     return [*lines, text_at((LEFT + WIDTH)/2, HEIGHT - 4, title)]
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #27f82bae
 def number(value: dict | float | None) -> str:
     "A share with its interval, or a number, in words"
     if value is None: return "–"
@@ -149,7 +174,20 @@ def number(value: dict | float | None) -> str:
     if "low" in value: return f"{value['value']:.1%} ({value['low']:.1%} to {value['high']:.1%})"
     return f"{value['value']:.3f}" + ("" if value["se"] is None else f" ± {value['se']:.3f}")
 
-# %% ../../nbs/evaluation/05_recall_page.ipynb #14812542
+# %% ../../nbs/evaluation/05_recall_page.ipynb #7cc2f0f6
+def dot_with_interval(
+    x: float, # where it stands
+    share: dict, # value, low, high
+    colour: str, # of dot and line
+    says: str, # when the pointer rests on it
+) -> tuple[str, str]: # SVG; where the dot is, for a line that joins several
+    "A share as a dot on its interval"
+    y, low, high = (TOP + (HEIGHT - TOP - BOTTOM)*(1 - share[end]) for end in ("value", "low", "high"))
+    line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+    dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
+    return f'<g stroke="{colour}">{line}{dot}<title>{html.escape(says)}</title></g>', f"{x:.1f},{y:.1f}"
+
+# %% ../../nbs/evaluation/05_recall_page.ipynb #4e4205e9
 def interval_figure(
     categories: Sequence[str], # along the axis
     series: dict[str, Sequence[dict | None]], # name -> a share for each category, or None
@@ -157,19 +195,19 @@ def interval_figure(
     joined: bool = True, # by a line, where categories have an order
 ) -> str: # SVG
     "Shares with their intervals"
-    height, step, body = HEIGHT - TOP - BOTTOM, (WIDTH - LEFT - 8)/len(categories), share_axis(title)
+    step, body = (WIDTH - LEFT - 8)/len(categories), share_axis(title)
     skip = max(1, math.ceil(len(categories)*max(len(str(c)) for c in categories)*7/(WIDTH - LEFT)))
     body += [text_at(LEFT + step*(i + .5), HEIGHT - BOTTOM + 18, c) for i, c in enumerate(categories) if i % skip == 0]
     for n, (name, shares) in enumerate(series.items()):
-        shift, colour, at = (n - (len(series) - 1)/2)*min(12, step/(len(series) + 1)), COLOURS[n % len(COLOURS)], []
+        shift, colour = (n - (len(series) - 1)/2)*min(12, step/(len(series) + 1)), COLOURS[n % len(COLOURS)]
+        points = []
         for i, s in enumerate(shares):
             if s is None: continue
-            x, y, low, high = LEFT + step*(i + .5) + shift, *(TOP + height*(1 - s[k]) for k in ("value", "low", "high"))
-            at.append(f"{x:.1f},{y:.1f}")
-            says = html.escape(f"{name}, {categories[i]}: {number(s)} of {s['n']:,}")
-            body.append(f'<g stroke="{colour}"><line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
-                        f'<title>{says}</title></g>')
-        if joined: body.append(f'<polyline class="join" points="{" ".join(at)}" stroke="{colour}"/>')
+            says = f"{name}, {categories[i]}: {number(s)} of {s['n']:,}"
+            drawn, at = dot_with_interval(LEFT + step*(i + .5) + shift, s, colour, says)
+            body.append(drawn)
+            points.append(at)
+        if joined: body.append(f'<polyline class="join" points="{" ".join(points)}" stroke="{colour}"/>')
     return svg(body, label=title)
 
 # %% ../../nbs/evaluation/05_recall_page.ipynb #64be7ad0
@@ -185,7 +223,9 @@ def stacked_figure(
         body.append(f'<rect class="rest" x="{left}" y="{y}" width="{WIDTH - left - 8}" height="20"/>')
         for colour, (kind, n) in zip(COLOURS[1:], counts.items()):
             width = (WIDTH - left - 8)*n/totals[name]
-            if n: body.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="20" fill="{colour}"><title>{html.escape(f"{name}: {kind}, {n:,} of {totals[name]:,}")}</title></rect>')
+            says = html.escape(f"{name}: {kind}, {n:,} of {totals[name]:,}")
+            box = f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="20" fill="{colour}">'
+            if n: body.append(f"{box}<title>{says}</title></rect>")
             x += width
     return svg(body, 12 + len(rows)*bar, "kinds of wrong answers")
 
@@ -202,26 +242,51 @@ def histogram(
     for colour, (name, numbers) in zip(COLOURS, values.items()):
         counts = Counter(min(int((v - low)/span*bins), bins - 1) for v in numbers)
         most, step = max(counts.values()), (WIDTH - LEFT - 24)/bins
-        points = [f"{LEFT + step*(i + side):.1f},{TOP + (HEIGHT - TOP - BOTTOM)*(1 - counts[i]/most):.1f}" for i in range(bins) for side in (0, 1)]
-        body.append(f'<polyline class="join" points="{" ".join(points)}" stroke="{colour}"><title>{html.escape(name)}</title></polyline>')
+        heights = [TOP + (HEIGHT - TOP - BOTTOM)*(1 - counts[i]/most) for i in range(bins)]
+        points = " ".join(f"{LEFT + step*(i + side):.1f},{y:.1f}" for i, y in enumerate(heights) for side in (0, 1))
+        label = f"<title>{html.escape(name)}</title>"
+        body.append(f'<polyline class="join" points="{points}" stroke="{colour}">{label}</polyline>')
     return svg(body, label=title)
 
-# %% ../../nbs/evaluation/05_recall_page.ipynb #1c28e893
-STYLE = """:root{--ink:#1d2129;--soft:#626a76;--line:#e3e6ea;--back:#fff;--card:#f6f7f9;--warn:#fff4dc;--warnink:#7a5200;--bad:#b3261e;--c0:#2563b8;--c1:#d9691f;--c2:#2f9e77;--c3:#8b919b;--c4:#b657a4;--c5:#c79a1c;color-scheme:light dark}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e8ec;--soft:#9aa2ae;--line:#30353d;--back:#15181d;--card:#1d2127;--warn:#3a2f14;--warnink:#f2d391;--bad:#ff8a80;--c0:#7db2ff;--c1:#f0975a;--c2:#6fd3a0}}
-*{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1180px;margin:0 auto;padding:36px 20px 80px}h1{font-size:1.9rem;line-height:1.2;margin:0 0 4px}h2{font-size:1.25rem;margin:44px 0 8px}p{margin:8px 0;max-width:75ch}.soft,figcaption{color:var(--soft)}
-code,pre,.mono{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:22px 0}.facts div{background:var(--card);border-radius:10px;padding:12px 14px}.facts b{display:block;font-size:1.4rem;font-weight:600;font-variant-numeric:tabular-nums}.facts span{color:var(--soft);font-size:.85rem}
-.note{background:var(--warn);color:var(--warnink);border-radius:10px;padding:12px 16px;margin:14px 0}.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:18px 26px}figure{margin:0;min-width:0;max-width:680px}figcaption{font-size:.875rem;margin:0 0 6px}
-svg{width:100%;height:auto;font:12px system-ui,sans-serif;fill:var(--soft);stroke-width:1.5}svg .grid{stroke:var(--line);stroke-width:1}svg .join{fill:none;opacity:.75}svg .rest{fill:var(--card)}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;margin:6px 0}th{color:var(--soft);font-weight:500;text-align:left}th,td{padding:6px 14px 6px 0;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}td.n,th.n{text-align:right}
-.key{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.85rem;color:var(--soft)}.key i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px}mark{background:none;color:var(--bad);font-weight:600}details{margin:10px 0}summary{cursor:pointer;color:var(--soft)}"""
+# %% ../../nbs/evaluation/05_recall_page.ipynb #24bcc54b
+STYLE = """
+:root{--ink:#1d2129;--soft:#626a76;--line:#e3e6ea;--back:#fff;--card:#f6f7f9;--warn:#fff4dc;--warnink:#7a5200;
+  --bad:#b3261e;--c0:#2563b8;--c1:#d9691f;--c2:#2f9e77;--c3:#8b919b;--c4:#b657a4;--c5:#c79a1c;
+  color-scheme:light dark}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e8ec;--soft:#9aa2ae;--line:#30353d;--back:#15181d;
+  --card:#1d2127;--warn:#3a2f14;--warnink:#f2d391;--bad:#ff8a80;--c0:#7db2ff;--c1:#f0975a;--c2:#6fd3a0}}
+*{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);
+  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1180px;margin:0 auto;padding:36px 20px 80px}h1{font-size:1.9rem;line-height:1.2;margin:0 0 4px}
+h2{font-size:1.25rem;margin:44px 0 8px}p{margin:8px 0;max-width:75ch}.soft,figcaption{color:var(--soft)}
+code,pre,.mono{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:22px 0}
+.facts div{background:var(--card);border-radius:10px;padding:12px 14px}
+.facts b{display:block;font-size:1.4rem;font-weight:600;font-variant-numeric:tabular-nums}
+.facts span{color:var(--soft);font-size:.85rem}
+.note{background:var(--warn);color:var(--warnink);border-radius:10px;padding:12px 16px;margin:14px 0}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:18px 26px}
+figure{margin:0;min-width:0;max-width:680px}figcaption{font-size:.875rem;margin:0 0 6px}
+svg{width:100%;height:auto;font:12px system-ui,sans-serif;fill:var(--soft);stroke-width:1.5}
+svg .grid{stroke:var(--line);stroke-width:1}svg .join{fill:none;opacity:.75}svg .rest{fill:var(--card)}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;margin:6px 0}
+th{color:var(--soft);font-weight:500;text-align:left}
+th,td{padding:6px 14px 6px 0;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
+td.n,th.n{text-align:right}.key{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.85rem;color:var(--soft)}
+.key i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px}
+mark{background:none;color:var(--bad);font-weight:600}details{margin:10px 0}
+summary{cursor:pointer;color:var(--soft)}"""
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #6fbc6e72
 def key(names: Iterable[str], first: int = 0) -> str:
     "Which colour is what"
-    return '<div class="key">' + "".join(f'<span><i style="background:{COLOURS[(i + first) % len(COLOURS)]}"></i>{html.escape(n)}</span>' for i, n in enumerate(names)) + "</div>"
+    colour = lambda i: COLOURS[(i + first) % len(COLOURS)]
+    entries = [f'<span><i style="background:{colour(i)}"></i>{html.escape(n)}</span>' for i, n in enumerate(names)]
+    return f'<div class="key">{"".join(entries)}</div>'
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #02279d8a
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str: # cells are HTML
     "A table whose last columns may be numbers"
     kind = lambda i: ' class="n"' if i >= len(head) - numbers else ""
@@ -237,65 +302,120 @@ def figure(caption: str, drawn: str, names: Iterable[str] = (), first: int = 0) 
 def group_figures(groups: Sequence[dict]) -> list[str]: # HTML
     "Exact match of the splits, and of their buckets"
     whole = [g for g in groups if not g["by"]]
-    drawn = [figure("Exact match of each split, with 95 % intervals", interval_figure([g["split"] for g in whole], {"exact match": [g["exact_match"] for g in whole]}, "split", joined=False))]
+    exact = {"exact match": [g["exact_match"] for g in whole]}
+    drawn = [figure("Exact match of each split, with 95 % intervals",
+                    interval_figure([g["split"] for g in whole], exact, "split", joined=False))]
+    titles = {"frequency": "times a fact of the bucket is seen in training; held-out ones never are"}
     for name in [n for n in GROUPS if any(n in g["by"] for g in groups)]:
         own = [g for g in groups if name in g["by"]]
-        values, splits = list(dict.fromkeys(sorted((g["by"][name] for g in own), key=lambda v: (isinstance(v, str), v)))), list(dict.fromkeys(g["split"] for g in own))
+        values = list(dict.fromkeys(sorted((g["by"][name] for g in own), key=lambda v: (isinstance(v, str), v))))
         found = {(g["split"], g["by"][name]): g["exact_match"] for g in own}
-        names = {"frequency": "times a fact of the bucket is seen in training; held-out ones never are"}
-        drawn.append(figure(f"Exact match by {name.replace('_', ' ')}", interval_figure([str(v) for v in values], {s: [found.get((s, v)) for v in values] for s in splits}, names.get(name, name.replace("_", " "))), splits))
+        series = {split: [found.get((split, v)) for v in values] for split in dict.fromkeys(g["split"] for g in own)}
+        said = name.replace("_", " ")
+        shares = interval_figure([str(v) for v in values], series, titles.get(name, said))
+        drawn.append(figure(f"Exact match by {said}", shares, list(series)))
     wide = max(len(g["accuracy_by_place"]) for g in whole)
     places = {g["split"]: [*g["accuracy_by_place"], *[None]*(wide - len(g["accuracy_by_place"]))] for g in whole}
-    return [*drawn, figure("Right characters by their place in the answer", interval_figure([str(i + 1) for i in range(wide)], places, "place"), places)]
+    at_places = interval_figure([str(i + 1) for i in range(wide)], places, "place")
+    return [*drawn, figure("Right characters by their place in the answer", at_places, places)]
 
 # %% ../../nbs/evaluation/05_recall_page.ipynb #046c23ee
 def group_table(groups: Sequence[dict]) -> str: # HTML
     "All metrics of all groups"
-    head = ["split", "group", "questions", "exact match", "first digit", "digits", "digits, forced", "log p of the answer", "ends after it"]
+    columns = {
+        "exact match": "exact_match", "first digit": "first_digit_accuracy", "digits": "digit_accuracy",
+        "digits, forced": "forced_digit_accuracy", "log p of the answer": "answer_logprob", "ends after it": "ended"}
     name = lambda by: ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in by.items())
-    return table(head, [[html.escape(g["split"]), html.escape(name(g["by"])), f"{g['count']:,}", *(number(g.get(m)) for m in
-        ("exact_match", "first_digit_accuracy", "digit_accuracy", "forced_digit_accuracy", "answer_logprob", "ended"))] for g in groups], 7)
+    rows = [[html.escape(g["split"]), html.escape(name(g["by"])), f"{g['count']:,}",
+             *(number(g.get(metric)) for metric in columns.values())] for g in groups]
+    return table(["split", "group", "questions", *columns], rows, 7)
 
 # %% ../../nbs/evaluation/05_recall_page.ipynb #aa31a141
 def marked(answer: str, said: str) -> str: # HTML
     "What was said, with wrong characters marked"
-    return "".join(html.escape(c) if answer[i:i + 1] == c else f"<mark>{html.escape(c)}</mark>" for i, c in enumerate(said)) or "<mark>nothing</mark>"
+    shown = (html.escape(c) if answer[i:i + 1] == c else f"<mark>{html.escape(c)}</mark>" for i, c in enumerate(said))
+    return "".join(shown) or "<mark>nothing</mark>"
 
-# %% ../../nbs/evaluation/05_recall_page.ipynb #0a3dbafc
-def error_section(result: dict, records: Sequence[dict], questions: dict[str, Question], examples: int = 6) -> str: # HTML
-    "Kinds of wrong answers, and some of each"
-    whole = [g for g in result["groups"] if not g["by"]]
-    wrong = sum(sum(g["errors"].values()) for g in whole)
-    if not wrong: return "<h2>Wrong answers</h2><p>There are none.</p>"
-    drawn = stacked_figure({g["split"]: g["errors"] for g in whole}, {g["split"]: g["count"] for g in whole})
-    luck = " ".join(f"One in {round(1/chance):,} guesses of the right form would be {'a near miss' if kind == 'near miss' else kind}." for kind, chance in result["errors"]["chance"].items() if chance)
+# %% ../../nbs/evaluation/05_recall_page.ipynb #1a940af7
+def mono(inside: str) -> str: # HTML of HTML
+    "In letters of one width"
+    return f'<span class="mono">{inside}</span>'
+
+def error_examples(records: Sequence[dict], questions: dict[str, Question], examples: int) -> str: # HTML
+    "Some wrong answers of each kind"
     rows = []
     for kind in KINDS:
         own = [r for r in records if r.get("error") == kind]
         for r in own[:examples]:
             asked = questions[r["id"]].prompt.splitlines()[-1]
-            rows.append([kind, f'<span class="mono">{html.escape(r["id"])}</span>', f'<span class="mono">{html.escape(asked)}</span>', f'<span class="mono">{html.escape(r["answer"])}</span>',
-                         f'<span class="mono">{marked(r["answer"], r.get("said", r["forced"]))}</span>', f"{r['logprob']:.2f}"])
-    shown = table(["kind", "id", "question", "right", "said", "log p of the right answer"], rows, 1)
-    return f"<h2>Wrong answers</h2><p>{wrong:,} of {result['answered']:,}. {html.escape(luck)}</p>{figure('Wrong answers of each split, by kind', drawn, KINDS, 1)}<details open><summary>Examples</summary>{shown}</details>"
+            said = marked(r["answer"], r.get("said", r["forced"]))
+            cells = html.escape(r["id"]), html.escape(asked), html.escape(r["answer"]), said
+            rows.append([kind, *map(mono, cells), f"{r['logprob']:.2f}"])
+    return table(["kind", "id", "question", "right", "said", "log p of the right answer"], rows, 1)
+
+# %% ../../nbs/evaluation/05_recall_page.ipynb #a06fb0aa
+def error_section(
+    result: dict, # what `recall.json` holds
+    records: Sequence[dict], # with errors
+    questions: dict[str, Question], # by id
+    examples: int = 6, # of each kind
+) -> str: # HTML
+    "Kinds of wrong answers, and some of each"
+    whole = [g for g in result["groups"] if not g["by"]]
+    wrong = sum(sum(g["errors"].values()) for g in whole)
+    if not wrong: return "<h2>Wrong answers</h2><p>There are none.</p>"
+    drawn = stacked_figure({g["split"]: g["errors"] for g in whole}, {g["split"]: g["count"] for g in whole})
+    names = {"near miss": "a near miss"}
+    luck = " ".join(f"One in {round(1/chance):,} guesses of the right form would be {names.get(kind, kind)}."
+                    for kind, chance in result["errors"]["chance"].items() if chance)
+    shown = error_examples(records, questions, examples)
+    return (f"<h2>Wrong answers</h2><p>{wrong:,} of {result['answered']:,}. {html.escape(luck)}</p>"
+        f"{figure('Wrong answers of each split, by kind', drawn, KINDS, 1)}"
+        f"<details open><summary>Examples</summary>{shown}</details>")
 
 # %% ../../nbs/evaluation/05_recall_page.ipynb #58de20c4
 def confidence_section(result: dict) -> str: # HTML; "" without distributions
     "How sure the model was, and how often rightly"
     found = result["calibration"]
     if not found: return ""
-    drawn = interval_figure([f"{(b['low'] + b['high'])/2:.0%}" for b in found["bins"]], {"right": [b["right"] for b in found["bins"]],
-        "sure": [dict(value=b["confidence"], low=b["confidence"], high=b["confidence"], n=b["right"]["n"]) for b in found["bins"]]}, "probability of the likeliest token")
-    rows = [[name, number(found[f"confidence_{name}"]), number(found[f"entropy_{name}"])] for name in ("right", "wrong")]
-    return (f"<h2>Confidence</h2><p>At {found['places']:,} places of answers, with the right answer before them. Expected calibration error {found['error']:.3f}.</p><div class='charts'>"
-            + figure("How often the likeliest token is right, by how sure the model was", drawn, ["right", "sure"]) + table(["likeliest token", "mean probability", "mean entropy, nats"], rows, 2) + "</div>")
+    bins = found["bins"]
+    right = [b["right"] for b in bins]
+    sure = [dict(value=b["confidence"], low=b["confidence"], high=b["confidence"], n=b["right"]["n"]) for b in bins]
+    drawn = interval_figure([f"{(b['low'] + b['high'])/2:.0%}" for b in bins], dict(right=right, sure=sure),
+                            "probability of the likeliest token")
+    caption = "How often the likeliest token is right, by how sure the model was"
+    rows = [[name, *(number(found[f"{mean}_{name}"]) for mean in ("confidence", "entropy"))]
+            for name in ("right", "wrong")]
+    means = table(["likeliest token", "mean probability", "mean entropy, nats"], rows, 2)
+    return (f"<h2>Confidence</h2><p>At {found['places']:,} places of answers, with the right answer before them. "
+        f"Expected calibration error {found['error']:.3f}.</p>"
+        f"<div class='charts'>{figure(caption, drawn, ['right', 'sure'])}{means}</div>")
 
 # %% ../../nbs/evaluation/05_recall_page.ipynb #2ff6aa3b
 def facts_of(result: dict) -> dict[str, Any]:
     "What a reader must know to repeat a run"
-    flat = {f"{part} {name.replace('_', ' ')}": value for part in ("model", "data", "settings", "tokens", "environment") for name, value in result[part].items()}
-    return {name: f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value for name, value in flat.items()}
+    parts = ("model", "data", "settings", "tokens", "environment")
+    flat = {f"{part} {name.replace('_', ' ')}": value for part in parts for name, value in result[part].items()}
+    whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
+    return {name: f"{value:,}" if whole(value) else value for name, value in flat.items()}
 
+# %% ../../nbs/evaluation/05_recall_page.ipynb #f0a7e33c
+def head_of(result: dict) -> str: # HTML
+    "What was asked, and the shares of all splits"
+    asked = "The model sees the right answer before each place (teacher forced)."
+    if result["mode"] == "generated": asked = "The model answers by itself, the likeliest token each time."
+    tiles = []
+    for g in result["groups"]:
+        if g["by"]: continue
+        exact, split = g["exact_match"], html.escape(g["split"])
+        span = f"{split}: exact match of {g['count']:,}, {exact['low']:.1%} to {exact['high']:.1%}"
+        tiles.append(f"<div><b>{exact['value']:.1%}</b><span>{span}</span></div>")
+    partial = (f'<div class="note">Partial: {result["answered"]:,} of {result["questions"]:,} questions are answered. '
+               "The same command again goes on.</div>")
+    return (f"<h1>Recall: {result['task']}</h1><p class='soft'>{asked} {result['answered']:,} questions.</p>"
+        f"{partial if result['partial'] else ''}<div class='facts'>{''.join(tiles)}</div>")
+
+# %% ../../nbs/evaluation/05_recall_page.ipynb #94ac6d2f
 def recall_page(
     result: dict, # what `recall.json` holds
     records: Sequence[dict], # all answers
@@ -303,13 +423,16 @@ def recall_page(
 ) -> str: # HTML of a whole page
     "A recall run on one page"
     whole = [g for g in result["groups"] if not g["by"]]
-    title, spoken = f"Recall: {result['task']}", result["mode"] == "generated"
-    tiles = "".join(f"<div><b>{g['exact_match']['value']:.1%}</b><span>{html.escape(g['split'])}: exact match of {g['count']:,}, {g['exact_match']['low']:.1%} to {g['exact_match']['high']:.1%}</span></div>" for g in whole)
-    part = f'<div class="note">Partial: {result["answered"]:,} of {result["questions"]:,} questions are answered. The same command again goes on.</div>' if result["partial"] else ""
+    title = f"Recall: {result['task']}"
     scores = {g["split"]: [r["logprob"] for r in records if r["split"] == g["split"]] for g in whole}
-    spread = figure("Log-probability of the right answers, each split with its own highest point", histogram(scores, "nats"), scores)
-    how = table(["", ""], [[html.escape(k), f'<span class="mono">{html.escape(str(v))}</span>'] for k, v in facts_of(result).items()])
-    asked = "The model answers by itself, the likeliest token each time." if spoken else "The model sees the right answer before each place (teacher forced)."
-    body = "".join([f"<h1>{title}</h1><p class='soft'>{asked} {result['answered']:,} questions.</p>{part}<div class='facts'>{tiles}</div><h2>What is known</h2><div class='charts'>",
-        *group_figures(result["groups"]), spread, "</div><h2>All numbers</h2>", group_table(result["groups"]), error_section(result, records, questions), confidence_section(result), f"<h2>How it was measured</h2>{how}"])
-    return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n'
+    spread = figure("Log-probability of the right answers, each split with its own highest point",
+                    histogram(scores, "nats"), scores)
+    facts = [[html.escape(name), mono(html.escape(str(value)))] for name, value in facts_of(result).items()]
+    how = table(["", ""], facts)
+    body = "".join([
+        head_of(result), "<h2>What is known</h2><div class='charts'>", *group_figures(result["groups"]), spread,
+        "</div><h2>All numbers</h2>", group_table(result["groups"]), error_section(result, records, questions),
+        confidence_section(result), f"<h2>How it was measured</h2>{how}"])
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
+        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n')

@@ -45,8 +45,9 @@ def limit_resources(
 ):
     "Lower this process's limits, for good"
     import resource
-    limits = {"RLIMIT_CPU": int(seconds) + 1, "RLIMIT_AS": memory, "RLIMIT_FSIZE": file_size, "RLIMIT_NOFILE": open_files,
-              "RLIMIT_CORE": 0, "RLIMIT_NPROC": 0}
+    limits = {
+        "RLIMIT_CPU": int(seconds) + 1, "RLIMIT_AS": memory, "RLIMIT_FSIZE": file_size, "RLIMIT_NOFILE": open_files,
+        "RLIMIT_CORE": 0, "RLIMIT_NPROC": 0}
     for name, value in limits.items():
         which = getattr(resource, name)
         hard = resource.getrlimit(which)[1]
@@ -116,17 +117,20 @@ def _reason(code: int) -> str: # without the secret word
     if code == -getattr(signal, "SIGXCPU", 0): return "used up its CPU time"
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code} before the end"
 
+# %% ../../nbs/evaluation/01_sandbox.ipynb #7e849904
 def run_code(
     source: str,              # a whole program; it passes when it ends without an exception
     limits: Limits = Limits(),
 ) -> Outcome:
     "Run a program that nobody has read"
-    if os.name != "posix": raise UserError("generated code is run under limits that only POSIX systems have; run this on Linux or macOS")
+    if os.name != "posix":
+        raise UserError("generated code is run under limits that only POSIX systems have; run this on Linux or macOS")
     word = secrets.token_hex(8)
     request = json.dumps(dict(source=source, word=word, limits=asdict(limits)))
     with tempfile.TemporaryDirectory(prefix="peer_nb_") as folder:
-        process = subprocess.Popen([sys.executable, "-I", "-c", child_program()], cwd=folder, env={"TMPDIR": folder}, text=True,
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", child_program()], cwd=folder, env={"TMPDIR": folder}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         try: out, _ = process.communicate(request, timeout=limits.seconds)
         except subprocess.TimeoutExpired: out = None
         finally:
@@ -135,8 +139,9 @@ def run_code(
             process.wait()
     if out is None: return Outcome(False, f"ran longer than {limits.seconds:g} s")
     lines = [json.loads(line) for line in out.splitlines()]
-    if len(lines) < 2 or lines[-1][0] != word: return Outcome(False, _reason(process.returncode), tuple(lines[0]) if lines else ())
-    return Outcome(not lines[-1][1], lines[-1][1], tuple(lines[0]))
+    protected = tuple(lines[0]) if lines else ()
+    if len(lines) < 2 or lines[-1][0] != word: return Outcome(False, _reason(process.returncode), protected)
+    return Outcome(not lines[-1][1], lines[-1][1], protected)
 
 # %% ../../nbs/evaluation/01_sandbox.ipynb #98180756
 def pass_at_k(

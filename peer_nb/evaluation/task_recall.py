@@ -15,13 +15,14 @@ from torch import nn
 from ..config import Config, DatasetEntry, UserError
 from ..data.corpora import eval_entries, task_arguments
 from .perplexity import DocumentScore, autocast_for
-from .recall import FLAT, Z, Question, answer_batches, bucket_names, encode_questions, questions_of, start_of, summary
+from .recall import (
+    FLAT, Z, Encoded, Question, answer_batches, bucket_names, encode_questions, questions_of, start_of, summary)
 from ..tasks.synthetic_qa import Columns
 from ..tasks.writing import generate
 
 # %% auto #0
-__all__ = ['ROWS', 'task_entries', 'task_questions', 'check_tasks', 'ask_tasks', 'recall_metrics', 'recall_items',
-           'document_items']
+__all__ = ['ROWS', 'task_entries', 'task_questions', 'encoded_questions', 'check_tasks', 'ask_tasks', 'recall_metrics',
+           'recall_items', 'document_items']
 
 # %% ../../nbs/evaluation/10_task_recall.ipynb #6ceed733
 def task_entries(
@@ -33,7 +34,8 @@ def task_entries(
         if not entry.task: continue
         same = found.setdefault(entry.name, entry)
         if (same.task, task_arguments(same)) != (entry.task, task_arguments(entry)):
-            raise UserError(f"eval_config.datasets: {entry.name!r} is another task than the {entry.name!r} of dataset_config.datasets; give it another name")
+            raise UserError(f"eval_config.datasets: {entry.name!r} is another task than the {entry.name!r} of "
+                "dataset_config.datasets; give it another name")
     return list(found.values())
 
 # %% ../../nbs/evaluation/10_task_recall.ipynb #c16b8029
@@ -42,8 +44,11 @@ ROWS = 1000 # of a split
 @lru_cache(maxsize=4)
 def _test_sets(task: str, arguments: str) -> dict[str, Columns]:
     "The test sets of a task, kept from one examination to the next; arguments as JSON"
-    return {split: columns for split, columns in generate(task, **json.loads(arguments)).items() if split != "train" and {"answer", "answers"} & set(columns)}
+    made = generate(task, **json.loads(arguments))
+    return {split: columns for split, columns in made.items()
+            if split != "train" and {"answer", "answers"} & set(columns)}
 
+# %% ../../nbs/evaluation/10_task_recall.ipynb #d5058091
 def task_questions(
     entry: DatasetEntry,  # with a task
     rows: int = ROWS,     # of each split, at most
@@ -53,10 +58,22 @@ def task_questions(
     for split, columns in _test_sets(entry.task, json.dumps(task_arguments(entry))).items():
         records = [dict(zip(columns, values)) for values in zip(*(column[:rows] for column in columns.values()))]
         found += [q for number, record in enumerate(records) for q in questions_of(split, number, record)]
-    if not found: raise UserError(f"dataset '{entry.name}': task_arguments: {entry.task} has no questions; raise the size of its test sets")
+    if not found:
+        raise UserError(f"dataset '{entry.name}': task_arguments: {entry.task} has no questions; "
+            "raise the size of its test sets")
     return found
 
-# %% ../../nbs/evaluation/10_task_recall.ipynb #9c3449af
+# %% ../../nbs/evaluation/10_task_recall.ipynb #83dcebab
+def encoded_questions(
+    entry: DatasetEntry, # with a task
+    cfg: Config, # of the run
+    tokenizer, # of the run
+    rows: int = ROWS, # of each split, at most
+) -> list[Encoded]: # in the order of `task_questions`
+    "The questions of a task in tokens"
+    return encode_questions(tokenizer, task_questions(entry, rows), start_of(cfg.dataset_config.packing))
+
+# %% ../../nbs/evaluation/10_task_recall.ipynb #28c2b0dd
 def check_tasks(
     cfg: Config,     # of a run
     tokenizer,       # of the run
@@ -64,9 +81,11 @@ def check_tasks(
     "Refuse questions that could not be asked"
     room = cfg.model_config.max_position_embeddings
     for entry in task_entries(cfg):
-        longest = max(encode_questions(tokenizer, task_questions(entry), start_of(cfg.dataset_config.packing)), key=lambda e: len(e.context) + len(e.answer))
+        longest = max(encoded_questions(entry, cfg, tokenizer), key=lambda e: len(e.context) + len(e.answer))
         size = len(longest.context) + len(longest.answer)
-        if size > room: raise UserError(f"dataset '{entry.name}': question {longest.question.id} has {size} tokens, and the model reads {room} (model_config.max_position_embeddings); make the task's rows shorter")
+        if size > room:
+            raise UserError(f"dataset '{entry.name}': question {longest.question.id} has {size} tokens, and the model "
+                f"reads {room} (model_config.max_position_embeddings); make the task's rows shorter")
 
 # %% ../../nbs/evaluation/10_task_recall.ipynb #dafc0a1b
 def ask_tasks(
@@ -78,16 +97,16 @@ def ask_tasks(
     "The answers to all questions of a run's tasks"
     found, device = {}, next(model.parameters()).device
     for entry in task_entries(cfg):
-        questions = task_questions(entry, rows)
+        encoded = encoded_questions(entry, cfg, tokenizer, rows)
         with autocast_for(cfg.train_config, device):
-            records = {r["id"]: r for batch in answer_batches(model, tokenizer, encode_questions(tokenizer, questions, start_of(cfg.dataset_config.packing))) for r in batch}
-        found[entry.name] = [records[q.id] for q in questions]
+            records = {r["id"]: r for batch in answer_batches(model, tokenizer, encoded) for r in batch}
+        found[entry.name] = [records[e.question.id] for e in encoded]
     return found
 
 # %% ../../nbs/evaluation/10_task_recall.ipynb #9769ded6
 def recall_metrics(
     answers: dict[str, list[dict]], # of `ask_tasks`
-) -> tuple[dict[str, float], dict[str, float]]: # values and standard errors over questions, such as facts/test_known/exact_match
+) -> tuple[dict[str, float], dict[str, float]]: # values, and their standard errors over questions, by name
     "What the answers show, split by split and, where rows have one, by frequency or difficulty"
     values, errors = {}, {}
     for entry, records in answers.items():
@@ -111,9 +130,11 @@ def recall_items(
     for entry, records in answers.items():
         for r in records:
             right, cluster = r.get("right", r["forced_right"]), r["id"].partition(".")[0]
-            scores = dict(exact_match=float(r.get("exact", r["forced_exact"])), digit_accuracy=right.count("1") / len(right), answer_logprob=r["logprob"])
+            exact, digits = float(r.get("exact", r["forced_exact"])), right.count("1") / len(right)
+            scores = dict(exact_match=exact, digit_accuracy=digits, answer_logprob=r["logprob"])
             for name in bucket_names(r)[1:]:
-                for metric, value in scores.items(): yield dict(metric=f"{entry}/{name}{metric}", item=r["id"], value=value, cluster=cluster)
+                for metric, value in scores.items():
+                    yield dict(metric=f"{entry}/{name}{metric}", item=r["id"], value=value, cluster=cluster)
 
 # %% ../../nbs/evaluation/10_task_recall.ipynb #695f9f96
 def document_items(
@@ -123,4 +144,6 @@ def document_items(
     for name, scores in documents.items():
         bits, size = math.fsum(s.nats for s in scores) / math.log(2), sum(s.bytes for s in scores)
         ratio, mean = bits / size, size / len(scores)
-        for s in scores: yield dict(metric=f"{name}/bits_per_byte", item=s.doc_hash, value=ratio + (s.nats / math.log(2) - ratio*s.bytes) / mean)
+        for s in scores:
+            value = ratio + (s.nats / math.log(2) - ratio*s.bytes) / mean
+            yield dict(metric=f"{name}/bits_per_byte", item=s.doc_hash, value=value)

@@ -91,7 +91,8 @@ def filled(
     given = dict(given or {})
     refuse_unknown(given, [f.name for f in fields(section)], where)
     for f in fields(section):
-        if f.name not in given and f.default is MISSING and f.default_factory is MISSING: raise ValueError(f"{where}.{f.name} is missing")
+        if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{where}.{f.name} is missing")
     return asdict(section(**given))
 
 # %% ../../nbs/models/03_causal_lm.ipynb #b90042ab
@@ -124,7 +125,8 @@ class PeerMLAConfig(PreTrainedConfig):
     share_memory: bool = False # all memory layers read one table
     tie_word_embeddings: bool = False # the head is the embedding
     dropout: float = 0.0 # on the residual branches
-    loss_chunk_size: int | None = None # tokens whose logits exist at once when a loss is computed; null: all, and they are returned
+    # tokens whose logits exist at once when a loss is computed; null: all, and they are returned
+    loss_chunk_size: int | None = None
     use_cache: bool = True # return a cache when not training
     pad_token_id: int | None = None # for batched generation
     bos_token_id: int | None = None # begins a text
@@ -139,7 +141,8 @@ class PeerMLAConfig(PreTrainedConfig):
         refuse_unknown(kwargs, [f.name for f in fields(self)], "the model configuration", 0.85)
         self.peer_config = filled(self.peer_config, PeerOptions, "peer_config")
         self.mla_config = mla = filled(self.mla_config, MLAOptions, "mla_config")
-        if mla["rope_scaling"] is not None: mla["rope_scaling"] = filled(mla["rope_scaling"], RopeScaling, "mla_config.rope_scaling")
+        stretched = mla["rope_scaling"]
+        if stretched is not None: mla["rope_scaling"] = filled(stretched, RopeScaling, "mla_config.rope_scaling")
         super().__post_init__(**kwargs)
         self.check()
 
@@ -147,14 +150,16 @@ class PeerMLAConfig(PreTrainedConfig):
 @patch(as_prop=True)
 def rotary_parameters(self: PeerMLAConfig) -> dict:
     "Type, base and stretching of the rotation, in the form of transformers' `rope_parameters`"
-    return {"rope_type": "default", "rope_theta": self.mla_config["rope_theta"]} | (self.mla_config["rope_scaling"] or {})
+    plain = {"rope_type": "default", "rope_theta": self.mla_config["rope_theta"]}
+    return plain | (self.mla_config["rope_scaling"] or {})
 
 # %% ../../nbs/models/03_causal_lm.ipynb #45f45f2a
 @patch(as_prop=True)
 def memory_layer_indices(self: PeerMLAConfig) -> list[int]:
     "The layers whose feed-forward is a memory"
     if not self.use_peer: return []
-    return list(range(self.peer_start_layer, self.num_hidden_layers)) if self.memory_layers is None else sorted(self.memory_layers)
+    if self.memory_layers is not None: return sorted(self.memory_layers)
+    return list(range(self.peer_start_layer, self.num_hidden_layers))
 
 # %% ../../nbs/models/03_causal_lm.ipynb #20a3736b
 @patch
@@ -172,7 +177,8 @@ def check(self: PeerMLAConfig):
         raise ValueError(f"loss_chunk_size={self.loss_chunk_size}: it must be at least 1, or null for no chunks")
     if self.memory_layer_indices:
         p = PeerOptions(**self.peer_config).layer_arguments()
-        check_router(*(p[k] for k in ("num_experts", "num_experts_per_tok", "product_key_dim", "query_dim", "score", "query_norm")))
+        names = ("num_experts", "num_experts_per_tok", "product_key_dim", "query_dim", "score", "query_norm")
+        check_router(*(p[name] for name in names))
 
 # %% ../../nbs/models/03_causal_lm.ipynb #993dc056
 class DenseMLP(nn.Module):
@@ -205,7 +211,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = config.dropout
         if layer_idx in config.memory_layer_indices:
-            options = PeerOptions(**config.peer_config).layer_arguments() | dict(eps=config.layer_norm_eps, tables_of=tables_of)
+            options = PeerOptions(**config.peer_config).layer_arguments()
+            options |= dict(eps=config.layer_norm_eps, tables_of=tables_of)
             self.memory = MEMORY_KINDS[config.memory_kind](config.hidden_size, **options)
         else: self.mlp = DenseMLP(config)
 
@@ -281,14 +288,20 @@ def check_tokens(
     "Refuse what can't be embedded"
     if (input_ids is None) == (inputs_embeds is None): raise ValueError("give either input_ids or inputs_embeds")
     if input_ids is None:
-        if not inputs_embeds.is_floating_point(): raise TypeError(f"inputs_embeds is {inputs_embeds.dtype}; it must hold floating-point numbers")
-        if inputs_embeds.ndim != 3: raise ValueError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; it must be [batch, length, {config.hidden_size}]")
-        return check_shape("inputs_embeds", inputs_embeds, (*inputs_embeds.shape[:2], config.hidden_size))
-    if input_ids.ndim != 2: raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, length]")
-    if input_ids.is_floating_point() or input_ids.dtype == torch.bool: raise TypeError(f"input_ids is {input_ids.dtype}; it must hold integers")
+        shape = tuple(inputs_embeds.shape)
+        if not inputs_embeds.is_floating_point():
+            raise TypeError(f"inputs_embeds is {inputs_embeds.dtype}; it must hold floating-point numbers")
+        if len(shape) != 3:
+            raise ValueError(f"inputs_embeds has shape {shape}; it must be [batch, length, {config.hidden_size}]")
+        return check_shape("inputs_embeds", inputs_embeds, (*shape[:2], config.hidden_size))
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, length]")
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids is {input_ids.dtype}; it must hold integers")
     if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel(): return
     low, high = input_ids.aminmax()
-    if low < 0 or high >= config.vocab_size: raise ValueError(f"input_ids holds {low if low < 0 else high}; allowed: 0 to {config.vocab_size - 1}")
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(f"input_ids holds {low if low < 0 else high}; allowed: 0 to {config.vocab_size - 1}")
 
 # %% ../../nbs/models/03_causal_lm.ipynb #3c2a2992
 def cached_length(
@@ -321,11 +334,14 @@ def document_lengths(
     "Lengths of the documents in a row; borders that don't fit are refused"
     if rows != 1: raise ValueError(f"cu_seqlens divides one row; the batch has {rows}")
     if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point():
-        raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it must hold integers, in one dimension")
+        given = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"cu_seqlens is {given}; it must hold integers, in one dimension")
     ends = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(ends, ends[1:])]
     if not ends or ends[0] != 0 or ends[-1] != length or any(n < 1 for n in lengths):
-        raise ValueError(f"cu_seqlens={ends[:4]}{'...' if len(ends) > 4 else ''} must rise from 0 to {length}, the length of the row; it ends at {ends[-1:]}")
+        begin = f"{ends[:4]}{'...' if len(ends) > 4 else ''}"
+        raise ValueError(f"cu_seqlens={begin} must rise from 0 to {length}, the length of the row; "
+            f"it ends at {ends[-1:]}")
     if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
         raise ValueError(f"max_seqlen={int(max_seqlen)}, but cu_seqlens has a document of {max(lengths)} tokens")
     return lengths
@@ -336,14 +352,14 @@ def refuse_with_documents(
 ):
     "Refuse what has no meaning beside `cu_seqlens`"
     for name, value in given.items():
-        if value is not None: raise ValueError(f"{name} cannot be combined with cu_seqlens: documents side by side are neither padded nor cached")
+        if value is not None:
+            raise ValueError(f"{name} cannot be combined with cu_seqlens: documents side by side are neither padded "
+                "nor cached")
 
 # %% ../../nbs/models/03_causal_lm.ipynb #d6f748d1
 class PeerMLAModel(PeerMLAPreTrainedModel):
     "The decoder without a head"
-    def __init__(self,
-        config: PeerMLAConfig, # of the model
-    ):
+    def __init__(self, config: PeerMLAConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = decoder_layers(config)
@@ -353,14 +369,14 @@ class PeerMLAModel(PeerMLAPreTrainedModel):
     def forward(self,
         input_ids: Tensor | None = None, # [B, T]
         attention_mask: Tensor | None = None, # [B, past + T] 1 for real tokens, or a ready 4-D mask
-        position_ids: Tensor | None = None, # [B or 1, T]; None: count on from the cache, or from each document's beginning
+        position_ids: Tensor | None = None, # [B or 1, T]; None: counted on from the cache, or in each document
         past_key_values=None, # a transformers cache
         inputs_embeds: Tensor | None = None, # [B, T, d] instead of `input_ids`
         cu_seqlens: Tensor | None = None, # [S+1] borders of the documents in a single row, from 0 to T
         max_seqlen: int | None = None, # length of the longest of these documents
-        use_cache: bool | None = None, # return a cache; None: `config.use_cache`, but not while training, nor for documents
+        use_cache: bool | None = None, # return a cache; None: `config.use_cache`, not in training, nor for documents
         output_hidden_states: bool | None = None, # also return each layer's input and the final output
-        output_attentions: bool | None = None, # also return attention weights [B, H, T, S] of each layer, by eager attention
+        output_attentions: bool | None = None, # also return each layer's weights [B, H, T, S], by eager attention
         **kwargs, # for the attention
     ) -> BaseModelOutputWithPast:
         "All layers and the final norm"
@@ -369,8 +385,10 @@ class PeerMLAModel(PeerMLAPreTrainedModel):
         if use_cache is None: use_cache = self.config.use_cache and not self.training and cu_seqlens is None
         if output_hidden_states is None: output_hidden_states = self.config.output_hidden_states
         if output_attentions is None: output_attentions = self.config.output_attentions
-        if cu_seqlens is not None: refuse_with_documents(attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache or None)
-        shared = self.shared_inputs(h, attention_mask, position_ids, past_key_values, cu_seqlens, max_seqlen, output_attentions)
+        alone = dict(attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache or None)
+        if cu_seqlens is not None: refuse_with_documents(**alone)
+        shared = self.shared_inputs(h, attention_mask, position_ids, past_key_values, cu_seqlens, max_seqlen,
+            output_attentions)
         if use_cache and past_key_values is None: past_key_values = DynamicCache(config=self.config)
         hidden, attentions = [], []
         for layer in self.layers:
@@ -410,11 +428,13 @@ def attention_inputs(self: PeerMLAModel,
     config, name = self.config, self.config._attn_implementation
     if output_attentions: name = "eager"
     elif name == "flex_attention" and past_key_values is not None and h.shape[1] == 1: name = "sdpa"
-    if name == "sdpa" and documents: return dict(attention_mask=None, attn_implementation=name, document_lengths=documents)
+    if name == "sdpa" and documents:
+        return dict(attention_mask=None, attn_implementation=name, document_lengths=documents)
     if name != config._attn_implementation:
         config = copy.copy(config)
         config._attn_implementation = name
-    mask = create_causal_mask(config=config, inputs_embeds=h, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids)
+    mask = create_causal_mask(config=config, inputs_embeds=h, attention_mask=attention_mask,
+        past_key_values=past_key_values, position_ids=position_ids)
     return dict(attention_mask=mask, attn_implementation=name)
 
 # %% ../../nbs/models/03_causal_lm.ipynb #ee1b838f
@@ -436,10 +456,11 @@ def shared_inputs(self: PeerMLAModel,
         check_shape("attention_mask", attention_mask, (rows, past + new))
     given, position_ids = position_ids, self.positions(h, position_ids, past_key_values, documents)
     apart = self.positions(h, None, None, documents) if documents else given
-    mla = self.config.mla_config
-    return dict(position_embeddings=rotary_angles(position_ids, mla["qk_rope_head_dim"], mla["rope_theta"], mla["rope_scaling"]),
-        token_mask=real_tokens(attention_mask, new) if self.training and self.config.memory_layer_indices else None,
-        **self.attention_inputs(h, attention_mask, apart, past_key_values, documents, output_attentions))
+    mla, in_memories = self.config.mla_config, self.training and self.config.memory_layer_indices
+    angles = rotary_angles(position_ids, mla["qk_rope_head_dim"], mla["rope_theta"], mla["rope_scaling"])
+    attention = self.attention_inputs(h, attention_mask, apart, past_key_values, documents, output_attentions)
+    token_mask = real_tokens(attention_mask, new) if in_memories else None
+    return dict(position_embeddings=angles, token_mask=token_mask, **attention)
 
 # %% ../../nbs/models/03_causal_lm.ipynb #a16cd3d0
 def next_labels(
@@ -463,17 +484,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor: # scalar, float32
         "Loss, and with it already the gradients"
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grads = [torch.zeros_like(t, dtype=torch.float32) if training and t.requires_grad else None for t in (hidden, weight)]
+        wanted = [training and tensor.requires_grad for tensor in (hidden, weight)]
+        grads = [torch.zeros_like(tensor, dtype=torch.float32) if needed else None
+                 for tensor, needed in zip((hidden, weight), wanted)]
         for start in range(0, len(hidden), chunk):
             part, label = hidden[start:start + chunk], labels[start:start + chunk, None]
             left_out = label == -100
             label = label.masked_fill(left_out, 0)
-            logits = F.linear(part, weight).float()                                      # [chunk, V]
+            logits = F.linear(part, weight).float()                                 # [chunk, V]
             total = logits.logsumexp(-1, keepdim=True)
             loss += (total - logits.gather(1, label)).masked_fill(left_out, 0).sum()
             if not training: continue
             logits.sub_(total).exp_().scatter_add_(1, label, torch.full_like(total, -1)).masked_fill_(left_out, 0)
-            error = logits.to(part.dtype)                                                # gradient of the loss at the logits
+            error = logits.to(part.dtype)                                           # gradient of the loss at the logits
             if grads[0] is not None: grads[0][start:start + chunk] = error @ weight
             if grads[1] is not None: grads[1] += error.mT @ part
         ctx.save_for_backward(*grads)
@@ -482,7 +505,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return *(g if g is None else (g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)), None, None, None
+        scaled = (g if g is None else (g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        return *scaled, None, None, None
 
 # %% ../../nbs/models/03_causal_lm.ipynb #33d2eaec
 class PeerMLAForCausalLM(PeerMLAPreTrainedModel, GenerationMixin):
@@ -513,8 +537,9 @@ class PeerMLAForCausalLM(PeerMLAPreTrainedModel, GenerationMixin):
         **kwargs, # for the decoder
     ) -> CausalLMOutputWithPast:
         "Logits, and the loss where labels are given"
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, cu_seqlens=cu_seqlens, use_cache=use_cache, **kwargs)
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, cu_seqlens=cu_seqlens, use_cache=use_cache,
+            **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden, loss, logits = out.last_hidden_state[:, keep], None, None        # [B, kept, d]
         chunked = labels is not None and self.config.loss_chunk_size is not None and is_plain_linear(self.lm_head)
@@ -537,9 +562,11 @@ def next_token_loss(self: PeerMLAForCausalLM,
     check_shape("labels", labels, tuple(hidden.shape[:2]))
     labels = next_labels(labels, cu_seqlens)
     if logits is not None:
-        return self.loss_function(logits=logits, labels=None, shift_labels=labels.contiguous(), vocab_size=self.vocab_size, num_items_in_batch=num_items_in_batch)
+        return self.loss_function(logits=logits, labels=None, shift_labels=labels.contiguous(),
+            vocab_size=self.vocab_size, num_items_in_batch=num_items_in_batch)
     labels = labels.flatten()
-    total = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self.lm_head.weight, labels, self.config.loss_chunk_size, torch.is_grad_enabled())
+    hidden, chunk = hidden.flatten(0, 1), self.config.loss_chunk_size
+    total = ChunkedCrossEntropy.apply(hidden, self.lm_head.weight, labels, chunk, torch.is_grad_enabled())
     return total / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
 
 # %% ../../nbs/models/03_causal_lm.ipynb #d9c6bad3
@@ -552,7 +579,8 @@ def _validate_generated_length(self: PeerMLAForCausalLM,
     "Refuse generation beyond the model's positions"
     limit = self.config.max_position_embeddings
     if generation_config.max_length > limit:
-        raise ValueError(f"prompt and new tokens may become {generation_config.max_length} tokens; max_position_embeddings allows {limit}")
+        raise ValueError(f"prompt and new tokens may become {generation_config.max_length} tokens; "
+            f"max_position_embeddings allows {limit}")
     GenerationMixin._validate_generated_length(self, generation_config, *args, **kwargs)
 
 # %% ../../nbs/models/03_causal_lm.ipynb #82fade7c

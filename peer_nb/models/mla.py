@@ -52,7 +52,8 @@ class RopeScaling:
             raise ValueError(f"rope_scaling.rope_type={self.rope_type!r}: choose linear, dynamic or yarn")
         if not self.factor >= 1: raise ValueError(f"rope_scaling.factor={self.factor}: it must be at least 1")
         if self.original_max_position_embeddings < 1:
-            raise ValueError(f"rope_scaling.original_max_position_embeddings={self.original_max_position_embeddings}: it must be at least 1")
+            length = self.original_max_position_embeddings
+            raise ValueError(f"rope_scaling.original_max_position_embeddings={length}: it must be at least 1")
 
 # %% ../../nbs/models/00_mla.ipynb #4695d0c8
 class RotaryQuestion:
@@ -68,6 +69,7 @@ class RotaryQuestion:
 
     def standardize_rope_params(self): "Nothing is in an old form here"
 
+# %% ../../nbs/models/00_mla.ipynb #97bdbb33
 def rotary_frequencies(
     dim: int, # rotary width of a head, even
     theta: float, # base of the frequencies
@@ -169,7 +171,7 @@ def absorbed_attention(
 ) -> tuple[Tensor, Tensor]: # output [B, T, H, v], weights [B, H, T, S]
     "Attention of a few new tokens, inside the latent space"
     (B, H, T, nope), (B, _, S, r), c, k = q_nope.shape, latent.shape, latent[:, 0], k_rope[:, 0]
-    up_k, up_v = up.view(H, -1, r).split([nope, up.shape[0] // H - nope], 1)                     # [H, nope, r], [H, v, r]
+    up_k, up_v = up.view(H, -1, r).split([nope, up.shape[0] // H - nope], 1)                   # [H, nope, r], [H, v, r]
     q = torch.bmm(q_nope.transpose(0, 1).reshape(H, B*T, nope), up_k)                            # [H, B*T, r]
     q = q.view(H, B, T, r).transpose(0, 1).reshape(B, H*T, r)
     scores = torch.baddbmm(q_rope.reshape(B, H*T, k.shape[-1]) @ k.mT, q, c.mT).view(B, H, T, S)  # [B, H, T, S]
@@ -190,7 +192,9 @@ def is_plain_linear(
 class LatentAttention(nn.Module):
     "Multi-head latent attention with DeepSeek-V3's parameter names"
     def __init__(self,
-        config, # has hidden_size, num_attention_heads, q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, rotary_parameters, _attn_implementation
+        # has hidden_size, num_attention_heads, q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim,
+        # v_head_dim, rotary_parameters, _attn_implementation
+        config,
         layer_idx: int = 0, # which layer of a cache is ours
     ):
         super().__init__()
@@ -215,16 +219,14 @@ class LatentAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor], # cos and sin of `rotary_angles`
         attention_mask: Tensor | None = None, # in the form that the attention implementation takes; None: causal
         past_key_values=None, # a transformers cache; receives latent and rotary key
-        **kwargs, # for `attend`
+        **kwargs, # for `attended`
     ) -> tuple[Tensor, Tensor | None]: # output [B, T, d], weights [B, H, T, S] where the implementation returns them
         "Attend to the cached and the new tokens"
         q_nope, q_rope = self.queries(hidden_states, *position_embeddings)
         latent, k_rope = self.latents(hidden_states, *position_embeddings)
         if past_key_values is not None: latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
         if not hidden_states.numel(): return torch.zeros_like(hidden_states), None   # an empty batch
-        if self.absorbs(q_nope.shape[2], latent.shape[2], attention_mask):
-            out, weights = absorbed_attention(q_nope, q_rope, latent, k_rope, self.kv_b_proj.weight, attention_mask, self.scaling)
-        else: out, weights = self.attend(torch.cat([q_nope, q_rope], -1), *self.expand(latent, k_rope), attention_mask, **kwargs)
+        out, weights = self.attended(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
         return self.o_proj(out.flatten(2)), weights  # [B, T, H, v] -> [B, T, H*v] -> [B, T, d]
 
 # %% ../../nbs/models/00_mla.ipynb #2c1c38a7
@@ -275,8 +277,10 @@ def attend(self: LatentAttention,
     **kwargs, # passed on to the attention implementation
 ) -> tuple[Tensor, Tensor | None]: # output [B, T, H, v], weights [B, H, T, S] where the implementation returns them
     "Attention with keys and values of every head"
-    function, kwargs = attention_function(attn_implementation or self.config._attn_implementation), kwargs | dict(scaling=self.scaling)
-    if document_lengths is not None: return attend_by_document(function, self, query, key, value, document_lengths, **kwargs)
+    function = attention_function(attn_implementation or self.config._attn_implementation)
+    kwargs = kwargs | dict(scaling=self.scaling)
+    if document_lengths is not None:
+        return attend_by_document(function, self, query, key, value, document_lengths, **kwargs)
     return function(self, query, key, value, attention_mask, **kwargs)
 
 # %% ../../nbs/models/00_mla.ipynb #212d2d58
@@ -288,6 +292,23 @@ def absorbs(self: LatentAttention,
 ) -> bool: # whether to use `absorbed_attention`
     "Whether a call attends in the latent space"
     plain_mask = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
-    if not (total > new and (plain_mask or (attention_mask is None and new == 1)) and is_plain_linear(self.kv_b_proj)): return False
+    shown = plain_mask or (attention_mask is None and new == 1)
+    if not (total > new and shown and is_plain_linear(self.kv_b_proj)): return False
     rebuilt = self.nope + self.v_dim
     return new == 1 or new * (2*self.rank - rebuilt) < self.rank * rebuilt
+
+# %% ../../nbs/models/00_mla.ipynb #3ad9cb97
+@patch
+def attended(self: LatentAttention,
+    q_nope: Tensor, # [B, H, T, nope]
+    q_rope: Tensor, # [B, H, T, rope]
+    latent: Tensor, # [B, 1, S, r]
+    k_rope: Tensor, # [B, 1, S, rope]
+    attention_mask, # as given to `forward`
+    **kwargs, # for `attend`
+) -> tuple[Tensor, Tensor | None]: # output [B, T, H, v], weights [B, H, T, S] where there are any
+    "Attention in the latent space, or with keys and values of every head"
+    if self.absorbs(q_nope.shape[2], latent.shape[2], attention_mask):
+        up = self.kv_b_proj.weight
+        return absorbed_attention(q_nope, q_rope, latent, k_rope, up, attention_mask, self.scaling)
+    return self.attend(torch.cat([q_nope, q_rope], -1), *self.expand(latent, k_rope), attention_mask, **kwargs)

@@ -24,13 +24,13 @@ from .writing import TASKS, write_task
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['NUMBER', 'HASH', 'ENTITIES', 'RULES', 'main', 'entity_spans', 'token_ends', 'cut', 'edge_tokens',
-           'tokenization_report', 'task_command', 'rows_of', 'tokenization', 'summary_line']
+__all__ = ['NUMBER', 'HASH', 'ENTITIES', 'RULES', 'DOC', 'main', 'entity_spans', 'token_ends', 'cut', 'edge_tokens',
+           'tokenization_report', 'task_command', 'rows_of', 'summary_line', 'tokenization']
 
 # %% ../../nbs/tasks/05_command.ipynb #0dffb731
-NUMBER, HASH = r"\d+", r"^[^\s=']+(?= = )|(?:(?<== )|(?<== '))[^\s=']+"
-ENTITIES = {task: HASH if task == "hashhop" else NUMBER for task in TASKS} # regular expressions, ^ is the beginning of a line
-RULES = {task: "hashhop" if task == "hashhop" else "digit_lookup" for task in TASKS} # which mask trains a task's answers
+NUMBER, HASH = r"\d+", r"^[^\s=']+(?= = )|(?:(?<== )|(?<== '))[^\s=']+"   # ^ is the beginning of a line
+ENTITIES = {task: HASH if task == "hashhop" else NUMBER for task in TASKS}
+RULES = {task: "hashhop" if task == "hashhop" else "digit_lookup" for task in TASKS}   # the mask that finds its answers
 
 def entity_spans(text: str, task: str) -> list[tuple[int, int]]:
     "Where the numbers or hashes of a text are"
@@ -45,7 +45,8 @@ def token_ends(
     from peer_nb.data.masking import surfaces_of
     ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
     spelled, ends = surfaces_of(tokenizer).text(ids)
-    return [end for end in (ends[1:] - (len(spelled) - len(text))).tolist() if end > 0]   # SentencePiece puts a space before
+    added = len(spelled) - len(text)   # SentencePiece puts a space before
+    return [end for end in (ends[1:] - added).tolist() if end > 0]
 
 # %% ../../nbs/tasks/05_command.ipynb #7b0630a0
 def cut(start: int, end: int, ends: Sequence[int]) -> str: # such as "3+3"
@@ -70,7 +71,8 @@ def tokenization_report(
 ) -> dict: # plain values
     "How consistently a tokenizer cuts a task's entities, and which tokens straddle the edges of answers"
     from peer_nb.data.masking import SPANS
-    cuts, ways, straddling, tokens, answers, touched = Counter(), defaultdict(set), Counter(), 0, 0, 0
+    cuts, ways, straddling = Counter(), defaultdict(set), Counter()
+    tokens = answers = touched = 0
     for text in texts:
         ends = token_ends(text, tokenizer)
         tokens += len(ends)
@@ -80,12 +82,16 @@ def tokenization_report(
         spans = SPANS[RULES[task]](text)
         crossing = edge_tokens(spans, ends)
         straddling.update(text[x:y] for x, y in crossing)
-        answers, touched = answers + len(spans), touched + sum(any(x < b and a < y for x, y in crossing) for a, b in spans)
+        answers += len(spans)
+        touched += sum(any(x < b and a < y for x, y in crossing) for a, b in spans)
     counts = [way.count("+") + 1 for way in cuts]
-    return dict(task=task, texts=len(texts), tokens=tokens, characters_per_token=round(sum(map(len, texts))/max(1, tokens), 3), entities=cuts.total(),
-                tokens_per_entity=[min(counts, default=0), max(counts, default=0)], consistent=len(cuts) == len({len(e) for e in ways}), cuts=dict(cuts.most_common()),
-                cut_in_several_ways=sum(len(w) > 1 for w in ways.values()), distinct_entities=len(ways),
-                answers=answers, straddled_answers=touched, straddling_tokens=dict(straddling.most_common()))
+    return dict(
+        task=task, texts=len(texts), tokens=tokens,
+        characters_per_token=round(sum(map(len, texts))/max(1, tokens), 3), entities=cuts.total(),
+        tokens_per_entity=[min(counts, default=0), max(counts, default=0)],
+        consistent=len(cuts) == len({len(entity) for entity in ways}), cuts=dict(cuts.most_common()),
+        cut_in_several_ways=sum(len(seen) > 1 for seen in ways.values()), distinct_entities=len(ways),
+        answers=answers, straddled_answers=touched, straddling_tokens=dict(straddling.most_common()))
 
 # %% ../../nbs/tasks/05_command.ipynb #c4c5b6bd
 def task_command(
@@ -99,31 +105,56 @@ def task_command(
         **arguments,
     ):
         manifest = write_task(task, output_dir, tuple(formats), force, **arguments)
-        print("\n".join(f"{split:<16}{written['rows']:>10,} rows  {', '.join(written['files'])}" for split, written in manifest["splits"].items()))
+        for split, written in manifest["splits"].items():
+            print(f"{split:<16}{written['rows']:>10,} rows  {', '.join(written['files'])}")
         print(f"written to {output_dir}, described in {Path(output_dir)/'manifest.json'}")
     own, generator = (list(inspect.signature(f, eval_str=True).parameters.values()) for f in (command, TASKS[task]))
-    command.__signature__ = inspect.Signature([*own[:-1], *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in generator)])
-    command.__delwrap__, command.__doc__ = TASKS[task], f"{TASKS[task].__doc__}: train and test sets as files, with a manifest"   # docments reads comments of both
+    options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in generator]
+    command.__signature__ = inspect.Signature([*own[:-1], *options])
+    command.__delwrap__ = TASKS[task]   # docments reads the comments of both
+    command.__doc__ = f"{TASKS[task].__doc__}: train and test sets as files, with a manifest"
     return command
 
 # %% ../../nbs/tasks/05_command.ipynb #36cb6489
 def rows_of(folder: Path, split: str, count: int) -> tuple[str, Path, list[str]]: # task, file, texts
     "The first rows of a written data set"
     manifest = read_json(folder/"manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("task") not in TASKS: raise UserError(f"{folder}: holds no data set (manifest.json is missing or not ours); make one with peer-data TASK --output_dir {folder}")
+    if not isinstance(manifest, dict) or manifest.get("task") not in TASKS:
+        raise UserError(f"{folder}: holds no data set (manifest.json is missing or not ours); "
+            f"make one with peer-data TASK --output_dir {folder}")
     splits = manifest["splits"]
     check(split in splits, "split", split, f"the data set has {', '.join(splits)}")
     file = folder/next(iter(splits[split]["files"]))
     if file.suffix == ".jsonl":
-        with open(file, encoding="utf-8") as lines: return manifest["task"], file, [json.loads(line)["text"] for line in islice(lines, count)]
+        with open(file, encoding="utf-8") as lines: texts = [json.loads(line)["text"] for line in islice(lines, count)]
+        return manifest["task"], file, texts
     import pyarrow.parquet as pq
     batches = pq.ParquetFile(file).iter_batches(columns=["text"], batch_size=count)
     return manifest["task"], file, next(batches)["text"].to_pylist()
 
+# %% ../../nbs/tasks/05_command.ipynb #25fc076a
+def summary_line(
+    name: str, # of the tokenizer
+    report: dict, # of `tokenization_report`
+) -> str: # four lines
+    "A report in a few lines"
+    low, high = report["tokens_per_entity"]
+    alike = "all cut alike" if report["consistent"] else "cut in different ways"
+    cuts = ", ".join(f"{way} ({n/max(1, report['entities']):.1%})" for way, n in islice(report["cuts"].items(), 3))
+    straddling = ", ".join(f"{token!r} ({n})" for token, n in islice(report["straddling_tokens"].items(), 5))
+    return "\n".join([
+        f"{name}: {report['characters_per_token']} characters per token",
+        f"  entities: {report['entities']:,}, {low} to {high} tokens each, {alike}: {cuts}",
+        f"  {report['cut_in_several_ways']:,} of {report['distinct_entities']:,} different ones are cut in several "
+        "ways, depending on what stands beside them",
+        f"  {report['straddled_answers']:,} of {report['answers']:,} answers share a token with other text"
+        + (f": {straddling}" if straddling else "")])
+
 # %% ../../nbs/tasks/05_command.ipynb #7c7c8736
 def tokenization(
     data_dir: Path, # a data set that was written by peer-data
-    tokenizers: list[str] = ("bytes",), # names: bytes, corpus:bpe:SIZE trained on the split, a folder, a name on the hub
+    # names: bytes, corpus:bpe:SIZE trained on the split, a folder, a name on the hub
+    tokenizers: list[str] = ("bytes",),
     split: str = "train", # whose rows are cut
     rows: int = 2_000, # how many of them, from the beginning
     output: Path | None = None, # a JSON file for the whole report
@@ -134,25 +165,14 @@ def tokenization(
     from peer_nb.data.corpora import load_tokenizer
     task, file, texts = rows_of(Path(data_dir), split, rows)
     entry, longest = DatasetEntry(task, str(file)), max(map(len, texts), default=1) + 1
-    reports = {name: tokenization_report(texts, task, load_tokenizer(DatasetConfig([entry], name, max_seq_length=longest))) for name in tokenizers}
+    load = lambda name: load_tokenizer(DatasetConfig([entry], name, max_seq_length=longest))
+    reports = {name: tokenization_report(texts, task, load(name)) for name in tokenizers}
     for name, report in reports.items(): print(summary_line(name, report))
     if output is not None: write_json(output, reports)
 
-# %% ../../nbs/tasks/05_command.ipynb #a3f8f1fa
-def summary_line(
-    name: str, # of the tokenizer
-    report: dict, # of `tokenization_report`
-) -> str:
-    "A report in a few lines"
-    low, high = report["tokens_per_entity"]
-    cuts = ", ".join(f"{way} ({n/max(1, report['entities']):.1%})" for way, n in islice(report["cuts"].items(), 3))
-    straddling = ", ".join(f"{token!r} ({n})" for token, n in islice(report["straddling_tokens"].items(), 5))
-    return "\n".join([f"{name}: {report['characters_per_token']} characters per token",
-        f"  entities: {report['entities']:,}, {low} to {high} tokens each, {'all cut alike' if report['consistent'] else 'cut in different ways'}: {cuts}",
-        f"  {report['cut_in_several_ways']:,} of {report['distinct_entities']:,} different ones are cut in several ways, depending on what stands beside them",
-        f"  {report['straddled_answers']:,} of {report['answers']:,} answers share a token with other text" + (f": {straddling}" if straddling else "")])
+# %% ../../nbs/tasks/05_command.ipynb #0370ad65
+DOC = """Make the data of a memory task, or see how tokenizers cut it
 
-# %% ../../nbs/tasks/05_command.ipynb #d5074379
-main = make_main("peer-data", {task: task_command(task) for task in TASKS} | {"tokenization": tokenization}, doc="""Make the data of a memory task, or see how tokenizers cut it
+Example: peer-data synthetic_qa --num_pairs 10000 --output_dir synthetic_qa_data_10K"""
 
-Example: peer-data synthetic_qa --num_pairs 10000 --output_dir synthetic_qa_data_10K""")
+main = make_main("peer-data", {task: task_command(task) for task in TASKS} | {"tokenization": tokenization}, doc=DOC)

@@ -9,7 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from .synthetic_qa import NUMBERS, Columns, check, check_count, exposure_order, numbers, pair_columns, permutation, training_columns
+from peer_nb.tasks.synthetic_qa import (
+    NUMBERS, Columns, check, check_count, check_counts, exposure_order, numbers, pair_columns, permutation,
+    training_columns)
 
 # %% auto #0
 __all__ = ['check_digit_lookup', 'digit_lookup']
@@ -17,10 +19,12 @@ __all__ = ['check_digit_lookup', 'digit_lookup']
 # %% ../../nbs/tasks/01_digit_lookup.ipynb #c5cc8e95
 def check_digit_lookup(num_pairs: int, num_novel: int, num_known: int, mode: str) -> None:
     "Refuse a table that can't be made"
-    check_count(num_pairs, "num_pairs"); check_count(num_novel, "num_novel", 0); check_count(num_known, "num_known", 0)
+    check_count(num_pairs, "num_pairs")
+    check_counts(0, num_novel=num_novel, num_known=num_known)
     check(mode in ("random", "self_index"), "mode", mode, "must be random or self_index")
     most = NUMBERS//(2 if mode == "random" else 1)
-    check(num_pairs + num_novel <= most, "num_pairs", num_pairs, f"with {num_novel} novel pairs this is more than the {most:,} pairs that six-digit numbers give in {mode} mode")
+    check(num_pairs + num_novel <= most, "num_pairs", num_pairs,
+        f"with {num_novel} novel pairs this is more than the {most:,} pairs that six-digit numbers give in {mode} mode")
     check(num_known <= num_pairs, "num_known", num_known, f"the table has only {num_pairs} pairs to ask")
 
 # %% ../../nbs/tasks/01_digit_lookup.ipynb #a65a4a3d
@@ -35,7 +39,7 @@ def digit_lookup(
 ) -> dict[str, Columns]: # train; test_known and test_novel with prompt, answer
     "Six-digit keys and values, and two test sets"
     check_digit_lookup(num_pairs, num_novel, num_known, mode)
-    for value, option in ((exposures, "exposures"), (pairs_per_row, "pairs_per_row")): check_count(value, option)
+    check_counts(1, exposures=exposures, pairs_per_row=pairs_per_row)
     check_count(seed, "seed", 0)
     count = num_pairs + num_novel
     drawn = numbers(count*(2 if mode == "random" else 1), seed, "digit_lookup", "numbers")
@@ -43,5 +47,7 @@ def digit_lookup(
     asked = np.sort(permutation(num_pairs, seed, "digit_lookup", "known")[:num_known]).tolist()
     table = pair_columns(keys[:num_pairs], values[:num_pairs])
     order = exposure_order(np.full(num_pairs, exposures), seed, "digit_lookup", "order")
-    return dict(train=training_columns(table["text"], order, pairs_per_row), test_known={name: [column[i] for i in asked] for name, column in table.items()},
-                test_novel=pair_columns(keys[num_pairs:], values[num_pairs:]))
+    return dict(
+        train=training_columns(table["text"], order, pairs_per_row),
+        test_known={name: [column[i] for i in asked] for name, column in table.items()},
+        test_novel=pair_columns(keys[num_pairs:], values[num_pairs:]))

@@ -9,22 +9,24 @@ import math
 import random
 import string
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from itertools import product
 
 import numpy as np
 from fastcore.basics import patch
 
 from ..files import UserError
-from .synthetic_qa import Columns, check, check_count, permutation, random_bits
+from .synthetic_qa import Columns, check, check_count, check_counts, permutation, random_bits
 
 # %% auto #0
 __all__ = ['ALPHABETS', 'DIFFICULTIES', 'hashes', 'chains_in', 'Sample', 'write_sample', 'check_hashhop', 'make_sample',
-           'LegacyHashHop', 'Kind', 'kinds', 'samples', 'sample_columns', 'hashhop']
+           'LegacyHashHop', 'Kind', 'kinds', 'samples', 'sample_columns', 'prompt_maker', 'hashhop']
 
 # %% ../../nbs/tasks/03_hashhop.ipynb #54347395
-ALPHABETS = dict(letters=string.ascii_lowercase + string.ascii_uppercase, lower=string.ascii_lowercase, hex=string.digits + "abcdef",
-                 digits=string.digits, alphanumeric=string.ascii_letters + string.digits)
+ALPHABETS = dict(
+    letters=string.ascii_lowercase + string.ascii_uppercase, lower=string.ascii_lowercase,
+    hex=string.digits + "abcdef", digits=string.digits, alphanumeric=string.ascii_letters + string.digits)
 
 def hashes(
     count: int, # at most len(alphabet)**length
@@ -35,7 +37,9 @@ def hashes(
 ) -> list[str]: # distinct
     "Random strings of one length"
     letters, base, found = np.array(list(alphabet)), len(alphabet), {}
-    def spell(digits: np.ndarray) -> list[str]: return np.ascontiguousarray(letters[digits]).view(f"<U{length}").ravel().tolist()   # [n, length] -> n
+
+    def spell(digits: np.ndarray) -> list[str]: # [n, length] -> n strings
+        return np.ascontiguousarray(letters[digits]).view(f"<U{length}").ravel().tolist()
     if 4*count > base**length:
         codes = permutation(base**length, seed, *stream)[:count]
         return spell(codes[:, None]//base**np.arange(length) % base)
@@ -74,23 +78,31 @@ def write_sample(
     shuffle: Callable[[list], None], # reorders a list in place
 ) -> Sample:
     "Text in hash-hop's format"
-    lines = [f"{a} = {b}" for level in levels[:-1] for a, b in level.items()] + [f"{a} = '{b}'" for a, b in levels[-1].items()]
+    lines = [f"{a} = {b}" for level in levels[:-1] for a, b in level.items()]
+    lines += [f"{a} = '{b}'" for a, b in levels[-1].items()]
     paths = {start: [start] for start in levels[0]}
     for level in levels:
         for path in paths.values(): path.append(level[path[-1]])
     targets = {start: " = ".join(path[1:] if chain_of_thought else path[-1:]) for start, path in paths.items()}
     shuffle(lines)
     answers = "\n".join(f"{a} = '{b}'" for a, b in list(targets.items())[:num_queries])
-    return Sample("\n".join(lines), f"COMPLETION:\nHops={len(levels)}\n\nCoT={chain_of_thought}\n\n{answers}\n", targets)
+    head = f"COMPLETION:\nHops={len(levels)}\n\nCoT={chain_of_thought}\n\n"
+    return Sample("\n".join(lines), f"{head}{answers}\n", targets)
 
 # %% ../../nbs/tasks/03_hashhop.ipynb #fb120f93
 def check_hashhop(n_chars: int, num_queries: int, hops: int, length: int, alphabet: str, distinct: bool = True) -> int:
     "Refuse a prompt that can't be made; the number of its chains"
-    for value, option in ((n_chars, "n_chars"), (num_queries, "num_queries"), (hops, "hops"), (length, "length")): check_count(value, option)
+    check_counts(1, n_chars=n_chars, num_queries=num_queries, hops=hops, length=length)
     check(alphabet in ALPHABETS, "alphabet", alphabet, f"must be one of {', '.join(ALPHABETS)}")
     chains, most = chains_in(n_chars, hops, length), len(ALPHABETS[alphabet])**length
-    check(num_queries <= chains, "num_queries", num_queries, f"a prompt of {n_chars} characters has {chains} chains of {hops} hops with hashes of {length} characters; take fewer queries or more n_chars")
-    check(not distinct or chains*(hops + 1) <= most, "length", length, f"{chains} chains of {hops} hops need {chains*(hops + 1)} distinct hashes, and alphabet {alphabet} gives only {most}; take longer hashes or fewer n_chars")
+    size = f"{chains} chains of {hops} hops"
+    check(num_queries <= chains, "num_queries", num_queries,
+        f"a prompt of {n_chars} characters has {size} with hashes of {length} characters; "
+        "take fewer queries or more n_chars")
+    needed = chains*(hops + 1)
+    check(not distinct or needed <= most, "length", length,
+        f"{size} need {needed} distinct hashes, and alphabet {alphabet} gives only {most}; "
+        "take longer hashes or fewer n_chars")
     return chains
 
 # %% ../../nbs/tasks/03_hashhop.ipynb #12b93a1f
@@ -109,7 +121,9 @@ def make_sample(
     drawn = hashes(chains*(hops + 1), ALPHABETS[alphabet], length, seed, "hashhop", "hashes", *stream)
     steps = [drawn[i*chains:(i + 1)*chains] for i in range(hops + 1)]
     levels = [dict(zip(a, b)) for a, b in zip(steps, steps[1:])]
-    def shuffle(lines: list): lines[:] = [lines[i] for i in permutation(len(lines), seed, "hashhop", "lines", *stream).tolist()]
+
+    def shuffle(lines: list):
+        lines[:] = [lines[i] for i in permutation(len(lines), seed, "hashhop", "lines", *stream).tolist()]
     return write_sample(levels, num_queries, chain_of_thought, shuffle)
 
 # %% ../../nbs/tasks/03_hashhop.ipynb #15787256
@@ -135,10 +149,13 @@ def make_one(self: LegacyHashHop,
     chain_of_thought: bool, # whether answers hold the steps between
 ) -> Sample:
     "The next sample"
-    chains = check_hashhop(n_chars_problem, num_queries, hops, hash_pair_str_length, "letters", distinct=False)
-    levels = [{self._hash(hash_pair_str_length): self._hash(hash_pair_str_length) for _ in range(chains)}]
-    for _ in range(hops - 1): levels.append({b: self._hash(hash_pair_str_length) for b in levels[-1].values()})
-    if num_queries > len(levels[0]): raise UserError(f"num_queries {num_queries}: equal hashes have left only {len(levels[0])} queries; take fewer or longer hashes")
+    length = hash_pair_str_length
+    chains = check_hashhop(n_chars_problem, num_queries, hops, length, "letters", distinct=False)
+    levels = [{self._hash(length): self._hash(length) for _ in range(chains)}]
+    for _ in range(hops - 1): levels.append({b: self._hash(length) for b in levels[-1].values()})
+    if num_queries > len(levels[0]):
+        raise UserError(f"num_queries {num_queries}: equal hashes have left only {len(levels[0])} queries; "
+            "take fewer or longer hashes")
     made = write_sample(levels, num_queries, chain_of_thought, self.order.shuffle)
     self.order.shuffle(list(made.targets))
     return made
@@ -164,9 +181,12 @@ def kinds(
     lengths: Sequence[int], # these lengths
 ) -> list[Kind]: # every combination once
     "The sorts of samples in a data set"
-    for option, given in (("difficulties", difficulties), ("hops", [1] if hops is None else hops), ("alphabets", alphabets), ("lengths", lengths)):
-        check(len(given) > 0 and len(set(given)) == len(given), option, " ".join(map(str, given)) or "()", "give at least one, and each once")
-    for name in difficulties: check(name in DIFFICULTIES, "difficulties", name, f"must be one of {', '.join(DIFFICULTIES)}")
+    given = dict(difficulties=difficulties, hops=[1] if hops is None else hops, alphabets=alphabets, lengths=lengths)
+    for option, values in given.items():
+        good = len(values) > 0 and len(set(values)) == len(values)
+        check(good, option, " ".join(map(str, values)) or "()", "give at least one, and each once")
+    for name in difficulties:
+        check(name in DIFFICULTIES, "difficulties", name, f"must be one of {', '.join(DIFFICULTIES)}")
     named = {name: DIFFICULTIES[name] for name in difficulties}
     if hops is not None: named = {f"{n}_hop{'_cot'*chain_of_thought}": (n, chain_of_thought) for n in hops}
     return [Kind(name, *named[name], alphabet, length) for name, alphabet, length in product(named, alphabets, lengths)]
@@ -184,25 +204,47 @@ def samples(
             made = make(kind := chosen[i % len(chosen)], i, attempt)
             lines = tuple(sorted(made.prompt.split("\n")))
             if seen is None or lines not in seen: break
-        else: raise UserError(f"length {kind.length}: alphabet {kind.alphabet} gives too few different prompts; take longer hashes, more n_chars, or fewer samples")
+        else:
+            raise UserError(f"length {kind.length}: alphabet {kind.alphabet} gives too few different prompts; "
+                "take longer hashes, more n_chars, or fewer samples")
         if seen is not None: seen.add(lines)
         yield kind, made
 
 # %% ../../nbs/tasks/03_hashhop.ipynb #b86cc1c9
 def sample_columns(made: Iterator[tuple[Kind, Sample]], num_queries: int) -> Columns:
     "Rows with text, prompt, completion, queries, answers, and what kind they are"
-    rows = [dict(text=s.text, prompt=s.prompt, completion=s.completion, queries=list(s.targets)[:num_queries], answers=list(s.targets.values())[:num_queries],
-                 difficulty=k.difficulty, hops=k.hops, chain_of_thought=k.chain_of_thought, alphabet=k.alphabet, length=k.length) for k, s in made]
-    names = rows[0] if rows else "text prompt completion queries answers difficulty hops chain_of_thought alphabet length".split()
-    return {name: [row[name] for row in rows] for name in names}
+    names = [*"text prompt completion queries answers".split(), *(f.name for f in fields(Kind))]
+    columns = {name: [] for name in names}
+    for kind, sample in made:
+        queries, answers = list(sample.targets)[:num_queries], list(sample.targets.values())[:num_queries]
+        row = sample.text, sample.prompt, sample.completion, queries, answers, *vars(kind).values()
+        for column, value in zip(columns.values(), row): column.append(value)
+    return columns
 
-# %% ../../nbs/tasks/03_hashhop.ipynb #fb0718f0
+# %% ../../nbs/tasks/03_hashhop.ipynb #8af0821f
+def prompt_maker(
+    n_chars: int, # size of a prompt in characters, about
+    num_queries: int, # that a completion answers
+    seed: int, # of the data set
+    legacy: bool, # the original's samples
+) -> Callable[[str, Kind, int, int], Sample]: # split, kind, number, attempt -> sample
+    "What makes the prompts of a data set"
+    original = LegacyHashHop(seed) if legacy else None
+
+    def make(split: str, kind: Kind, number: int, attempt: int) -> Sample:
+        common = n_chars, num_queries, kind.hops, kind.length, kind.chain_of_thought
+        if legacy: return original.make_one(*common)
+        return make_sample(*common, kind.alphabet, seed, split, number, attempt)
+    return make
+
+# %% ../../nbs/tasks/03_hashhop.ipynb #892ad62b
 def hashhop(
     num_samples: int = 10_000, # of the training set
     num_eval: int = 200, # of each difficulty's test set
     n_chars: int = 1_000, # size of a prompt in characters, about
     num_queries: int = 4, # that a completion answers
-    difficulties: list[str] = tuple(DIFFICULTIES), # easy: 1 hop; medium: 2, with chain of thought; hard: 3; challenge: 4
+    # easy: 1 hop; medium: 2, with chain of thought; hard: 3; challenge: 4
+    difficulties: list[str] = tuple(DIFFICULTIES),
     hops: list[int] | None = None, # numbers of hops, instead of difficulties
     chain_of_thought: bool = False, # with hops: answers hold the steps between
     alphabets: list[str] = ("letters",), # of the hashes: letters lower hex digits alphanumeric
@@ -211,15 +253,14 @@ def hashhop(
     seed: int = 0, # other seeds, other hashes
 ) -> dict[str, Columns]: # train; test_easy …
     "Chains of hashes, balanced over difficulties, alphabets and lengths"
-    check_count(num_samples, "num_samples", 0); check_count(num_eval, "num_eval", 0); check_count(seed, "seed", 0)
+    check_counts(0, num_samples=num_samples, num_eval=num_eval, seed=seed)
     chosen = kinds(difficulties, hops, chain_of_thought, alphabets, lengths)
     for k in chosen: check_hashhop(n_chars, num_queries, k.hops, k.length, k.alphabet, distinct=not legacy)
-    check(not legacy or list(alphabets) == ["letters"], "alphabets", " ".join(alphabets), "the original knows letters only; leave --legacy out, or the alphabets")
-    original, seen = LegacyHashHop(seed) if legacy else None, None if legacy else set()
-    def split(name: str, of: list[Kind], count: int) -> Columns:
-        def make(k: Kind, number: int, attempt: int) -> Sample:
-            if legacy: return original.make_one(n_chars, num_queries, k.hops, k.length, k.chain_of_thought)
-            return make_sample(n_chars, num_queries, k.hops, k.length, k.chain_of_thought, k.alphabet, seed, name, number, attempt)
-        return sample_columns(samples(of, count, make, seen), num_queries)
-    tests = {f"test_{name}": [k for k in chosen if k.difficulty == name] for name in dict.fromkeys(k.difficulty for k in chosen)}
-    return dict(train=split("train", chosen, num_samples)) | {name: split(name, of, num_eval) for name, of in tests.items()}
+    check(not legacy or list(alphabets) == ["letters"], "alphabets", " ".join(alphabets),
+        "the original knows letters only; leave --legacy out, or the alphabets")
+    make, seen = prompt_maker(n_chars, num_queries, seed, legacy), None if legacy else set()
+    split = lambda name, of, count: sample_columns(samples(of, count, partial(make, name), seen), num_queries)
+    tests = {}
+    for k in chosen: tests.setdefault(f"test_{k.difficulty}", []).append(k)
+    train = split("train", chosen, num_samples)
+    return dict(train=train) | {name: split(name, of, num_eval) for name, of in tests.items()}

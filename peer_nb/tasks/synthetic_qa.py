@@ -15,7 +15,7 @@ from ..files import UserError
 
 # %% auto #0
 __all__ = ['FIRST', 'NUMBERS', 'FREQUENCIES', 'Columns', 'random_bits', 'permutation', 'numbers', 'check', 'check_count',
-           'exposure_order', 'check_synthetic_qa', 'pair_columns', 'training_columns', 'synthetic_qa']
+           'check_counts', 'exposure_order', 'check_synthetic_qa', 'pair_columns', 'training_columns', 'synthetic_qa']
 
 # %% ../../nbs/tasks/00_synthetic_qa.ipynb #decee04b
 def random_bits(
@@ -27,6 +27,7 @@ def random_bits(
     key = hashlib.sha256(json.dumps([seed, *stream]).encode()).digest()[:16]
     return np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
 
+# %% ../../nbs/tasks/00_synthetic_qa.ipynb #0bb13ccf
 def permutation(
     count: int, # numbers 0 … count-1
     seed: int, # of the data set
@@ -58,9 +59,15 @@ def check(
     "Refuse an argument with a `UserError`"
     if not good: raise UserError(f"{option} {value}: {problem}")
 
+# %% ../../nbs/tasks/00_synthetic_qa.ipynb #f28030b2
 def check_count(value: int, option: str, least: int = 1):
     "Refuse anything but a whole number from `least` on"
-    check(isinstance(value, int) and not isinstance(value, bool) and value >= least, option, value, f"must be a whole number of at least {least}")
+    good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    check(good, option, value, f"must be a whole number of at least {least}")
+
+def check_counts(least: int, **options: int):
+    "Refuse the first option that is not a whole number from `least` on"
+    for option, value in options.items(): check_count(value, option, least)
 
 # %% ../../nbs/tasks/00_synthetic_qa.ipynb #824704c6
 def exposure_order(
@@ -69,7 +76,8 @@ def exposure_order(
     *stream: str | int, # name of the use
 ) -> np.ndarray: # [sum of frequencies] positions of items
     "Items in passes of fresh permutations, spread evenly from the beginning to the end"
-    frequency, items, times = np.asarray(frequency, dtype=np.int64), [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
+    frequency = np.asarray(frequency, dtype=np.int64)
+    items, times = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
     for f in np.unique(frequency).tolist():
         bucket = np.flatnonzero(frequency == f)
         for p in range(f):
@@ -81,18 +89,27 @@ def exposure_order(
 # %% ../../nbs/tasks/00_synthetic_qa.ipynb #b46b9d36
 FREQUENCIES = (1, 2, 4, 8, 16, 32, 64, 128)
 
-def check_synthetic_qa(num_pairs: int, frequencies: Sequence[int], val_fraction: float, test_fraction: float) -> tuple[int, int]:
-    "Refuse what can't be made; the numbers of held-out pairs (val, test) in each bucket"
+def check_synthetic_qa(
+    num_pairs: int, # in all
+    frequencies: Sequence[int], # of the buckets
+    val_fraction: float, # held out for validation
+    test_fraction: float, # held out for the test
+) -> tuple[int, int]: # the numbers of held-out pairs (val, test) in each bucket
+    "Refuse what can't be made"
     check_count(num_pairs, "num_pairs")
-    check(2*num_pairs <= NUMBERS, "num_pairs", num_pairs, f"there are {NUMBERS:,} six-digit numbers and a pair takes two; at most {NUMBERS//2:,}")
+    check(2*num_pairs <= NUMBERS, "num_pairs", num_pairs,
+        f"there are {NUMBERS:,} six-digit numbers and a pair takes two; at most {NUMBERS//2:,}")
     check(len(frequencies) > 0, "frequencies", "()", "at least one bucket is needed, such as 1")
     for f in frequencies: check_count(f, "frequencies")
-    check(len(set(frequencies)) == len(frequencies), "frequencies", " ".join(map(str, frequencies)), "each may stand once")
-    for name, part in (("val_fraction", val_fraction), ("test_fraction", test_fraction)): check(0 <= part < 1, name, part, "must be at least 0 and below 1")
+    each_once = len(set(frequencies)) == len(frequencies)
+    check(each_once, "frequencies", " ".join(map(str, frequencies)), "each may stand once")
+    for name, part in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        check(0 <= part < 1, name, part, "must be at least 0 and below 1")
     size = num_pairs//len(frequencies)   # of the smallest bucket
     val, test = (max(1, int(size*part)) if part else 0 for part in (val_fraction, test_fraction))
-    check(val + test < size, "num_pairs", num_pairs, f"{len(frequencies)} buckets have {size} pairs each, and {val} + {test} of them are held out, which leaves none to train on; "
-          f"take more pairs, fewer buckets, or smaller fractions")
+    check(val + test < size, "num_pairs", num_pairs,
+        f"{len(frequencies)} buckets have {size} pairs each, and {val} + {test} of them are held out, which leaves "
+        "none to train on; take more pairs, fewer buckets, or smaller fractions")
     return val, test
 
 # %% ../../nbs/tasks/00_synthetic_qa.ipynb #bad5da44
@@ -104,9 +121,12 @@ def pair_columns(
     **others: Sequence, # further columns
 ) -> Columns: # text, prompt, answer and the others
     "Rows of `key:value ` with prompt and answer"
-    return dict(text=[f"{k}:{v} " for k, v in zip(keys, values, strict=True)], prompt=[f"{k}:" for k in keys], answer=list(values),
-                **{name: list(column) for name, column in others.items()})
+    prompts = [f"{key}:" for key in keys]
+    texts = [f"{prompt}{value} " for prompt, value in zip(prompts, values, strict=True)]
+    columns = dict(text=texts, prompt=prompts, answer=list(values))
+    return columns | {name: list(column) for name, column in others.items()}
 
+# %% ../../nbs/tasks/00_synthetic_qa.ipynb #bcce1e77
 def training_columns(
     texts: Sequence[str], # one per item
     order: np.ndarray, # positions of items, from the first to the last
@@ -114,7 +134,8 @@ def training_columns(
 ) -> Columns: # text
     "Training rows in their order"
     seen = [texts[i] for i in order.tolist()]
-    return dict(text=seen if items_per_row == 1 else ["".join(seen[i:i+items_per_row]) for i in range(0, len(seen), items_per_row)])
+    if items_per_row == 1: return dict(text=seen)
+    return dict(text=["".join(seen[i:i+items_per_row]) for i in range(0, len(seen), items_per_row)])
 
 # %% ../../nbs/tasks/00_synthetic_qa.ipynb #e94297a2
 def synthetic_qa(
@@ -127,13 +148,18 @@ def synthetic_qa(
 ) -> dict[str, Columns]: # train; known (each trained pair once), val and test with prompt, answer, frequency
     "Pairs of six-digit numbers, each trained on exactly as often as its bucket says"
     val, test = check_synthetic_qa(num_pairs, frequencies, val_fraction, test_fraction)
-    check_count(pairs_per_row, "pairs_per_row"); check_count(seed, "seed", 0)
+    check_count(pairs_per_row, "pairs_per_row")
+    check_count(seed, "seed", 0)
     entities = numbers(2*num_pairs, seed, "synthetic_qa", "numbers")
     bucket = np.arange(num_pairs) % len(frequencies)
     place = np.arange(num_pairs)//len(frequencies)   # inside its bucket
+
     def part(wanted: np.ndarray) -> Columns:
         chosen = np.flatnonzero(wanted).tolist()
-        return pair_columns([entities[2*i] for i in chosen], [entities[2*i + 1] for i in chosen], frequency=[int(frequencies[bucket[i]]) for i in chosen])
-    splits = dict(known=part(place >= val + test), val=part(place < val), test=part((place >= val) & (place < val + test)))
+        keys, values = [entities[2*i] for i in chosen], [entities[2*i + 1] for i in chosen]
+        return pair_columns(keys, values, frequency=[int(frequencies[bucket[i]]) for i in chosen])
+
+    in_val, in_test = place < val, (place >= val) & (place < val + test)
+    splits = dict(known=part(place >= val + test), val=part(in_val), test=part(in_test))
     order = exposure_order(splits["known"]["frequency"], seed, "synthetic_qa", "order")
     return dict(train=training_columns(splits["known"]["text"], order, pairs_per_row)) | splits

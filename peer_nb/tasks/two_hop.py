@@ -9,7 +9,8 @@ import re
 
 import numpy as np
 
-from .synthetic_qa import NUMBERS, Columns, check, check_count, exposure_order, numbers, permutation, training_columns
+from .synthetic_qa import (
+    NUMBERS, Columns, check, check_count, check_counts, exposure_order, numbers, permutation, training_columns)
 
 # %% auto #0
 __all__ = ['apart', 'question_roles', 'check_two_hop', 'hop_columns', 'two_hop']
@@ -42,16 +43,26 @@ def question_roles(
 # %% ../../nbs/tasks/02_two_hop.ipynb #c1e4fa35
 def check_two_hop(num_entities: int, num_novel: int, num_novel_ood: int, marker: str) -> None:
     "Refuse what can't be made"
-    check_count(num_entities, "num_entities", 3); check_count(num_novel, "num_novel", 0); check_count(num_novel_ood, "num_novel_ood", 0)
+    check_count(num_entities, "num_entities", 3)
+    check_counts(0, num_novel=num_novel, num_novel_ood=num_novel_ood)
     check(num_entities <= NUMBERS, "num_entities", num_entities, f"there are {NUMBERS:,} six-digit numbers")
     free = num_entities - (num_novel_ood + 2 if num_novel_ood else 0)
-    check(free >= 1 and 2*num_novel <= free - 1, "num_novel", num_novel, f"with {num_novel_ood} novel questions out of distribution, {num_entities} entities leave room for at most "
-          f"{max(0, (free - 1)//2)} in distribution, which lie between trained ones; take more entities or fewer novel questions")
-    check(re.fullmatch(r"[^\s\d:]+", marker) is not None, "marker", repr(marker), "must be at least one character and hold no white space, digit or colon, which belong to the facts")
+    room = max(0, (free - 1)//2)
+    check(free >= 1 and 2*num_novel <= free - 1, "num_novel", num_novel,
+        f"with {num_novel_ood} novel questions out of distribution, {num_entities} entities leave room for at most "
+        f"{room} in distribution, which lie between trained ones; take more entities or fewer novel questions")
+    check(re.fullmatch(r"[^\s\d:]+", marker) is not None, "marker", repr(marker),
+        "must be at least one character and hold no white space, digit or colon, which belong to the facts")
 
 # %% ../../nbs/tasks/02_two_hop.ipynb #22107b6a
-def hop_columns(entities: list[str], starts: list[int], hops: int, marker: str = "", chain_of_thought: bool = False) -> Columns:
-    "Questions `hops` steps along a ring of entities: text, prompt, answer, target"
+def hop_columns(
+    entities: list[str], # along the ring
+    starts: list[int], # positions of those that are asked
+    hops: int, # steps to the answer
+    marker: str = "", # before each prompt
+    chain_of_thought: bool = False, # whether answers hold the steps between
+) -> Columns: # text, prompt, answer, target
+    "Questions `hops` steps along a ring of entities"
     ahead = lambda i, steps: entities[(i + steps) % len(entities)]
     prompts, targets = [f"{marker}{entities[i]}:" for i in starts], [ahead(i, hops) for i in starts]
     answers = [":".join(ahead(i, step) for step in range(1 if chain_of_thought else hops, hops + 1)) for i in starts]
@@ -71,14 +82,15 @@ def two_hop(
 ) -> dict[str, Columns]: # train; one_hop, known, novel, novel_ood with prompt, answer, target
     "Facts on one cycle, and questions about two steps on it"
     check_two_hop(num_entities, num_novel, num_novel_ood, marker)
-    for value, option in ((num_known, "num_known"), (exposures, "exposures"), (pairs_per_row, "pairs_per_row")): check_count(value, option)
+    check_counts(1, num_known=num_known, exposures=exposures, pairs_per_row=pairs_per_row)
     check_count(seed, "seed", 0)
     entities = numbers(num_entities, seed, "two_hop", "numbers")
     roles = question_roles(num_entities, num_novel, num_novel_ood, seed)
     ask = lambda starts: hop_columns(entities, starts.tolist(), 2, marker, chain_of_thought)
+    novel = {name: ask(np.flatnonzero(roles == name)) for name in ("novel", "novel_ood")}
     sample = lambda starts, name: np.sort(starts[permutation(len(starts), seed, "two_hop", name)[:num_known]])
     known, everything = np.flatnonzero(roles == "known"), np.arange(num_entities)
     texts = hop_columns(entities, everything.tolist(), 1)["text"] + ask(known)["text"]
     order = exposure_order(np.full(len(texts), exposures), seed, "two_hop", "order")
-    return dict(train=training_columns(texts, order, pairs_per_row), one_hop=hop_columns(entities, sample(everything, "one_hop").tolist(), 1),
-                known=ask(sample(known, "known")), novel=ask(np.flatnonzero(roles == "novel")), novel_ood=ask(np.flatnonzero(roles == "novel_ood")))
+    train, facts = training_columns(texts, order, pairs_per_row), sample(everything, "one_hop").tolist()
+    return dict(train=train, one_hop=hop_columns(entities, facts, 1), known=ask(sample(known, "known"))) | novel

@@ -29,7 +29,8 @@ __all__ = ['TASKS', 'BLOCK', 'FORMATS', 'resolved', 'generate', 'spelled', 'json
            'check_target', 'put_in_place', 'write_task']
 
 # %% ../../nbs/tasks/04_writing.ipynb #0d3c0f1b
-TASKS: dict[str, Callable[..., dict[str, Columns]]] = dict(synthetic_qa=synthetic_qa, digit_lookup=digit_lookup, two_hop=two_hop, hashhop=hashhop)
+TASKS: dict[str, Callable[..., dict[str, Columns]]] = dict(
+    synthetic_qa=synthetic_qa, digit_lookup=digit_lookup, two_hop=two_hop, hashhop=hashhop)
 
 def resolved(
     task: str, # one of TASKS
@@ -38,7 +39,8 @@ def resolved(
     "All arguments of a task"
     check(task in TASKS, "task", task, f"must be one of {', '.join(TASKS)}")
     signature = inspect.signature(TASKS[task])
-    for name in arguments: check(name in signature.parameters, "argument", name, f"{task} has {', '.join(signature.parameters)}")
+    known = signature.parameters
+    for name in arguments: check(name in known, "argument", name, f"{task} has {', '.join(known)}")
     bound = signature.bind(**arguments)
     bound.apply_defaults()
     return {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in bound.arguments.items()}
@@ -68,8 +70,9 @@ def jsonl_bytes(columns: Columns) -> Iterator[bytes]:
     keys = [f"{encode_basestring(name)}: " for name in columns]
     rows = len(next(iter(columns.values())))
     for start in range(0, rows, BLOCK):
-        parts = [[key + value for value in spelled(column[start:start + BLOCK])] for key, column in zip(keys, columns.values())]
-        yield "".join([f"{{{', '.join(row)}}}\n" for row in zip(*parts)]).encode()
+        cells = [[key + value for value in spelled(column[start:start + BLOCK])]
+                 for key, column in zip(keys, columns.values())]
+        yield "".join([f"{{{', '.join(row)}}}\n" for row in zip(*cells)]).encode()
 
 # %% ../../nbs/tasks/04_writing.ipynb #c6063355
 def write_parquet(path: Path, columns: Columns) -> dict: # bytes, sha256
@@ -82,7 +85,8 @@ def write_parquet(path: Path, columns: Columns) -> dict: # bytes, sha256
         pa.parquet.write_table(pa.table(columns, schema=schema), file, compression="zstd")
         file.flush()
         os.fsync(file.fileno())
-    with open(path, "rb") as file: return dict(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+    with open(path, "rb") as file: digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return dict(bytes=path.stat().st_size, sha256=digest)
 
 # %% ../../nbs/tasks/04_writing.ipynb #d56167e8
 FORMATS = ("jsonl", "parquet")
@@ -94,16 +98,18 @@ def write_split(
     formats: tuple[str, ...], # of FORMATS
 ) -> dict: # rows, columns, sha256 of the rows, files with bytes and sha256
     "Write one split, and say what was written"
-    digest, files = hashlib.sha256(), {}
-    with open(folder/f"{name}.jsonl", "wb") if "jsonl" in formats else open(os.devnull, "wb") as file:
+    digest, lines = hashlib.sha256(), folder/f"{name}.jsonl" if "jsonl" in formats else Path(os.devnull)
+    with open(lines, "wb") as file:
         for block in jsonl_bytes(columns):
             digest.update(block)
             file.write(block)
         file.flush()
         if "jsonl" in formats: os.fsync(file.fileno())
-    if "jsonl" in formats: files[f"{name}.jsonl"] = dict(bytes=(folder/f"{name}.jsonl").stat().st_size, sha256=digest.hexdigest())
+    files, sha256 = {}, digest.hexdigest()
+    if "jsonl" in formats: files[lines.name] = dict(bytes=lines.stat().st_size, sha256=sha256)
     if "parquet" in formats: files[f"{name}.parquet"] = write_parquet(folder/f"{name}.parquet", columns)
-    return dict(rows=len(next(iter(columns.values()))), columns=list(columns), rows_sha256=digest.hexdigest(), files=files)
+    rows = len(next(iter(columns.values())))
+    return dict(rows=rows, columns=list(columns), rows_sha256=sha256, files=files)
 
 # %% ../../nbs/tasks/04_writing.ipynb #65f5dd48
 def check_target(
@@ -112,14 +118,19 @@ def check_target(
 ) -> None:
     "Refuse a target that would lose something"
     if not folder.exists() and not folder.is_symlink(): return
-    if not folder.is_dir() or folder.is_symlink(): raise UserError(f"{folder}: is not a folder; choose another output_dir")
+    if not folder.is_dir() or folder.is_symlink():
+        raise UserError(f"{folder}: is not a folder; choose another output_dir")
     found = {p.name for p in folder.iterdir()}
     if not found: return
-    if not force: raise UserError(f"{folder}: exists and is not empty; choose another output_dir, or give --force to replace the data set in it")
+    if not force:
+        raise UserError(f"{folder}: exists and is not empty; choose another output_dir, "
+            "or give --force to replace the data set in it")
     manifest = read_json(folder/"manifest.json") if "manifest.json" in found else None
     splits = manifest.get("splits") if isinstance(manifest, dict) else None
     own = {"manifest.json"} | {name for split in splits.values() for name in split["files"]} if splits else set()
-    if foreign := sorted(found - own): raise UserError(f"{folder}: holds what is no part of a data set ({', '.join(foreign[:3])}), so --force doesn't replace it; remove it yourself or choose another output_dir")
+    if foreign := sorted(found - own):
+        raise UserError(f"{folder}: holds what is no part of a data set ({', '.join(foreign[:3])}), "
+            "so --force doesn't replace it; remove it yourself or choose another output_dir")
 
 # %% ../../nbs/tasks/04_writing.ipynb #5764cbc3
 def put_in_place(
@@ -151,7 +162,8 @@ def write_task(
         beside.mkdir()
         manifest = dict(schema=1, task=task, seed=arguments["seed"], arguments=arguments, peer_nb=__version__)
         if "parquet" in formats: manifest["parquet"] = f"pyarrow {importlib.metadata.version('pyarrow')}"
-        manifest["splits"] = {name: write_split(beside, name, columns, tuple(formats)) for name, columns in data.items()}
+        splits = {name: write_split(beside, name, columns, tuple(formats)) for name, columns in data.items()}
+        manifest["splits"] = splits
         write_json(beside/"manifest.json", manifest)
         put_in_place(beside, folder)
     except OSError as e: raise UserError(f"{folder}: cannot be written: {e.strerror}") from e
