@@ -314,6 +314,7 @@ def loss_figure(
         seen.add(level)
     return figure
 
+# %% ../../nbs/ablation/10_figures.ipynb #19fb80d7
 def band_lines(
     figure: go.Figure, # to add to
     read: dict[str, tuple[list, list]], # curves
@@ -466,7 +467,8 @@ def usage_points(
         for layer, numbers in read.get(cell.id, {}).items():
             groups[cell.levels[axis]].setdefault(layer, []).append(numbers[what])
     in_order = {level: sorted(layers.items(), key=lambda p: int(p[0])) for level, layers in groups.items()}
-    return {level: [(layer, sum(v)/len(v), min(v), max(v)) for layer, v in layers] for level, layers in in_order.items()}
+    return {level: [(layer, sum(v)/len(v), min(v), max(v)) for layer, v in layers]
+            for level, layers in in_order.items()}
 
 # %% ../../nbs/ablation/10_figures.ipynb #64d3041a
 def usage_figure(

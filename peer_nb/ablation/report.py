@@ -27,11 +27,11 @@ from ..files import read_json, write_atomic
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['TOP', 'CLAIMS', 'MATCHED', 'EFFECTS', 'INTERACTIONS', 'COST', 'PEAKS', 'EXPERTS', 'RUNS', 'END', 'match_sentences',
-           'shown_metrics', 'compared', 'facts', 'top_part', 'claims_part', 'matched_part', 'effect_rows',
-           'noise_sentence', 'effects_part', 'interactions_part', 'costs_part', 'peaks_part', 'more_parts',
-           'experts_part', 'run_table', 'runs_part', 'manifests', 'environment', 'commands', 'end_part', 'study_page',
-           'write_figures', 'write_report']
+__all__ = ['TOP', 'CLAIMS', 'MATCHED', 'EFFECTS', 'INTERACTIONS', 'COST', 'PEAKS', 'EXPERTS', 'RUNS', 'CHANGES', 'END',
+           'match_sentences', 'shown_metrics', 'compared', 'facts', 'top_part', 'claims_part', 'matched_part',
+           'effect_rows', 'noise_sentence', 'effects_part', 'interactions_part', 'costs_part', 'peaks_part',
+           'more_parts', 'experts_part', 'run_table', 'runs_part', 'manifests', 'environment', 'commands', 'end_part',
+           'study_page', 'write_figures', 'write_report']
 
 # %% ../../nbs/ablation/02_report.ipynb #442aca98
 def _range(m: Match) -> str:
@@ -513,7 +513,7 @@ def commands(
     return f"peer-ablate --study {name}/study.yaml --output-dir again\npeer-ablate report {name}"
 
 # %% ../../nbs/ablation/02_report.ipynb #f0528ee4
-END = """
+CHANGES = """
 <h2>What the levels change</h2>
 <div class="wide"><table>
 <tr><th>axis</th><th>level</th><th>overrides of the base</th></tr>
@@ -536,6 +536,10 @@ END = """
 <p>Left out:</p>
 <ul>{% for what, why in plan.left_out.items() %}<li>{{ what }}: {{ why }}</li>{% endfor %}</ul>
 {% endif %}
+"""
+
+# %% ../../nbs/ablation/02_report.ipynb #6a7a6536
+END = """
 <h2>How to reproduce</h2>
 <p class="soft">From the folder that holds this study's:</p>
 <pre>{{ commands }}</pre>
@@ -563,8 +567,8 @@ def end_part(
 ) -> str: # HTML
     "What the levels change, how to run it again, and where and on what it ran"
     git = (read_json(folder/"plan.json") or {}).get("git") or {}
-    return render(END, plan=plan, commands=commands(folder), git=git, environment=environment(rows),
-                  manifests=manifests(folder, plan))
+    end = dict(commands=commands(folder), git=git, environment=environment(rows), manifests=manifests(folder, plan))
+    return render(CHANGES, plan=plan) + render(END, plan=plan, **end)
 
 # %% ../../nbs/ablation/02_report.ipynb #d7b54a55
 def study_page(
