@@ -345,7 +345,6 @@ PEAKS = """
 <p class="soft">The peak is the best of several looks at the evaluation set, so it flatters; the final value is what the
 run ended with.</p>
 <div class="chart">{{ chart|safe }}</div>
-{% if fallen %}
 <div class="wide"><table>
 <tr><th>run</th><th class="n">peak</th><th class="n">at step</th><th class="n">final</th>
 <th class="n">degradation</th></tr>
@@ -355,9 +354,6 @@ run ended with.</p>
 <td class="n">{{ f.final|number }}</td><td class="n">{{ f.degradation|number }}</td></tr>
 {% endfor %}
 </table></div>
-{% else %}
-<p>No run ended worse than its peak.</p>
-{% endif %}
 """
 
 # %% ../../nbs/ablation/02_report.ipynb #e4782125
@@ -365,11 +361,10 @@ def peaks_part(
     rows: pd.DataFrame, # as read_runs gives them
     plan: Plan, # of the study
     most: int = 12, # runs shown
-) -> str: # HTML; empty where no run has another peak than its end
+) -> str: # HTML; empty where no run ended worse than its peak
     "Runs that had been better than they ended"
     metric, down = plan.metric, fallen(rows, plan.metric)
-    peak = rows.get(f"{metric}:peak")
-    if not len(down) and (peak is None or not (peak.astype(float) != rows[metric].astype(float)).any()): return ""
+    if not len(down): return ""
     columns = dict(run="run", peak=f"{metric}:peak", step=f"{metric}:peak_step", final=metric,
                    degradation=f"{metric}:degradation")
     table = [{what: row[column] for what, column in columns.items()} for row in down.head(most).to_dict("records")]
