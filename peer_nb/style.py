@@ -24,7 +24,8 @@ GREY = "#8b919b"
 # %% ../nbs/03_style.ipynb #0063e6b1
 TEXT = """
 * { box-sizing:border-box }
-body { margin:0; background:var(--back); color:var(--ink); font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
+body { margin:0; background:var(--back); color:var(--ink);
+  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
 main { max-width:1120px; margin:0 auto; padding:36px 20px 80px }
 h1 { font-size:1.9rem; line-height:1.2; margin:0 0 4px; letter-spacing:-.01em; overflow-wrap:anywhere }
 h2 { font-size:1.25rem; margin:48px 0 10px }
