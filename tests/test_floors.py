@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent/"peer_nb"
-FLOORS = {"schema": 0, "config": 0, "cli": 0, "files": 0, "models": 1, "data": 1, "tasks": 1, "evaluation": 2, "analysis": 2,
-          "training": 3, "bridge": 4, "ablation": 4}
+FLOORS = {"schema": 0, "config": 0, "cli": 0, "files": 0, "style": 0, "models": 1, "data": 1, "tasks": 1, "evaluation": 2,
+          "analysis": 2, "training": 3, "bridge": 4, "ablation": 4}
 MODEL_NEEDS = {"torch", "numpy", "transformers", "fastcore"}
-LAB_CALLS = {"schema", "config", "cli", "files", "ablation", "analysis.parameters", "analysis.step_memory", "data.corpora"}
+LAB_CALLS = {"schema", "config", "cli", "files", "style", "ablation", "analysis.parameters", "analysis.step_memory",
+             "data.corpora"}
 
 
 def imports(source: str, module: str) -> list[str]:

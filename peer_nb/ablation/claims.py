@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from .places import chosen_levels
-from .statistics import Comparison, Contrast, Noise, cluster_means, compare, contrast, holm, in_arm, mcnemar, noise, read_items, table_rows, usable
+from .statistics import Comparison, Contrast, Noise, cluster_means, compare, contrast, holm, in_arm
+from .statistics import mcnemar, noise, read_items, table_rows, usable
 from ..config import ConfigError, Text, convert
 from ..schema import NotNegative
 
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['ALPHA', 'Verdict', 'Claim', 'is_number', 'read_claims', 'better', 'against_number', 'item_evidence', 'Finding',
-           'verdict', 'evaluate_claims', 'claim_edits', 'findings']
+__all__ = ['ALPHA', 'Verdict', 'LOSSES', 'Evidence', 'Claim', 'is_number', 'read_claims', 'better', 'against_number',
+           'item_evidence', 'Finding', 'verdict', 'evaluate_claims', 'claim_edits', 'findings']
 
 # %% ../../nbs/ablation/08_claims.ipynb #355db23c
 ALPHA = 0.05
@@ -32,18 +33,46 @@ class Claim:
     name: Text # for people
     a: dict[str, Any] # levels of the first arm
     b: Any # levels of the second, or a number that a is compared with
-    metric: Text | None = None # a column of the table, such as docs/bits_per_byte or docs/loss:degradation; null: the study's primary
+    metric: Text | None = None # a column, such as docs/loss or docs/loss:degradation; null: the study's primary
     direction: Literal["minimize", "maximize"] | None = None # which way is better; null: by the metric
     min_effect: NotNegative = 0.0 # smallest difference worth claiming, in the metric's unit
     test: Literal["seeds", "items"] = "seeds" # what is asked: other seeds, or other items
     evidence: str = "" # what else speaks for it: a figure, a paper
 
-# %% ../../nbs/ablation/08_claims.ipynb #6f38eb09
+# %% ../../nbs/ablation/08_claims.ipynb #eced9139
 def is_number(
     value: Any, # of YAML
 ) -> bool:
     "Whether an arm is a fixed value"
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+# %% ../../nbs/ablation/08_claims.ipynb #c701a4d0
+def _check(claim: dict, before: list[dict], file: str, key: str):
+    "What only two parts of a claim together can get wrong"
+    a, b = claim["a"], claim["b"]
+    if claim["name"] in [c["name"] for c in before]:
+        raise ConfigError(file, f"{key}.name", f"{claim['name']!r} is the name of another claim")
+    if is_number(b): return
+    if {*a} != {*b}:
+        raise ConfigError(file, f"{key}.b", f"arm a chooses {', '.join(a)} and arm b {', '.join(b)}; "
+                          "runs are paired by the axes that neither names, so both must name the same")
+    if a == b: raise ConfigError(file, f"{key}.b", "is the same arm as a")
+
+# %% ../../nbs/ablation/08_claims.ipynb #12dca331
+def _read_claim(given: Any, axes: dict[str, Any], file: str, key: str) -> dict[str, Any]:
+    "One claim, checked key by key"
+    kinds = get_type_hints(Claim, include_extras=True)
+    if not isinstance(given, dict):
+        raise ConfigError(file, key, f"{given!r} is not a claim such as {{name: …, a: {{…}}, b: {{…}}}}")
+    missing, unknown = [k for k in ("name", "a", "b") if given.get(k) is None], [k for k in given if k not in kinds]
+    if missing: raise ConfigError(file, key, f"{missing[0]} is missing")
+    if unknown: raise ConfigError(file, f"{key}.{unknown[0]}", f"unknown key; known: {', '.join(kinds)}")
+    read = {}
+    for k, value in given.items():
+        if value is None: continue
+        if k == "a" or k == "b" and not is_number(value): read[k] = chosen_levels(value, axes, file, f"{key}.{k}")
+        else: read[k] = value if k == "b" else convert(kinds[k], value, file, f"{key}.{k}")
+    return asdict(Claim(**read))
 
 def read_claims(
     data: Any, # the list of a study file
@@ -52,33 +81,22 @@ def read_claims(
 ) -> list[dict[str, Any]]: # plain, every key there
     "Claims, checked against the study's axes"
     if not isinstance(data, list): raise ConfigError(file, "claims", f"{data!r} is not a list")
-    kinds, out = get_type_hints(Claim, include_extras=True), []
+    out = []
     for n, given in enumerate(data):
-        key = f"claims.{n}"
-        if not isinstance(given, dict): raise ConfigError(file, key, f"{given!r} is not a claim such as {{name: …, a: {{…}}, b: {{…}}}}")
-        if missing := [k for k in ("name", "a", "b") if given.get(k) is None]: raise ConfigError(file, key, f"{missing[0]} is missing")
-        if unknown := [k for k in given if k not in kinds]: raise ConfigError(file, f"{key}.{unknown[0]}", f"unknown key; known: {', '.join(kinds)}")
-        arms = {k: v if k == "b" and is_number(v) else chosen_levels(v, axes, file, f"{key}.{k}") for k, v in ((k, given[k]) for k in "ab")}
-        rest = {k: convert(kinds[k], v, file, f"{key}.{k}") for k, v in given.items() if k not in arms and v is not None}
-        out.append(asdict(Claim(**arms, **rest)))
-        _check(out[-1], out[:-1], file, key)
+        claim = _read_claim(given, axes, file, f"claims.{n}")
+        _check(claim, out, file, f"claims.{n}")
+        out.append(claim)
     return out
 
-# %% ../../nbs/ablation/08_claims.ipynb #c701a4d0
-def _check(claim: dict, before: list[dict], file: str, key: str):
-    "What only two parts of a claim together can get wrong"
-    if claim["name"] in [c["name"] for c in before]: raise ConfigError(file, f"{key}.name", f"{claim['name']!r} is the name of another claim")
-    if is_number(claim["b"]): return
-    if {*claim["a"]} != {*claim["b"]}: raise ConfigError(file, f"{key}.b", f"arm a chooses {', '.join(claim['a'])} and arm b {', '.join(claim['b'])}; runs are paired by the axes that neither names, so both must name the same")
-    if claim["a"] == claim["b"]: raise ConfigError(file, f"{key}.b", "is the same arm as a")
-
 # %% ../../nbs/ablation/08_claims.ipynb #27218b8a
+LOSSES = ("loss", "perplexity", "bits_per_byte", "nats", "error", "seconds", "memory")
+
 def better(
     metric: str, # a column's name
 ) -> str: # minimize or maximize
     "Which way a metric is better, by its name"
     name, _, part = metric.rpartition("/")[2].partition(":")
-    return "minimize" if part == "degradation" or any(w in name for w in ("loss", "perplexity", "bits_per_byte", "nats", "error", "seconds", "memory")) else "maximize"
+    return "minimize" if part == "degradation" or any(word in name for word in LOSSES) else "maximize"
 
 # %% ../../nbs/ablation/08_claims.ipynb #86da6357
 def against_number(
@@ -92,7 +110,8 @@ def against_number(
     good = [r for r in runs if usable(r, metric)]
     for r in good: seeds.setdefault(r["seed"], []).append(r[metric] - value)
     lost = [r["run"] for r in runs if r not in good and r["state"] in ("DONE", "REUSE", "FAILED")]
-    return Contrast({s: sum(v)/len(v) for s, v in seeds.items()}, [(r["run"], r["run"], r["seed"]) for r in good], len(runs), lost)
+    pairs = [(r["run"], r["run"], r["seed"]) for r in good]
+    return Contrast({s: sum(v)/len(v) for s, v in seeds.items()}, pairs, len(runs), lost)
 
 # %% ../../nbs/ablation/08_claims.ipynb #afec60be
 def item_evidence(
@@ -114,7 +133,8 @@ def item_evidence(
     values = {v for x, y in read for i in common for v in (x[i][0], y[i][0])}
     if len(read) == 1 and values <= {0.0, 1.0} and null == 0 and len({*clusters}) == len(common):
         wins, losses, p = mcnemar(d[0] > 0, d[0] < 0)
-        found, said = Comparison(found.mean, found.low, found.high, p, found.sd, found.n, found.effect_size, null), f"{wins} only a has right, {losses} only b (McNemar)"
+        found = Comparison(found.mean, found.low, found.high, p, found.sd, found.n, found.effect_size, null)
+        said = f"{wins} only a has right, {losses} only b (McNemar)"
     return found, noise(d, clusters), said
 
 # %% ../../nbs/ablation/08_claims.ipynb #44caf98a
@@ -134,7 +154,8 @@ class Finding:
 # %% ../../nbs/ablation/08_claims.ipynb #508d8ba5
 def _words(found: Comparison, c: Contrast, unit: str) -> str:
     "A comparison in words"
-    lost = f"; not usable: {', '.join(c.lost[:4])}" + (f" and {len(c.lost) - 4} more" if len(c.lost) > 4 else "") if c.lost else ""
+    more = f" and {len(c.lost) - 4} more" if len(c.lost) > 4 else ""
+    lost = f"; not usable: {', '.join(c.lost[:4])}{more}" if c.lost else ""
     if math.isnan(found.mean): return "no pair of runs yet" + lost
     text = f"improvement {found.mean:+.4f}".replace("-", "−")
     if found.low is not None: text += f", 95 % interval {found.low:+.4f} to {found.high:+.4f}".replace("-", "−")
@@ -143,6 +164,7 @@ def _words(found: Comparison, c: Contrast, unit: str) -> str:
     elif found.p is None: text += " (all alike: copies, not a sample)"
     return text + lost
 
+# %% ../../nbs/ablation/08_claims.ipynb #e00196cf
 def verdict(
     found: Comparison, # improvements against min_effect
     p: float | None, # after Holm
@@ -156,16 +178,21 @@ def verdict(
     return "SUPPORTED" if found.mean > found.null else "REFUTED"
 
 # %% ../../nbs/ablation/08_claims.ipynb #7d5add1c
-def _evidence(claim: dict, rows: list[dict], axes: Iterable[str], folder: Path | None) -> tuple[Comparison, Contrast, Noise | None, str]:
+Evidence = tuple[Comparison, Contrast, Noise | None, str]
+
+def _evidence(claim: dict, rows: list[dict], axes: Iterable[str], folder: Path | None) -> Evidence:
     "What the runs say about one claim"
+    a, b, metric, least = claim["a"], claim["b"], claim["metric"], claim["min_effect"]
     sign = 1.0 if claim["direction"] == "maximize" else -1.0
-    number = is_number(claim["b"])
-    c = against_number(rows, claim["metric"], claim["a"], claim["b"]) if number else contrast(rows, axes, claim["metric"], claim["a"], claim["b"])
-    found = compare([sign*v for v in c.seeds.values()], claim["min_effect"])
-    by_item, apart, said = item_evidence(folder, c.pairs, claim["metric"], sign, claim["min_effect"]) if folder and c.pairs and not number else (None, None, "")
+    number, by_item, apart, said = is_number(b), None, None, ""
+    c = against_number(rows, metric, a, b) if number else contrast(rows, axes, metric, a, b)
+    found = compare([sign*v for v in c.seeds.values()], least)
+    if folder and c.pairs and not number: by_item, apart, said = item_evidence(folder, c.pairs, metric, sign, least)
     if claim["test"] == "seeds": return found, c, apart, _words(found, c, "seed")
-    if by_item is None: return Comparison(found.mean, None, None, None, None, 0, None, claim["min_effect"]), c, None, said or "no items yet"
-    return by_item, c, apart, "; ".join(filter(None, [_words(by_item, c, 'item'), said, "for these trained models, other seeds are not covered"]))
+    if by_item is None:
+        return Comparison(found.mean, None, None, None, None, 0, None, least), c, None, said or "no items yet"
+    words = [_words(by_item, c, "item"), said, "for these trained models, other seeds are not covered"]
+    return by_item, c, apart, "; ".join(filter(None, words))
 
 def evaluate_claims(
     claims: list[dict[str, Any]], # with metric and direction
@@ -189,9 +216,11 @@ def claim_edits(
     old, new = {c["name"]: c for c in planned}, {c["name"]: c for c in now}
     edits = {}
     for name, claim in old.items():
-        if name not in new: edits[name] = "deleted later from study.yaml; judged as planned"
-        elif changed := [k for k in claim if claim[k] != new[name].get(k)]:
-            edits[name] = "edited later in study.yaml: " + ", ".join(f"{k} {claim[k]!r} → {new[name].get(k)!r}" for k in changed) + "; judged as planned"
+        if name not in new:
+            edits[name] = "deleted later from study.yaml; judged as planned"
+            continue
+        changed = [f"{k} {v!r} → {new[name].get(k)!r}" for k, v in claim.items() if v != new[name].get(k)]
+        if changed: edits[name] = f"edited later in study.yaml: {', '.join(changed)}; judged as planned"
     return edits, [c for n, c in new.items() if n not in old]
 
 # %% ../../nbs/ablation/08_claims.ipynb #597eef78
@@ -205,5 +234,6 @@ def findings(
     "Every claim with what became of it and whether it was planned"
     from dataclasses import replace
     edits, added = claim_edits(planned, planned if now is None else now)
-    first = [replace(f, origin=edits.get(f.claim["name"], "planned")) for f in evaluate_claims(planned, rows, axes, folder)]
-    return first + [replace(f, origin="added after the plan was fixed") for f in evaluate_claims(added, rows, axes, folder)]
+    def judged(claims): return evaluate_claims(claims, rows, axes, folder)
+    first = [replace(f, origin=edits.get(f.claim["name"], "planned")) for f in judged(planned)]
+    return first + [replace(f, origin="added after the plan was fixed") for f in judged(added)]

@@ -13,25 +13,41 @@ from typing import TYPE_CHECKING, Any
 from .plan import Plan
 from .results import loss_curve
 from ..files import read_json
+from ..style import COLOURS, GREY
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['COLOURS', 'GREY', 'MANY', 'LAYOUT', 'COSTS', 'USAGE', 'metric_range', 'effect_lines', 'level_means', 'effect_figure',
-           'interval_figure', 'interaction_figure', 'level_colours', 'cost_points', 'front', 'equal_cost',
-           'cost_figure', 'fallen', 'peak_figure', 'curves', 'bands', 'loss_figure', 'band_lines', 'recolouring',
-           'static_effects', 'static_losses', 'static_intervals', 'static_costs', 'usages', 'usage_points',
-           'usage_figure', 'static_usage']
+__all__ = ['MANY', 'AXIS', 'LAYOUT', 'COSTS', 'USAGE', 'safe', 'new_figure', 'metric_range', 'effect_lines', 'level_means',
+           'effect_figure', 'interval_figure', 'level_colours', 'interaction_figure', 'cost_points', 'front',
+           'equal_cost', 'cost_figure', 'fallen', 'peak_figure', 'curves', 'bands', 'loss_figure', 'band_lines',
+           'recolouring', 'static_effects', 'static_losses', 'static_intervals', 'static_costs', 'usages',
+           'usage_points', 'usage_figure', 'static_usage']
 
-# %% ../../nbs/ablation/10_figures.ipynb #5a31edb0
-COLOURS = ["#3b82d6", "#e0762f", "#2f9e77", "#b657a4", "#c79a1c", "#49a9bf", "#8a70c9", "#d0505f"]
-GREY = "#8b919b"
+# %% ../../nbs/ablation/10_figures.ipynb #98beac04
 MANY = 50 # runs; more are drawn as bands
-LAYOUT = dict(margin=dict(l=56, r=12, t=36, b=44), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(family="system-ui, sans-serif", size=13, color=GREY),
-              xaxis=dict(gridcolor="rgba(139,145,155,.25)", zeroline=False, automargin=True, title=dict(font=dict(size=13))), yaxis=dict(gridcolor="rgba(139,145,155,.25)", zeroline=False, automargin=True, title=dict(font=dict(size=13))),
+AXIS = dict(gridcolor="rgba(139,145,155,.25)", zeroline=False, automargin=True, title=dict(font=dict(size=13)))
+LAYOUT = dict(margin=dict(l=56, r=12, t=36, b=44), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+              font=dict(family="system-ui, sans-serif", size=13, color=GREY), xaxis=AXIS, yaxis=AXIS,
               legend=dict(orientation="h", y=-0.22, x=0), template={})
+
+def safe(
+    text: Any, # a name from a person's file
+) -> str: # HTML
+    "Text in which a browser finds no markup"
+    return html.escape(str(text))
+
+def new_figure(
+    height: int, # pixels
+    title: str = "", # HTML
+    **layout, # plotly's own
+) -> go.Figure: # empty
+    "A figure in the page's style"
+    import plotly.graph_objects as go
+    if title: layout["title"] = dict(text=title, x=0.02, font=dict(size=14))
+    return go.Figure(layout=dict(LAYOUT, height=height, **layout))
 
 # %% ../../nbs/ablation/10_figures.ipynb #e993fd9f
 def metric_range(
@@ -56,7 +72,8 @@ def effect_lines(
     "Runs that are equal in all but one axis, each such group in the order of the axis's levels"
     done = rows[rows.state.isin(["DONE", "REUSE"]) & rows[metric].notna()]
     others, groups = [a for a in axes if a != axis] + ["seed"], {}
-    for r in done[[*axes, "seed", "run", metric]].to_dict("records"): groups.setdefault(tuple(r[o] for o in others), []).append((r[axis], float(r[metric]), r["run"]))
+    for r in done[[*axes, "seed", "run", metric]].to_dict("records"):
+        groups.setdefault(tuple(r[o] for o in others), []).append((r[axis], float(r[metric]), r["run"]))
     return [sorted(line, key=lambda p: axes[axis].index(p[0])) for line in groups.values()]
 
 def level_means(
@@ -75,17 +92,22 @@ def effect_figure(
     metric: str, # a column
 ) -> go.Figure: # interactive
     "What an axis does to a metric: each run, pairs joined, and the means"
-    import plotly.graph_objects as go
-    safe = lambda level: html.escape(str(level))
-    lines = effect_lines(rows, plan.axes, axis, metric)
+    levels, lines = plan.axes[axis], effect_lines(rows, plan.axes, axis, metric)
+    means = level_means(lines, levels)
     gap = [(None, None, None)]
-    points, means = [p for line in lines for p in line + gap], level_means(lines, plan.axes[axis])
-    figure = go.Figure(layout=dict(LAYOUT, height=300, showlegend=False, title=dict(text=f"<b>{safe(axis)}</b>", x=0.02, font=dict(size=14))))
-    figure.add_scatter(x=[None if x is None else safe(x) for x, _, _ in points], y=[y for _, y, _ in points], text=[r for _, _, r in points], mode="lines+markers",
-                       line=dict(color=GREY, width=1), marker=dict(size=7, opacity=.7), opacity=1 if len(lines) <= MANY else .2, hovertemplate="%{text}<br>%{y:.4f}<extra></extra>")
-    figure.add_scatter(x=[safe(l) for l in means], y=list(means.values()), mode="lines+markers+text", text=[f"{m:.3f}" for m in means.values()], textposition="top center", cliponaxis=False,
-                       line=dict(color=COLOURS[0], width=3), marker=dict(size=11, symbol="diamond"), hovertemplate="mean %{y:.4f}<extra></extra>")
-    figure.update_xaxes(type="category", categoryorder="array", categoryarray=[safe(l) for l in plan.axes[axis]], range=[-.4, len(plan.axes[axis]) - .6])
+    points = [p for line in lines for p in line + gap]
+    figure = new_figure(300, f"<b>{safe(axis)}</b>", showlegend=False)
+    figure.add_scatter(
+        x=[None if x is None else safe(x) for x, _, _ in points], y=[y for _, y, _ in points],
+        text=[run for _, _, run in points], mode="lines+markers", line=dict(color=GREY, width=1),
+        marker=dict(size=7, opacity=.7), opacity=1 if len(lines) <= MANY else .2,
+        hovertemplate="%{text}<br>%{y:.4f}<extra></extra>")
+    figure.add_scatter(
+        x=[safe(level) for level in means], y=list(means.values()), text=[f"{m:.3f}" for m in means.values()],
+        mode="lines+markers+text", textposition="top center", cliponaxis=False, line=dict(color=COLOURS[0], width=3),
+        marker=dict(size=11, symbol="diamond"), hovertemplate="mean %{y:.4f}<extra></extra>")
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=[safe(level) for level in levels],
+                        range=[-.4, len(levels) - .6])
     figure.update_yaxes(range=metric_range(rows, metric))
     return figure
 
@@ -94,36 +116,17 @@ def interval_figure(
     effects: pd.DataFrame, # effects_table of a metric
 ) -> go.Figure: # interactive
     "Differences to the first level with their intervals"
-    import plotly.graph_objects as go
     shown = effects[effects.pairs > 0] if len(effects) else effects
-    names = [html.escape(f"{e.axis}: {e.level}") for e in shown.itertuples()]
-    wide = [0.0 if e.low is None or e.low != e.low else e.high - e.mean for e in shown.itertuples()]
-    figure = go.Figure(layout=dict(LAYOUT, height=90 + 34*len(shown), showlegend=False))
-    figure.add_scatter(x=list(shown["mean"]) if len(shown) else [], y=names, mode="markers", error_x=dict(type="data", array=wide, thickness=2, width=5, color=COLOURS[0]),
-                       marker=dict(size=9, symbol="diamond", color=COLOURS[0]), hovertemplate="%{y}<br>%{x:+.4f}<extra></extra>")
+    levels = list(shown.itertuples())
+    wide = [0.0 if e.low is None or e.low != e.low else e.high - e.mean for e in levels]
+    figure = new_figure(90 + 34*len(shown), showlegend=False)
+    figure.add_scatter(
+        x=[e.mean for e in levels], y=[safe(f"{e.axis}: {e.level}") for e in levels], mode="markers",
+        error_x=dict(type="data", array=wide, thickness=2, width=5, color=COLOURS[0]),
+        marker=dict(size=9, symbol="diamond", color=COLOURS[0]), hovertemplate="%{y}<br>%{x:+.4f}<extra></extra>")
     figure.add_vline(x=0, line=dict(color=GREY, width=1, dash="dot"))
     figure.update_xaxes(title_text="difference to the first level")
     figure.update_yaxes(autorange="reversed", type="category", automargin=True)
-    return figure
-
-# %% ../../nbs/ablation/10_figures.ipynb #4fb943ec
-def interaction_figure(
-    rows: pd.DataFrame, # as read_runs gives them
-    plan: Plan, # of the study
-    x: str, # axis along the bottom
-    by: str, # axis of the lines
-    metric: str, # a column
-) -> go.Figure: # interactive
-    "Means of one axis for each level of another"
-    import plotly.graph_objects as go
-    done = rows[rows.state.isin(["DONE", "REUSE"]) & rows[metric].notna()]
-    means = done.assign(value=done[metric].astype(float)).groupby([by, x])["value"].mean()
-    figure = go.Figure(layout=dict(LAYOUT, height=320, title=dict(text=f"<b>{html.escape(x)}</b> by {html.escape(by)}", x=0.02, font=dict(size=14))))
-    for level, colour in level_colours(plan, by).items():
-        points = [(l, means[level, l]) for l in plan.axes[x] if (level, l) in means.index]
-        figure.add_scatter(x=[html.escape(l) for l, _ in points], y=[v for _, v in points], name=html.escape(level), mode="lines+markers", line=dict(color=colour, width=2), marker=dict(size=8), hovertemplate="%{y:.4f}")
-    figure.update_xaxes(type="category", categoryorder="array", categoryarray=[html.escape(l) for l in plan.axes[x]])
-    figure.update_yaxes(range=metric_range(rows, metric))
     return figure
 
 # %% ../../nbs/ablation/10_figures.ipynb #1d6612cc
@@ -134,8 +137,34 @@ def level_colours(
     "A colour for each level of an axis"
     return {level: COLOURS[n % len(COLOURS)] for n, level in enumerate(plan.axes[axis])}
 
+# %% ../../nbs/ablation/10_figures.ipynb #369d813b
+def interaction_figure(
+    rows: pd.DataFrame, # as read_runs gives them
+    plan: Plan, # of the study
+    x: str, # axis along the bottom
+    by: str, # axis of the lines
+    metric: str, # a column
+) -> go.Figure: # interactive
+    "Means of one axis for each level of another"
+    done = rows[rows.state.isin(["DONE", "REUSE"]) & rows[metric].notna()]
+    means = done.assign(value=done[metric].astype(float)).groupby([by, x])["value"].mean()
+    figure = new_figure(320, f"<b>{safe(x)}</b> by {safe(by)}")
+    for level, colour in level_colours(plan, by).items():
+        points = [(l, means[level, l]) for l in plan.axes[x] if (level, l) in means.index]
+        figure.add_scatter(
+            x=[safe(l) for l, _ in points], y=[v for _, v in points], name=safe(level), mode="lines+markers",
+            line=dict(color=colour, width=2), marker=dict(size=8), hovertemplate="%{y:.4f}")
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=[safe(l) for l in plan.axes[x]])
+    figure.update_yaxes(range=metric_range(rows, metric))
+    return figure
+
 # %% ../../nbs/ablation/10_figures.ipynb #66021a1b
-COSTS = {"flops": "training FLOPs", "parameters": "parameters", "active_parameters": "active parameters", "seconds": "seconds of training"}
+COSTS = {"flops": "training FLOPs", "parameters": "parameters", "active_parameters": "active parameters",
+         "seconds": "seconds of training"}
+
+def _is_finite(value: Any) -> bool:
+    "Whether it is a number that can be drawn"
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 def cost_points(
     rows: pd.DataFrame, # as read_runs gives them
@@ -144,13 +173,17 @@ def cost_points(
     metric: str, # a column
 ) -> list[dict[str, Any]]: # levels, cost, value, low, high, seeds; cheapest first
     "Each combination's cost and quality over its seeds"
-    groups = {}
+    groups, points = {}, []
     for r in rows[rows.state.isin(["DONE", "REUSE"])].to_dict("records"):
-        if all(isinstance(r[k], (int, float)) and math.isfinite(r[k]) for k in (cost, metric)): groups.setdefault(tuple(r[a] for a in plan.axes), []).append((r[cost], r[metric]))
-    mean = lambda values: sum(values)/len(values)
-    return sorted((dict(levels=" · ".join(levels), cost=mean([c for c, _ in g]), value=mean([v for _, v in g]), low=min(v for _, v in g), high=max(v for _, v in g), seeds=len(g))
-                   for levels, g in groups.items()), key=lambda p: p["cost"])
+        if _is_finite(r[cost]) and _is_finite(r[metric]):
+            groups.setdefault(tuple(r[a] for a in plan.axes), []).append((r[cost], r[metric]))
+    for levels, group in groups.items():
+        spent, values = zip(*group)
+        points.append(dict(levels=" · ".join(levels), cost=sum(spent)/len(group), value=sum(values)/len(group),
+                           low=min(values), high=max(values), seeds=len(group)))
+    return sorted(points, key=lambda p: p["cost"])
 
+# %% ../../nbs/ablation/10_figures.ipynb #b3dac893
 def front(
     points: list[dict[str, Any]], # cost_points, cheapest first
     direction: str, # minimize or maximize
@@ -158,7 +191,9 @@ def front(
     "The best that can be had at each cost"
     sign, best, out = 1 if direction == "maximize" else -1, -math.inf, []
     for p in sorted(points, key=lambda p: (p["cost"], -sign*p["value"])):
-        if sign*p["value"] > best: best = sign*p["value"]; out.append(p)
+        if sign*p["value"] > best:
+            best = sign*p["value"]
+            out.append(p)
     return out
 
 # %% ../../nbs/ablation/10_figures.ipynb #fd24ad28
@@ -183,20 +218,24 @@ def cost_figure(
     direction: str, # minimize or maximize
 ) -> go.Figure: # interactive
     "Quality against a cost, with the front"
-    import plotly.graph_objects as go
     points = cost_points(rows, plan, cost, metric)
-    figure = go.Figure(layout=dict(LAYOUT, height=340, showlegend=False))
-    figure.add_scatter(x=[p["cost"] for p in points], y=[p["value"] for p in points], mode="markers", marker=dict(size=9, color=COLOURS[0]),
-                       error_y=dict(type="data", symmetric=False, array=[p["high"] - p["value"] for p in points], arrayminus=[p["value"] - p["low"] for p in points], color=GREY, thickness=1, width=0),
-                       text=[html.escape(p["levels"]) for p in points], hovertemplate="%{text}<br>%{x:.4s}, %{y:.4f}<extra></extra>")
     best = front(points, direction)
-    figure.add_scatter(x=[p["cost"] for p in best], y=[p["value"] for p in best], mode="lines", line=dict(color=COLOURS[1], width=2, shape="hv"), hoverinfo="skip")
-    spread = len({p["cost"] for p in points}) > 1 and max(p["cost"] for p in points) > 4*min(p["cost"] for p in points)
-    figure.update_xaxes(title_text=COSTS[cost], type="log" if spread else "linear", exponentformat="SI")
-    figure.update_yaxes(title_text=html.escape(metric))
+    costs = [p["cost"] for p in points]
+    above, below = [p["high"] - p["value"] for p in points], [p["value"] - p["low"] for p in points]
+    figure = new_figure(340, showlegend=False)
+    figure.add_scatter(
+        x=costs, y=[p["value"] for p in points], mode="markers", marker=dict(size=9, color=COLOURS[0]),
+        error_y=dict(type="data", symmetric=False, array=above, arrayminus=below, color=GREY, thickness=1, width=0),
+        text=[safe(p["levels"]) for p in points], hovertemplate="%{text}<br>%{x:.4s}, %{y:.4f}<extra></extra>")
+    figure.add_scatter(
+        x=[p["cost"] for p in best], y=[p["value"] for p in best], mode="lines",
+        line=dict(color=COLOURS[1], width=2, shape="hv"), hoverinfo="skip")
+    wide = len(set(costs)) > 1 and max(costs) > 4*min(costs)
+    figure.update_xaxes(title_text=COSTS[cost], type="log" if wide else "linear", exponentformat="SI")
+    figure.update_yaxes(title_text=safe(metric))
     return figure
 
-# %% ../../nbs/ablation/10_figures.ipynb #5e006018
+# %% ../../nbs/ablation/10_figures.ipynb #0b90a720
 def fallen(
     rows: pd.DataFrame, # as read_runs gives them
     metric: str, # a column
@@ -206,24 +245,28 @@ def fallen(
     if column not in rows: return rows.iloc[:0]
     return rows[rows[column].astype(float) > 0].sort_values(column, ascending=False)
 
+# %% ../../nbs/ablation/10_figures.ipynb #d81538dd
 def peak_figure(
     rows: pd.DataFrame, # as read_runs gives them
     plan: Plan, # of the study
     metric: str, # a column
 ) -> go.Figure: # interactive
     "Final value against peak, one point per run"
-    import plotly.graph_objects as go
-    done = rows[rows[metric].notna() & rows[f"{metric}:peak"].notna()]
-    axis = next(iter(plan.axes))
-    figure = go.Figure(layout=dict(LAYOUT, height=360))
+    peak, axis = f"{metric}:peak", next(iter(plan.axes))
+    done = rows[rows[metric].notna() & rows[peak].notna()]
+    figure = new_figure(360)
     for level, colour in level_colours(plan, axis).items():
         own = done[done[axis] == level]
-        figure.add_scatter(x=own[f"{metric}:peak"].tolist(), y=own[metric].tolist(), text=[f"{html.escape(str(r))}, peak at step {s}" for r, s in zip(own.run, own[f"{metric}:peak_step"])], name=html.escape(level), mode="markers",
-                           marker=dict(size=8, color=colour), hovertemplate="%{text}<br>peak %{x:.4f}, final %{y:.4f}<extra></extra>")
-    ends = [float(f(min(done[metric].min(), done[f"{metric}:peak"].min()), max(done[metric].max(), done[f"{metric}:peak"].max()))) for f in (min, max)] if len(done) else []
-    figure.add_scatter(x=ends, y=ends, mode="lines", line=dict(color=GREY, width=1, dash="dot"), showlegend=False, hoverinfo="skip")
+        said = [f"{safe(run)}, peak at step {step}" for run, step in zip(own.run, own[f"{peak}_step"])]
+        figure.add_scatter(
+            x=own[peak].tolist(), y=own[metric].tolist(), text=said, name=safe(level), mode="markers",
+            marker=dict(size=8, color=colour), hovertemplate="%{text}<br>peak %{x:.4f}, final %{y:.4f}<extra></extra>")
+    both = [*done[metric], *done[peak]]
+    ends = [float(min(both)), float(max(both))] if both else []
+    figure.add_scatter(
+        x=ends, y=ends, mode="lines", line=dict(color=GREY, width=1, dash="dot"), showlegend=False, hoverinfo="skip")
     figure.update_xaxes(title_text="peak, chosen on the evaluation set")
-    figure.update_yaxes(title_text=f"final {html.escape(metric)}")
+    figure.update_yaxes(title_text=f"final {safe(metric)}")
     return figure
 
 # %% ../../nbs/ablation/10_figures.ipynb #7795f9dc
@@ -233,8 +276,11 @@ def curves(
 ) -> dict[str, tuple[list[int], list[float]]]: # run: tokens, loss
     "Every run's training loss, read once"
     points = 300 if len(plan.cells) <= MANY else 100
-    short = lambda curve: (curve[0], [float(f"{v:.5g}") for v in curve[1]])
-    return {c.id: short(loss_curve(folder/"runs"/c.id, points)) for c in plan.cells}
+    out = {}
+    for cell in plan.cells:
+        tokens, loss = loss_curve(folder/"runs"/cell.id, points)
+        out[cell.id] = tokens, [float(f"{v:.5g}") for v in loss]
+    return out
 
 def bands(
     lines: list[tuple[list[int], list[float]]], # tokens, loss of several runs
@@ -255,18 +301,20 @@ def loss_figure(
     axis: str, # whose levels give the colours
 ) -> go.Figure: # interactive
     "Training loss against tokens: a line per run, or for many runs a band per level"
-    import plotly.graph_objects as go
-    figure, seen = go.Figure(layout=dict(LAYOUT, height=420, hovermode="closest")), set()
+    figure, seen, colours = new_figure(420, hovermode="closest"), set(), level_colours(plan, axis)
     figure.update_xaxes(title_text="tokens")
     figure.update_yaxes(title_text="training loss, nats per token")
     if len(plan.cells) > MANY: return band_lines(figure, read, plan, axis)
     for cell in plan.cells:
         (tokens, loss), level = read[cell.id], cell.levels[axis]
-        figure.add_scatter(x=tokens, y=loss, name=html.escape(level), legendgroup=html.escape(level), showlegend=level not in seen, mode="lines", meta=html.escape(cell.id),
-                           line=dict(color=level_colours(plan, axis)[level], width=1.6), opacity=.85, hovertemplate="%{meta}<br>%{x:,} tokens, loss %{y:.3f}<extra></extra>")
+        figure.add_scatter(
+            x=tokens, y=loss, name=safe(level), legendgroup=safe(level), showlegend=level not in seen, mode="lines",
+            meta=safe(cell.id), line=dict(color=colours[level], width=1.6), opacity=.85,
+            hovertemplate="%{meta}<br>%{x:,} tokens, loss %{y:.3f}<extra></extra>")
         seen.add(level)
     return figure
 
+# %% ../../nbs/ablation/10_figures.ipynb #19fb80d7
 def band_lines(
     figure: go.Figure, # to add to
     read: dict[str, tuple[list, list]], # curves
@@ -277,24 +325,30 @@ def band_lines(
     for other, levels in plan.axes.items():
         for level, colour in level_colours(plan, other).items():
             tokens, mean, low, high = bands([read[c.id] for c in plan.cells if c.levels[other] == level])
-            name, shown = html.escape(level), other == axis
-            for y, fill, width, legend in ((high, None, 0, False), (low, "tonexty", 0, False), (mean, None, 2, True)):
-                figure.add_scatter(x=tokens, y=y, name=name, legendgroup=name, showlegend=legend, visible=shown, mode="lines", fill=fill, fillcolor=f"{colour}22", line=dict(color=colour, width=width),
-                                   hovertemplate="%{x:,} tokens, mean loss %{y:.3f}" if legend else None, hoverinfo=None if legend else "skip")
+            shared = dict(x=tokens, name=safe(level), legendgroup=safe(level), visible=other == axis, mode="lines",
+                          fillcolor=f"{colour}22")
+            edge, middle = dict(color=colour, width=0), dict(color=colour, width=2)
+            figure.add_scatter(y=high, line=edge, showlegend=False, hoverinfo="skip", **shared)
+            figure.add_scatter(y=low, line=edge, showlegend=False, hoverinfo="skip", fill="tonexty", **shared)
+            figure.add_scatter(y=mean, line=middle, hovertemplate="%{x:,} tokens, mean loss %{y:.3f}",
+                               showlegend=True, **shared)
     return figure
 
-# %% ../../nbs/ablation/10_figures.ipynb #9bcc0b7b
+# %% ../../nbs/ablation/10_figures.ipynb #e0193a05
 def recolouring(
     plan: Plan, # of the study
 ) -> dict[str, dict[str, list]]: # axis: what to restyle the loss figure's traces with
     "For each axis: what every line of the loss figure becomes"
-    if len(plan.cells) > MANY: return {axis: {"visible": [other == axis for other, levels in plan.axes.items() for _ in range(3*len(levels))]} for axis in plan.axes}
+    if len(plan.cells) > MANY:
+        traces = [axis for axis, levels in plan.axes.items() for _ in range(3*len(levels))]
+        return {axis: {"visible": [trace == axis for trace in traces]} for axis in plan.axes}
     out = {}
     for axis in plan.axes:
         levels, colours = [c.levels[axis] for c in plan.cells], level_colours(plan, axis)
-        names = [html.escape(l) for l in levels]
+        names = [safe(l) for l in levels]
         first = {l: n for n, l in reversed(list(enumerate(levels)))}
-        out[axis] = {"line.color": [colours[l] for l in levels], "name": names, "legendgroup": names, "showlegend": [n == first[l] for n, l in enumerate(levels)]}
+        out[axis] = {"line.color": [colours[l] for l in levels], "name": names, "legendgroup": names,
+                     "showlegend": [n == first[l] for n, l in enumerate(levels)]}
     return out
 
 # %% ../../nbs/ablation/10_figures.ipynb #6b356037
@@ -313,8 +367,9 @@ def static_effects(
     figure = Figure(figsize=(1 + 2.9*len(plan.axes), 3.1), layout="constrained", dpi=160)
     for axis, ax in zip(plan.axes, figure.subplots(1, len(plan.axes), sharey=True, squeeze=False)[0]):
         places = {level: n for n, level in enumerate(plan.axes[axis])}
-        lines = effect_lines(rows, plan.axes, axis, metric)
-        points = [p for line in lines for p in [*((places[l], v) for l, v, _ in line), (math.nan, math.nan)]]   # one line with gaps is drawn much faster than many
+        lines, gap = effect_lines(rows, plan.axes, axis, metric), (math.nan, math.nan)
+        # one line with gaps is drawn much faster than many lines
+        points = [p for line in lines for p in [*((places[l], v) for l, v, _ in line), gap]]
         ax.plot([x for x, _ in points], [y for _, y in points], "o-", color=GREY, lw=.8, ms=3.5)
         means = level_means(lines, plan.axes[axis])
         ax.plot([places[l] for l in means], list(means.values()), "D-", color=COLOURS[0], lw=2, ms=6)
@@ -337,8 +392,11 @@ def static_losses(
     for level, colour in level_colours(plan, axis).items():
         lines = [read[c.id] for c in plan.cells if c.levels[axis] == level]
         tokens, mean, low, high = bands(lines)
-        if len(plan.cells) > MANY and tokens: ax.fill_between(tokens, low, high, color=colour, alpha=.15, lw=0); lines = [(tokens, mean)]
-        for n, line in enumerate(lines): ax.plot(*line, color=colour, lw=width, alpha=.85, label=None if n else _plain(level))
+        if len(plan.cells) > MANY and tokens:
+            ax.fill_between(tokens, low, high, color=colour, alpha=.15, lw=0)
+            lines = [(tokens, mean)]
+        for n, line in enumerate(lines):
+            ax.plot(*line, color=colour, lw=width, alpha=.85, label=None if n else _plain(level))
     ax.set(xlabel="tokens", ylabel="training loss, nats per token")
     ax.legend(title=_plain(axis), frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
@@ -393,7 +451,8 @@ def usages(
     plan: Plan, # of the study
 ) -> dict[str, dict[str, dict]]: # run: layer: statistics of its rows
     "Expert usage of every run that has it"
-    found = {c.id: ((read_json(folder/"runs"/c.id/"result.json") or {}).get("usage") or {}).get("layers") for c in plan.cells}
+    results = {c.id: read_json(folder/"runs"/c.id/"result.json") or {} for c in plan.cells}
+    found = {run: (result.get("usage") or {}).get("layers") for run, result in results.items()}
     return {run: layers for run, layers in found.items() if layers}
 
 def usage_points(
@@ -405,10 +464,13 @@ def usage_points(
     "One number of each layer, by level"
     groups: dict[str, dict[str, list[float]]] = {level: {} for level in plan.axes[axis]}
     for cell in plan.cells:
-        for layer, numbers in read.get(cell.id, {}).items(): groups[cell.levels[axis]].setdefault(layer, []).append(numbers[what])
-    return {level: [(layer, sum(v)/len(v), min(v), max(v)) for layer, v in sorted(layers.items(), key=lambda p: int(p[0]))] for level, layers in groups.items()}
+        for layer, numbers in read.get(cell.id, {}).items():
+            groups[cell.levels[axis]].setdefault(layer, []).append(numbers[what])
+    in_order = {level: sorted(layers.items(), key=lambda p: int(p[0])) for level, layers in groups.items()}
+    return {level: [(layer, sum(v)/len(v), min(v), max(v)) for layer, v in layers]
+            for level, layers in in_order.items()}
 
-# %% ../../nbs/ablation/10_figures.ipynb #93f7e2fe
+# %% ../../nbs/ablation/10_figures.ipynb #64d3041a
 def usage_figure(
     read: dict[str, dict[str, dict]], # usages
     plan: Plan, # of the study
@@ -416,12 +478,14 @@ def usage_figure(
     what: str = "used", # one of USAGE
 ) -> go.Figure: # interactive
     "Expert usage by layer, a line per level"
-    import plotly.graph_objects as go
-    figure = go.Figure(layout=dict(LAYOUT, height=320, title=dict(text=f"<b>{html.escape(axis)}</b>", x=0.02, font=dict(size=14))))
-    colours = level_colours(plan, axis)
+    figure, colours = new_figure(320, f"<b>{safe(axis)}</b>"), level_colours(plan, axis)
     for level, found in usage_points(read, plan, axis, what).items():
-        figure.add_scatter(x=[f"layer {layer}" for layer, *_ in found], y=[m for _, m, _, _ in found], name=html.escape(level), mode="lines+markers", line=dict(color=colours[level], width=2), marker=dict(size=8),
-                           error_y=dict(type="data", symmetric=False, array=[h - m for _, m, _, h in found], arrayminus=[m - l for _, m, l, _ in found], thickness=1, width=3), hovertemplate="%{y:.3f}")
+        above, below = [high - mean for _, mean, _, high in found], [mean - low for _, mean, low, _ in found]
+        figure.add_scatter(
+            x=[f"layer {layer}" for layer, *_ in found], y=[mean for _, mean, _, _ in found], name=safe(level),
+            mode="lines+markers", line=dict(color=colours[level], width=2), marker=dict(size=8),
+            error_y=dict(type="data", symmetric=False, array=above, arrayminus=below, thickness=1, width=3),
+            hovertemplate="%{y:.3f}")
     figure.update_xaxes(type="category")
     figure.update_yaxes(title_text=USAGE[what], rangemode="tozero", tickformat=".0%" if what == "used" else None)
     return figure
@@ -437,7 +501,9 @@ def static_usage(
     for axis, ax in zip(plan.axes, figure.subplots(1, len(plan.axes), sharey=True, squeeze=False)[0]):
         colours = level_colours(plan, axis)
         for level, found in usage_points(read, plan, axis, "used").items():
-            ax.errorbar([layer for layer, *_ in found], [100*m for _, m, _, _ in found], [[max(0, 100*(m - l)) for _, m, l, _ in found], [max(0, 100*(h - m)) for _, m, _, h in found]],
+            below = [max(0, 100*(mean - low)) for _, mean, low, _ in found]
+            above = [max(0, 100*(high - mean)) for _, mean, _, high in found]
+            ax.errorbar([layer for layer, *_ in found], [100*mean for _, mean, _, _ in found], [below, above],
                         fmt="o-", color=colours[level], capsize=2, ms=4, label=_plain(level))
         ax.set(title=_plain(axis), xlabel="layer", ylim=(0, None))
         ax.legend(frameon=False, fontsize=7)

@@ -61,7 +61,8 @@ def compare(
     n, mean = len(d), float(d.mean()) if len(d) else math.nan
     if n < 2: return Comparison(mean, None, None, None, None, n, None, null)
     sd = float(d.std(ddof=1))
-    if sd <= 1e-12*max(1e-300, float(np.abs(d).max())): return Comparison(mean, None, None, None, 0.0, n, None, null)   # the same number each time is a copy, not a sample
+    # the same number each time is a copy, not a sample
+    if sd <= 1e-12*max(1e-300, float(np.abs(d).max())): return Comparison(mean, None, None, None, 0.0, n, None, null)
     error = sd/math.sqrt(n)
     p, half = 2*float(stdtr(n - 1, -abs(mean - null)/error)), float(stdtrit(n - 1, (1 + confidence)/2))*error
     return Comparison(mean, mean - half, mean + half, p, sd, n, hedges(n - 1)*mean/sd, null)
@@ -72,7 +73,7 @@ def holm(
 ) -> list[float | None]: # adjusted, in the same order
     "Holm's step-down correction; a question that could not be asked still counts in the family"
     p = list(p)
-    order, worst, out = sorted((n for n, v in enumerate(p) if v is not None), key=lambda n: p[n]), 0.0, [None]*len(p)
+    order, worst, out = sorted((n for n in range(len(p)) if p[n] is not None), key=lambda n: p[n]), 0.0, [None]*len(p)
     for rank, n in enumerate(order):
         worst = max(worst, min(1.0, (len(p) - rank)*p[n]))
         out[n] = worst
@@ -125,9 +126,10 @@ def bootstrap_interval(
     from scipy.stats import bootstrap
     d = np.array(cluster_means(differences, clusters), float)
     if len(d) < 2 or np.ptp(d) == 0: return None
-    size = max(1, 20_000_000//len(d))
-    found = bootstrap((d,), np.mean, confidence_level=confidence, n_resamples=resamples, method="BCa", batch=size, rng=np.random.default_rng(seed)).confidence_interval
-    return float(found.low), float(found.high)
+    at_once, rng = max(1, 20_000_000//len(d)), np.random.default_rng(seed)
+    found = bootstrap((d,), np.mean, confidence_level=confidence, n_resamples=resamples, method="BCa", batch=at_once,
+                      rng=rng)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 # %% ../../nbs/ablation/05_statistics.ipynb #8475f657
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def noise(
     "Seed noise and item noise of a mean paired difference"
     import numpy as np
     d = np.asarray(differences, float)
-    error = lambda means: float(np.std(means, ddof=1)/math.sqrt(len(means))) if len(means) > 1 else None
+    def error(means): return float(np.std(means, ddof=1)/math.sqrt(len(means))) if len(means) > 1 else None
     seeds, items = error(d.mean(1)), error(cluster_means(d.mean(0), clusters))
     return Noise(seeds, items, None if seeds is None or items is None else math.hypot(seeds, items))
 
@@ -174,7 +176,8 @@ def usable(
 ) -> bool:
     "Whether a run can be paired: finished, finite, and if it was taken over, under the same conditions"
     value, differs = row.get(metric), row.get("reuse_differs")
-    return row["state"] in DONE and not (isinstance(differs, str) and differs) and value is not None and math.isfinite(value)
+    same = not (isinstance(differs, str) and differs)
+    return row["state"] in DONE and same and value is not None and math.isfinite(value)
 
 # %% ../../nbs/ablation/05_statistics.ipynb #288062e6
 @dataclass(frozen=True)
@@ -199,10 +202,10 @@ def contrast(
     b: dict[str, str | list[str]], # the second
 ) -> Contrast:
     "Pair the runs of two arms that are equal in all other axes and the seed"
-    others = [x for x in axes if not (x in a and x in b)]
-    group = lambda arm: {(*(r[x] for x in others), r["seed"]): r for r in rows if in_arm(r, arm)}
     if {*a} != {*b}: raise ValueError(f"arms name different axes: {sorted(a)} and {sorted(b)}")
-    first, second = group(a), group(b)
+    others = [x for x in axes if x not in a]
+    def by_place(arm): return {(*(r[x] for x in others), r["seed"]): r for r in rows if in_arm(r, arm)}
+    first, second = by_place(a), by_place(b)
     keys, seeds, pairs, lost = [k for k in first if k in second], {}, [], []
     for key in keys:
         bad = [r for r in (first[key], second[key]) if not usable(r, metric)]
@@ -212,7 +215,7 @@ def contrast(
         pairs.append((first[key]["run"], second[key]["run"], key[-1]))
     return Contrast({s: sum(v)/len(v) for s, v in seeds.items()}, pairs, len(keys), list(dict.fromkeys(lost)))
 
-# %% ../../nbs/ablation/05_statistics.ipynb #bb9dd096
+# %% ../../nbs/ablation/05_statistics.ipynb #8da078da
 def table_rows(
     rows: pd.DataFrame, # as read_runs gives them
 ) -> list[dict[str, Any]]: # one per run
@@ -232,7 +235,8 @@ def effects_table(
         for level in levels:
             c = contrast(records, axes, metric, {axis: level}, {axis: first})
             found = compare(c.seeds.values())
-            out.append({"axis": axis, "level": level, "against": first, **asdict(found), "seeds": found.n, "pairs": len(c.pairs), "planned": c.planned})
+            out.append({"axis": axis, "level": level, "against": first, **asdict(found),
+                        "seeds": found.n, "pairs": len(c.pairs), "planned": c.planned})
     for row, p in zip(out, holm(r["p"] for r in out)): row["p_holm"] = p
     return pd.DataFrame(out)
 

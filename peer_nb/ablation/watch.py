@@ -57,8 +57,8 @@ def progress(
     beat = read_json(run/"heartbeat.json") or {}
     step, total, speed, tokens = (beat.get(k) or 0 for k in ("step", "total_steps", "tokens_per_second", "tokens"))
     left = tokens/step*(total - step)/speed if step and speed and tokens else None
-    loss = beat.get("loss")
-    return Progress(step/total if total else 0.0, speed or None, loss if isinstance(loss, (int, float)) else None, beat.get("phase", ""), left)
+    loss = beat.get("loss") if isinstance(beat.get("loss"), (int, float)) else None
+    return Progress(step/total if total else 0.0, speed or None, loss, beat.get("phase", ""), left)
 
 # %% ../../nbs/ablation/12_watch.ipynb #63592f61
 @dataclass
@@ -110,7 +110,10 @@ def look_at(
     folder = Path(folder)
     plan = plan or load_plan(folder/"plan.json")
     there = {e.name for e in os.scandir(folder/"runs")} if (folder/"runs").is_dir() else set()
-    rows = [_row(folder/"runs"/c.id, plan.metric) if c.id in there else Row(c.id, "TODO", Progress()) for c in plan.cells]
+    rows = []
+    for cell in plan.cells:
+        begun = cell.id in there
+        rows.append(_row(folder/"runs"/cell.id, plan.metric) if begun else Row(cell.id, "TODO", Progress()))
     return Table(folder, plan.metric, rows, slots)
 
 # %% ../../nbs/ablation/12_watch.ipynb #08293e21
@@ -134,10 +137,14 @@ def summary(
 ) -> str: # one line
     "A study in a line: how many runs are in which state, how fast it goes, and how long it still takes"
     count, now = table.counts, [r.progress for r in table.rows if r.state == "RUNNING"]
-    left = remaining(count.get("TODO", 0), now, [r.seconds for r in table.rows if r.state == "DONE" and r.seconds], table.slots or len(now)) if now else None
+    took = [r.seconds for r in table.rows if r.state == "DONE" and r.seconds]
+    left = remaining(count.get("TODO", 0), now, took, table.slots or len(now)) if now else None
     speed = sum(p.tokens_per_second or 0 for p in now)
-    states = ", ".join(f"{n} {s}" for s, n in sorted(count.items(), key=lambda item: -item[1]))
-    return f"{len(table.rows)} runs: {states}" + (f"; {speed:,.0f} tokens/s" if speed else "") + (f"; about {clock(left)} left" if left is not None else "")
+    states = ", ".join(f"{n} {state}" for state, n in sorted(count.items(), key=lambda item: -item[1]))
+    parts = [f"{len(table.rows)} runs: {states}"]
+    if speed: parts.append(f"{speed:,.0f} tokens/s")
+    if left is not None: parts.append(f"about {clock(left)} left")
+    return "; ".join(parts)
 
 # %% ../../nbs/ablation/12_watch.ipynb #1b4d3f0b
 def shown(
@@ -145,10 +152,16 @@ def shown(
     metric: str, # primary
 ) -> dict[str, str]: # heading: text
     "A row in words"
-    p, begun = row.progress, row.state in ("RUNNING", "STALE", "PREEMPTED")
-    return {"run": row.run, "state": row.state, "progress": f"{bar(p.fraction, 10)} {p.fraction:4.0%}" if begun else "", "loss": f"{p.loss:.3f}" if begun and p.loss is not None else "",
-            "tokens/s": f"{p.tokens_per_second:,.0f}" if row.state == "RUNNING" and p.tokens_per_second else "", "left": (clock(p.left) if p.phase in ("", "training") else p.phase) if row.state == "RUNNING" and p.left is not None else "",
-            metric: "" if row.value is None else f"{row.value:.4f}", "seconds": "" if row.seconds is None else f"{row.seconds:g}", "error": row.error}
+    p, running, begun = row.progress, row.state == "RUNNING", row.state in ("RUNNING", "STALE", "PREEMPTED")
+    words = {"run": row.run, "state": row.state, "progress": "", "loss": "", "tokens/s": "", "left": "", metric: "",
+             "seconds": "", "error": row.error}
+    if begun: words["progress"] = f"{bar(p.fraction, 10)} {p.fraction:4.0%}"
+    if begun and p.loss is not None: words["loss"] = f"{p.loss:.3f}"
+    if running and p.tokens_per_second: words["tokens/s"] = f"{p.tokens_per_second:,.0f}"
+    if running and p.left is not None: words["left"] = clock(p.left) if p.phase in ("", "training") else p.phase
+    if row.value is not None: words[metric] = f"{row.value:.4f}"
+    if row.seconds is not None: words["seconds"] = f"{row.seconds:g}"
+    return words
 
 def table_text(
     table: Table, # as it was read
@@ -207,7 +220,8 @@ def live_lines(
 ) -> list[str]:
     "What is worth seeing while a study runs: the runs under way, and the study in a line"
     lines = table_text(table, ["RUNNING"]).splitlines()
-    return lines[:most + 1] + ([f"and {len(lines) - most - 1} more"] if len(lines) > most + 1 else []) + [summary(table)]
+    hidden = len(lines) - 1 - most
+    return lines[:most + 1] + ([f"and {hidden} more"] if hidden > 0 else []) + [summary(table)]
 
 # %% ../../nbs/ablation/12_watch.ipynb #82feef89
 def follow(

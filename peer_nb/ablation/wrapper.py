@@ -225,7 +225,7 @@ def execute(
 # %% ../../nbs/ablation/03_wrapper.ipynb #9cdc076c
 def _report(run: Path, plan: Plan, cell: Cell, status: dict) -> dict:
     "Draw the run's page; an error is logged and kept"
-    from peer_nb.ablation.report import run_report
+    from peer_nb.ablation.run_page import run_report
     try: run_report(run, plan.study["name"], cell, status)
     except Exception as e:
         traceback.print_exc()

@@ -16,8 +16,10 @@ if TYPE_CHECKING: from torch import nn
 __all__ = ['COMPONENTS', 'component', 'layer_number', 'parameter_rows', 'measured_pass', 'count_any', 'check_closed_form']
 
 # %% ../../nbs/analysis/05_any_model.ipynb #74fdf778
-COMPONENTS = (("embedding", r"embed|wte|wpe|lm_head|embed_out"), ("memory_tables", r"memory\.(values|expert_down|expert_up)\b"), ("memory_router", r"\.memory\."),
-              ("attention", r"attn|attention(?!_norm)"), ("norms", r"norm|\bln_|layernorm"), ("feed_forward", r"mlp|feed_forward|ffn|fc[12]|experts|moe"))
+COMPONENTS = (("embedding", r"embed|wte|wpe|lm_head|embed_out"),
+              ("memory_tables", r"memory\.(values|expert_down|expert_up)\b"), ("memory_router", r"\.memory\."),
+              ("attention", r"attn|attention(?!_norm)"), ("norms", r"norm|\bln_|layernorm"),
+              ("feed_forward", r"mlp|feed_forward|ffn|fc[12]|experts|moe"))
 
 def component(
     name: str, # of a parameter
@@ -50,7 +52,7 @@ def parameter_rows(
 def measured_pass(
     model: nn.Module, # on the meta device
     context: int, # tokens
-) -> tuple[int, int | None]: # FLOPs per token of a forward pass; numbers of the cache per token, None where there is none
+) -> tuple[int, int | None]: # FLOPs of a forward pass and numbers of the cache, per token; None: there is no cache
     "Run one text through a model without values, and look"
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -58,7 +60,8 @@ def measured_pass(
     ids = torch.zeros(1, context, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad(): out = model.eval()(input_ids=ids, use_cache=True)
     layers = getattr(getattr(out, "past_key_values", None), "layers", None)
-    cached = None if not layers else sum(t.numel() for layer in layers for t in (layer.keys, layer.values)) // context
+    tensors = [t for layer in layers or () for t in (layer.keys, layer.values)]
+    cached = sum(t.numel() for t in tensors) // context if layers else None
     return counter.get_total_flops() // context, cached
 
 # %% ../../nbs/analysis/05_any_model.ipynb #8723f010
@@ -75,12 +78,13 @@ def count_any(
     for row in rows:
         for kind, number in row.items():
             if kind not in ("layer", "total"): parts[kind] = parts.get(kind, 0) + number
-    total, table = sum(parts.values()), model.get_input_embeddings().weight
-    tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is table
+    total, table, head = sum(parts.values()), model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = head is not None and head.weight is table
+    unread = 0 if tied else table.numel() - table.shape[1] # a token reads one row of the input embedding
     mixture = any("expert" in name for name, _ in model.named_parameters())
-    flops, cached = measured_pass(model, context) if not mixture else (None, None)
-    return dict(total=total, active=None if mixture else total - (0 if tied else table.numel() - table.shape[1]), embedding=parts.get("embedding", 0), components=parts, layers=rows,
-                flops_per_token=flops, cache_numbers=cached, context=context)
+    flops, cached = (None, None) if mixture else measured_pass(model, context)
+    return dict(total=total, active=None if mixture else total - unread, embedding=parts.get("embedding", 0),
+                components=parts, layers=rows, flops_per_token=flops, cache_numbers=cached, context=context)
 
 # %% ../../nbs/analysis/05_any_model.ipynb #7cf69fdc
 def check_closed_form(
@@ -91,9 +95,10 @@ def check_closed_form(
     model, count = meta_model({"model_type": "peer_mla", **model_config}), count_parameters(model_config)
     found: dict[str, int] = {}
     for row in parameter_rows(model):
-        for kind, number in row.items(): found[kind] = found.get(kind, 0) + number if kind != "layer" else 0
-    said = dict(total=count.total, embedding=count.embedding, attention=count.attention, feed_forward=count.dense_mlp, norms=count.norms, memory_tables=count.memory_tables,
-                memory_router=count.memory_router)
+        for kind, number in row.items():
+            if kind != "layer": found[kind] = found.get(kind, 0) + number
+    said = dict(total=count.total, embedding=count.embedding, attention=count.attention, feed_forward=count.dense_mlp,
+                norms=count.norms, memory_tables=count.memory_tables, memory_router=count.memory_router)
     different = {k: (v, found.get(k, 0)) for k, v in said.items() if v != found.get(k, 0)}
     if different: raise ValueError(f"closed form and model differ (said, found): {different}")
-    return dict(total=found["total"], tensors=sum(1 for _ in model.parameters()))
+    return dict(total=found["total"], tensors=len(list(model.parameters())))

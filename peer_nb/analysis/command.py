@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +26,7 @@ from ..files import read_json, sha256_of, writable_folder
 if TYPE_CHECKING: from peer_nb.analysis.expert_usage import UsageRun
 
 # %% auto #0
-__all__ = ['PARTS', 'STATE', 'SAVE_SECONDS', 'main', 'say', 'finish', 'own_config', 'has_training', 'own_parameters',
+__all__ = ['PARTS', 'STATE', 'SAVE_SECONDS', 'COMMANDS', 'main', 'say', 'finish', 'own_config', 'has_training', 'own_parameters',
            'foreign_parameters', 'parameters_text', 'parameters', 'file_text', 'in_turn', 'chosen_entries',
            'save_state', 'load_state', 'Stop', 'Lines', 'load_for_usage', 'count_texts', 'usage_text', 'measure',
            'usage', 'checkpoint_text', 'checkpoint', 'compare_text', 'compare', 'page']
@@ -55,21 +56,24 @@ def own_config(
 ) -> Config | None: # None: the model is not ours
     "The configuration that a source means"
     if source.is_file() and source.suffix in (".yaml", ".yml"): return load_config(source, overrides)
-    if not source.exists(): raise UserError(f"{source}: no such file or folder: give a configuration (.yaml) or a checkpoint folder")
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder: give a configuration (.yaml) or a checkpoint folder")
     if overrides: raise UserError(f"{source} is a checkpoint: its configuration cannot be changed ({overrides[0]})")
     if (source/"trainer_state"/"config.yaml").is_file(): return load_config(source/"trainer_state"/"config.yaml")
     config = read_json(source/"config.json") if source.is_dir() else None
-    if not isinstance(config, dict): raise UserError(f"{source}: neither a configuration file (.yaml) nor a folder with config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{source}: neither a configuration file (.yaml) nor a folder with config.json")
     if config.get("model_type") != "peer_mla": return None
     known = {f.name for f in fields(ModelConfig)}
-    length = {"dataset_config": {"max_seq_length": config.get("max_position_embeddings", 2048)}}
-    return config_from_dict({"model_config": {k: v for k, v in config.items() if k in known}} | length, str(source/"config.json"))
+    own = {key: value for key, value in config.items() if key in known}
+    length = {"max_seq_length": config.get("max_position_embeddings", 2048)}
+    return config_from_dict({"model_config": own, "dataset_config": length}, str(source/"config.json"))
 
 def has_training(source: Path) -> bool: # whether it says how the model is trained
     "A bare model folder knows nothing of batches"
     return source.is_file() or (source/"trainer_state"/"config.yaml").is_file()
 
-# %% ../../nbs/analysis/08_command.ipynb #92955588
+# %% ../../nbs/analysis/08_command.ipynb #b3614ec9
 PARTS = ("embedding", "attention", "dense_mlp", "norms", "memory_router", "memory_tables")
 
 def own_parameters(
@@ -77,17 +81,21 @@ def own_parameters(
     context: int | None, # tokens that a query attends to; None: the longest
     training: bool, # whether the configuration says how it is trained
 ) -> dict: # fields of a result
-    "The closed formulas' numbers"
-    c, count = cfg.model_config, count_parameters(cfg.model_config, context)
-    components, cache = {p: getattr(count, p) for p in PARTS}, cache_numbers(c)[0]
-    read = components | {"memory_tables": count.active_memory, "embedding": count.active - sum(components[p] for p in PARTS[1:5]) - count.active_memory}
-    train = cfg.train_config
-    step = dict(batch=train.per_device_train_batch_size, length=cfg.dataset_config.max_seq_length, batches=train.gradient_accumulation_steps, recomputed=train.gradient_checkpointing,
-                precision="bfloat16" if train.bf16 else "float16" if train.fp16 else "float8" if train.fp8 else "float32")
-    return dict(model_type="peer_mla", total=count.total, active=count.active, sparsity=1 - count.active / count.total, embedding=count.embedding, without_embedding=count.total - count.embedding,
-                components=components, active_components=read, layers=layer_rows(c, context), bytes=weight_bytes(count.total), context=count.context, flops_per_token=count.flops_per_token,
-                training_flops_per_token=count.training_flops_per_token, cache_numbers_per_token=cache, cache_bytes_per_token=weight_bytes(cache), stored=None, checked=None,
-                step_memory={k: s.to_dict() for k, s in memory_table(cfg).items()} if training else None, step=step if training else None)
+    c, train, count = cfg.model_config, cfg.train_config, count_parameters(cfg.model_config, context)
+    components, cache = {part: getattr(count, part) for part in PARTS}, cache_numbers(c)[0]
+    whole = sum(components[part] for part in PARTS[1:5]) + count.active_memory
+    read = components | {"memory_tables": count.active_memory, "embedding": count.active - whole}
+    precision = "bfloat16" if train.bf16 else "float16" if train.fp16 else "float8" if train.fp8 else "float32"
+    step = dict(batch=train.per_device_train_batch_size, length=cfg.dataset_config.max_seq_length,
+                batches=train.gradient_accumulation_steps, recomputed=train.gradient_checkpointing, precision=precision)
+    memory = {gradient: found.to_dict() for gradient, found in memory_table(cfg).items()} if training else None
+    return dict(model_type="peer_mla", total=count.total, active=count.active, sparsity=1 - count.active / count.total,
+                embedding=count.embedding, without_embedding=count.total - count.embedding, components=components,
+                active_components=read, layers=layer_rows(c, context), bytes=weight_bytes(count.total),
+                context=count.context, flops_per_token=count.flops_per_token,
+                training_flops_per_token=count.training_flops_per_token, cache_numbers_per_token=cache,
+                cache_bytes_per_token=weight_bytes(cache), stored=None, checked=None, step_memory=memory,
+                step=step if training else None)
 
 # %% ../../nbs/analysis/08_command.ipynb #1d8c1108
 def foreign_parameters(
@@ -98,29 +106,38 @@ def foreign_parameters(
     "The same numbers about a model that is not ours"
     found = count_any(config, str(source), context)
     total, active, flops, cache = (found[k] for k in ("total", "active", "flops_per_token", "cache_numbers"))
-    return dict(model_type=str(config.get("model_type")), total=total, active=active, sparsity=None if active is None else 1 - active / total, embedding=found["embedding"],
-                without_embedding=total - found["embedding"], components=found["components"], active_components=None, layers=found["layers"], bytes=weight_bytes(total), context=found["context"],
-                flops_per_token=flops, training_flops_per_token=None if flops is None else 3*flops, cache_numbers_per_token=cache, cache_bytes_per_token=None if cache is None else weight_bytes(cache),
-                stored=None, checked=None, step_memory=None, step=None)
+    return dict(model_type=str(config.get("model_type")), total=total, active=active,
+                sparsity=None if active is None else 1 - active / total, embedding=found["embedding"],
+                without_embedding=total - found["embedding"], components=found["components"], active_components=None,
+                layers=found["layers"], bytes=weight_bytes(total), context=found["context"], flops_per_token=flops,
+                training_flops_per_token=None if flops is None else 3*flops, cache_numbers_per_token=cache,
+                cache_bytes_per_token=None if cache is None else weight_bytes(cache), stored=None, checked=None,
+                step_memory=None, step=None)
 
-# %% ../../nbs/analysis/08_command.ipynb #ecfc8afe
+# %% ../../nbs/analysis/08_command.ipynb #fa9b67dd
+def _columns(first: Any, *cells: Any, width: int = 16) -> str:
+    "A line of a table: a name, then numbers or words in columns of twenty characters"
+    return f"{first:<{width}}" + "".join(f"{number_text(cell):>20}" for cell in cells)
+
 def parameters_text(
     result: dict, # of kind parameters
 ) -> str: # for a terminal
     "The numbers in lines"
-    cache, read = result["cache_bytes_per_token"], result["active_components"] or {}
-    lines = [f"{name:<34}{number_text(value):>20}" for name, value in (
-        ("parameters", result["total"]), ("without embeddings", result["without_embedding"]), ("a token reads", result["active"]), ("FLOPs a token, forward", result["flops_per_token"]),
-        ("FLOPs a token, training", result["training_flops_per_token"]))]
-    if result["sparsity"] is not None: lines.append(f"{'sparsity':<34}{result['sparsity']:>20.4%}")
-    if cache: lines.append(f"{'cache a token, bfloat16':<34}{size_text(cache['bfloat16']):>20}")
-    lines.append(f"{'weights':<34}{', '.join(f'{k} {size_text(v)}' for k, v in result['bytes'].items() if k in ('float32', 'bfloat16', 'int8')):>20}")
-    lines += ["", f"{'component':<16}{'held':>20}{'a token reads':>20}"] + [f"{k.replace('_', ' '):<16}{v:>20,}{number_text(read.get(k)):>20}" for k, v in result["components"].items()]
-    keys = [k for k in ("total", "active", "flops") if any(k in r for r in result["layers"])]
-    name = lambda row: " ".join(dict.fromkeys(str(row[k]) for k in ("layer", "kind") if k in row))
-    lines += ["", f"{'layer':<16}" + "".join(f"{k:>20}" for k in keys)]
-    lines += [f"{name(r):<16}" + "".join(f"{number_text(r.get(k)):>20}" for k in keys) for r in result["layers"]]
-    return "\n".join(lines)
+    cache, read, layers = result["cache_bytes_per_token"], result["active_components"] or {}, result["layers"]
+    sizes = ", ".join(f"{k} {size_text(v)}" for k, v in result["bytes"].items() if k in ("float32", "bfloat16", "int8"))
+    head = {"parameters": result["total"], "without embeddings": result["without_embedding"],
+            "a token reads": result["active"], "FLOPs a token, forward": result["flops_per_token"],
+            "FLOPs a token, training": result["training_flops_per_token"]}
+    if result["sparsity"] is not None: head["sparsity"] = f"{result['sparsity']:.4%}"
+    if cache: head["cache a token, bfloat16"] = size_text(cache["bfloat16"])
+    head["weights"] = sizes
+    lines = [_columns(name, value, width=34) for name, value in head.items()]
+    lines += ["", _columns("component", "held", "a token reads")]
+    lines += [_columns(kind.replace("_", " "), held, read.get(kind)) for kind, held in result["components"].items()]
+    keys = [k for k in ("total", "active", "flops") if any(k in row for row in layers)]
+    names = [" ".join(dict.fromkeys(str(row[k]) for k in ("layer", "kind") if k in row)) for row in layers]
+    lines += ["", _columns("layer", *keys)]
+    return "\n".join(lines + [_columns(name, *(row.get(k) for k in keys)) for name, row in zip(names, layers)])
 
 # %% ../../nbs/analysis/08_command.ipynb #dbfdb982
 def parameters(
@@ -146,7 +163,9 @@ def parameters(
         for t in tensors: dtypes[t.dtype] = dtypes.get(t.dtype, 0) + t.numbers
         found["stored"] = dict(numbers=sum(dtypes.values()), bytes=sum(t.bytes for t in tensors), dtypes=dtypes)
     say(parameters_text(found))
-    if found["checked"]: say(f"\nthe model on the meta device has the same {found['checked']['total']:,} parameters, in {found['checked']['tensors']} tensors")
+    if found["checked"]:
+        total, tensors = (f"{found['checked'][k]:,}" for k in ("total", "tensors"))
+        say(f"\nthe model on the meta device has the same {total} parameters, in {tensors} tensors")
     if found["step_memory"]: say(f"\nmemory of a training step, by table gradient\n{memory_text(memory_table(cfg))}")
     finish("parameters", result_of("parameters", [source], found), output)
     return 0
@@ -157,7 +176,8 @@ def file_text(
 ) -> str: # its content
     "A file as one document"
     try: return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e: raise UserError(f"{path}: not a text file that can be read: {e.strerror if isinstance(e, OSError) else 'it is not UTF-8'}") from e
+    except OSError as e: raise UserError(f"{path}: not a text file that can be read: {e.strerror}") from e
+    except UnicodeDecodeError as e: raise UserError(f"{path}: not a text file that can be read: it is not UTF-8") from e
 
 def in_turn(
     sources: list[Iterable[Any]], # of documents
@@ -177,7 +197,9 @@ def chosen_entries(
 ) -> list[DatasetEntry]: # sets to read
     "Which sets are meant"
     if mix is None:
-        if cfg is None: raise UserError("nothing to read: name --files, --config or --mix (the checkpoint has no configuration of its own)")
+        if cfg is None:
+            raise UserError("nothing to read: name --files, --config or --mix "
+                            "(the checkpoint has no configuration of its own)")
         return eval_entries(cfg)
     if custom_datasets is None: raise UserError(f"--mix {mix}: name the file that holds it by --custom-datasets")
     mixes = load_data_mixes(custom_datasets)
@@ -216,9 +238,12 @@ def load_state(
     if not (folder/STATE).exists(): return False
     try:
         with np.load(folder/STATE, allow_pickle=False) as state:
-            if str(state["identity"]) != identity: raise UserError(f"{folder/STATE} belongs to another measurement (checkpoint, text or options differ): remove it, or choose another --output")
+            if str(state["identity"]) != identity:
+                raise UserError(f"{folder/STATE} belongs to another measurement (checkpoint, text or options differ): "
+                                "remove it, or choose another --output")
             run.restore(state)
-    except (BadZipFile, OSError, ValueError, KeyError) as e: raise UserError(f"{folder/STATE} cannot be read ({type(e).__name__}): remove it to begin anew") from e
+    except (BadZipFile, OSError, ValueError, KeyError) as e:
+        raise UserError(f"{folder/STATE} cannot be read ({type(e).__name__}): remove it to begin anew") from e
     return True
 
 # %% ../../nbs/analysis/08_command.ipynb #7ba10bac
@@ -247,7 +272,8 @@ class Lines:
         total: int | None, # of how many
         what: str, # is counted
     ):
-        self.total, self.what, self.start, self.shown, self.terminal = total, what, time.monotonic(), 0, sys.stdout.isatty()
+        self.total, self.what, self.start, self.shown = total, what, time.monotonic(), 0
+        self.terminal = sys.stdout.isatty()
 
     def __call__(self,
         done: int, # so many
@@ -260,7 +286,8 @@ class Lines:
         self.shown = tenth
         speed = done / max(time.monotonic() - self.start, 1e-9)
         left = f", {(total - done) / max(speed, 1e-9):,.0f} s left" if total and done < total else ""
-        print(f"{done:,}{f' of {total:,}' if total else ''} {self.what}{left}", end="   \r" if self.terminal and done != total else "\n", flush=True)
+        of, rewritten = f" of {total:,}" if total else "", self.terminal and done != total
+        print(f"{done:,}{of} {self.what}{left}", end="   \r" if rewritten else "\n", flush=True)
 
 # %% ../../nbs/analysis/08_command.ipynb #55fee49d
 def load_for_usage(
@@ -268,11 +295,15 @@ def load_for_usage(
 ) -> tuple[Any, Any]: # model, tokenizer
     "A model whose usage can be counted; `UserError` before anything is loaded"
     opened = open_checkpoint(checkpoint)
-    if opened.config is None: raise UserError(f"{checkpoint}: usage needs a whole checkpoint folder, with its tokenizer")
+    if opened.config is None:
+        raise UserError(f"{checkpoint}: usage needs a whole checkpoint folder, with its tokenizer")
     if opened.model_type != "peer_mla":
-        raise UserError(f"{checkpoint} is a {opened.model_type} model: it has no memory layers, so there is no expert usage to measure. peer-analyze parameters and checkpoint work on it")
-    if wrong := misfits(opened): raise UserError(f"{checkpoint}: the weights do not fit config.json: {'; '.join(wrong[:3])}")
-    if not any((checkpoint/name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")): raise UserError(f"{checkpoint}: no tokenizer in this folder")
+        raise UserError(f"{checkpoint} is a {opened.model_type} model: it has no memory layers, so there is no expert "
+                        "usage to measure. peer-analyze parameters and checkpoint work on it")
+    if wrong := misfits(opened):
+        raise UserError(f"{checkpoint}: the weights do not fit config.json: {'; '.join(wrong[:3])}")
+    if not any((checkpoint/name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise UserError(f"{checkpoint}: no tokenizer in this folder")
     from transformers.utils import logging
 
     from peer_nb.evaluation.perplexity import load_checkpoint_model
@@ -309,8 +340,11 @@ def usage_text(
     rows = [USAGE_COLUMNS] + [{k: number_text(v) for k, v in row.items()} for row in usage_rows(result)]
     widths = {k: max(len(row[k]) for row in rows) for k in USAGE_COLUMNS}
     lines = ["  ".join(f"{row[k]:>{widths[k]}}" for k in USAGE_COLUMNS) for row in rows]
-    hot = [f"layer {layer['layer']}: " + ", ".join(f"{h['row']:,} ({h['times']:.1f} ×)" for h in layer["hot_rows"][:6]) for layer in result["layers"] if layer["hot_rows"]]
-    return "\n".join([*lines, *(["", "hottest rows"] + hot if hot else [])])
+    hot = []
+    for layer in result["layers"]:
+        rows = [f"{h['row']:,} ({h['times']:.1f} ×)" for h in layer["hot_rows"][:6]]
+        if rows: hot.append(f"layer {layer['layer']}: {', '.join(rows)}")
+    return "\n".join([*lines, *(["", "hottest rows", *hot] if hot else [])])
 
 # %% ../../nbs/analysis/08_command.ipynb #b90c50f5
 def measure(
@@ -326,18 +360,26 @@ def measure(
 ) -> int: # exit code
     "Count, and write what was found"
     from peer_nb.analysis.expert_usage import UsageRun
-    texts = lambda: in_turn([source() for source in sources])
+    def texts(): return in_turn([source() for source in sources])
     run, folder = UsageRun(*loaded, **options), None if output is None else writable_folder(output)
-    if folder is not None and load_state(folder, run, identity): say(f"going on after {run.documents:,} documents, {run.tokens:,} tokens")
+    if folder is not None and load_state(folder, run, identity):
+        say(f"going on after {run.documents:,} documents, {run.tokens:,} tokens")
     complete = count_texts(run, texts(), folder, identity)
     if not run.tokens: raise UserError(f"no text: {', '.join(about['data'])} ({about['part']}) has no tokens")
     together = run.read_pairs(texts(), *pairs) if pairs[0] > 1 and complete else None
     result = result_of("usage", [checkpoint], about | run.result(threshold, together), complete)
-    say("" if complete else "\ninterrupted; the same command goes on from here" if folder else "\ninterrupted")
+    if not complete: say("\ninterrupted; the same command goes on from here" if folder else "\ninterrupted")
+    else: say("")
     say(usage_text(result))
     finish("usage", result, folder)
     if complete and folder is not None: (folder/STATE).unlink(missing_ok=True)
     return 0 if complete else 130
+
+# %% ../../nbs/analysis/08_command.ipynb #35ecd52d
+def _stamps(checkpoint: Path, files: list[str]) -> list[tuple[str, int, int]]:
+    "Weights and texts as path, size and time of change: two measurements with equal ones read the same"
+    paths = [p for p in [*sorted(checkpoint.glob("*.safetensors")), *map(Path, files)] if p.exists()]
+    return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
 
 # %% ../../nbs/analysis/08_command.ipynb #21e89e72
 def usage(
@@ -350,7 +392,7 @@ def usage(
     max_tokens: int = 200_000, # read at most so many
     window: int | None = None, # tokens of context; default: the configuration's max_seq_length, or the model's longest
     batch_size: int = 8, # windows per forward pass
-    threshold: float | None = None, # a row is hot beyond so many times the equal share; default: the model's usage_threshold
+    threshold: float | None = None, # a row is hot beyond so many times its share; default: the model's usage_threshold
     pairs: int = 24, # among so many of the busiest rows of a layer, count which come together; 0: don't
     pair_tokens: int = 50_000, # read again for that, at most
     output: Path | None = None, # folder for usage.json, usage.html, and the state of an interrupted run
@@ -362,21 +404,21 @@ def usage(
     peer-analyze usage output/checkpoint-1000 --mix science_mix --custom-datasets configs/datasets.yaml --part train
     """
     if files and (config or mix): raise UserError("give --files, or --config or --mix, not both")
-    if max_tokens < 1 or batch_size < 1 or pairs < 0 or (window is not None and window < 1): raise UserError("--max-tokens, --window and --batch-size must be at least 1, --pairs at least 0")
+    if min(max_tokens, batch_size, 1 if window is None else window) < 1 or pairs < 0:
+        raise UserError("--max-tokens, --window and --batch-size must be at least 1, --pairs at least 0")
     model, tokenizer = load_for_usage(checkpoint)
     own = checkpoint/"trainer_state"/"config.yaml"
     cfg = load_config(config or own) if config or own.is_file() else None
     entries = [] if files else chosen_entries(cfg, mix, custom_datasets)
     fraction = cfg.dataset_config.heldout_fraction if cfg else 0.05
-    sources = ([lambda: [file_text(f) for f in files]] if files else
-               [lambda entry=entry: documents(entry, heldout=part == "heldout", heldout_fraction=fraction) for entry in entries])
+    def read(entry): return documents(entry, heldout=part == "heldout", heldout_fraction=fraction)
+    sources = [lambda: [file_text(f) for f in files]] if files else [partial(read, entry) for entry in entries]
     longest = model.config.max_position_embeddings
     window = min(window or (cfg.dataset_config.max_seq_length if cfg else longest), longest)
     options = dict(window=window, batch_size=batch_size, max_tokens=max_tokens)
-    stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in [*sorted(checkpoint.glob("*.safetensors")), *map(Path, files or ())] if p.exists()]
-    identity = sha256_of([options, stamps, [asdict(e) for e in entries], part, fraction])
-    data = list(files or [e.name for e in entries])
-    return measure(checkpoint, (model, tokenizer), sources, options, identity, output, dict(model_type="peer_mla", data=data, part="files" if files else part), (pairs, pair_tokens),
+    identity = sha256_of([options, _stamps(checkpoint, files or []), [asdict(e) for e in entries], part, fraction])
+    about = dict(model_type="peer_mla", data=list(files or [e.name for e in entries]), part="files" if files else part)
+    return measure(checkpoint, (model, tokenizer), sources, options, identity, output, about, (pairs, pair_tokens),
                    threshold or model.config.peer_config["usage_threshold"])
 
 # %% ../../nbs/analysis/08_command.ipynb #92b25a06
@@ -386,9 +428,13 @@ def checkpoint_text(
     "One line per tensor"
     width = max([len(t["name"]) for t in result["tensors"]] + [6])
     lines = [f"{'tensor':<{width}}  {'format':>6}  {'shape':>18}  {'rms':>10}  {'largest':>10}  {'not finite':>10}"]
-    lines += [f"{t['name']:<{width}}  {t['dtype']:>6}  {' x '.join(map(str, t['shape'])):>18}  {t['rms']:>10.4g}  {t['largest']:>10.4g}  {t['nan'] + t['infinite']:>10,}" for t in result["tensors"]]
+    for t in result["tensors"]:
+        name, shape, bad = f"{t['name']:<{width}}", " x ".join(map(str, t["shape"])), t["nan"] + t["infinite"]
+        lines.append(f"{name}  {t['dtype']:>6}  {shape:>18}  {t['rms']:>10.4g}  {t['largest']:>10.4g}  {bad:>10,}")
     dtypes = ", ".join(f"{n:,} {kind}" for kind, n in result["dtypes"].items())
-    return "\n".join([*lines, "", f"{len(result['tensors'])} tensors, {dtypes}, {size_text(result['bytes'])}; not finite: {result['nan'] + result['infinite']:,}"])
+    bad = f"{result['nan'] + result['infinite']:,}"
+    whole = f"{len(result['tensors'])} tensors, {dtypes}, {size_text(result['bytes'])}; not finite: {bad}"
+    return "\n".join([*lines, "", whole])
 
 # %% ../../nbs/analysis/08_command.ipynb #e7647e1f
 def checkpoint(
@@ -402,7 +448,8 @@ def checkpoint(
     found = inspect_checkpoint(open_checkpoint(path), Lines(None, "tensors"))
     say(checkpoint_text(found))
     finish("checkpoint", result_of("checkpoint", [path], found, complete=not found["misfits"]), output)
-    if found["misfits"]: raise UserError(f"{path}: the weights do not fit config.json: " + "; ".join(found["misfits"][:5]))
+    if found["misfits"]:
+        raise UserError(f"{path}: the weights do not fit config.json: {'; '.join(found['misfits'][:5])}")
     return 0
 
 # %% ../../nbs/analysis/08_command.ipynb #ade7d70f
@@ -413,12 +460,17 @@ def compare_text(
     moved = sorted((c for c in result["tensors"] if c["changed"]), key=lambda c: -(c["relative"] or 0))
     width = max([len(c["name"]) for c in moved] + [6])
     lines = [f"{'tensor':<{width}}  {'relative':>10}  {'largest':>10}  {'rows changed':>20}"]
-    lines += [f"{c['name']:<{width}}  {number_text(c['relative']):>10}  {c['largest']:>10.4g}  {c['changed_rows']:>9,} of {c['rows']:,}" for c in moved] if moved else ["nothing changed"]
-    lines += ["", f"{len(moved)} of {len(result['tensors'])} tensors changed, {result['changed']:,} of {result['numbers']:,} numbers"]
+    for c in moved:
+        rows = f"{c['changed_rows']:>9,} of {c['rows']:,}"
+        lines.append(f"{c['name']:<{width}}  {number_text(c['relative']):>10}  {c['largest']:>10.4g}  {rows}")
+    if not moved: lines.append("nothing changed")
+    numbers = f"{result['changed']:,} of {result['numbers']:,} numbers"
+    lines += ["", f"{len(moved)} of {len(result['tensors'])} tensors changed, {numbers}"]
     for which, names in (("first", result["only_in_first"]), ("second", result["only_in_second"])):
         if names: lines.append(f"only in the {which}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
     lines += [f"{s['name']}: shape {s['shapes'][0]} and {s['shapes'][1]}" for s in result["shapes"]]
-    return "\n".join(lines + [f"config {c['key']}: {c['values'][0]!r:.60} and {c['values'][1]!r:.60}" for c in result["config"]])
+    lines += [f"config {c['key']}: {c['values'][0]!r:.60} and {c['values'][1]!r:.60}" for c in result["config"]]
+    return "\n".join(lines)
 
 # %% ../../nbs/analysis/08_command.ipynb #0afd08b6
 def compare(
@@ -449,6 +501,7 @@ def page(
     finish(kind, found, output or result.parent)
     return 0
 
-# %% ../../nbs/analysis/08_command.ipynb #2cbbf801
-main = make_main("peer-analyze", {"parameters": parameters, "usage": usage, "checkpoint": checkpoint, "compare": compare, "page": page},
+# %% ../../nbs/analysis/08_command.ipynb #81ae068e
+COMMANDS = {"parameters": parameters, "usage": usage, "checkpoint": checkpoint, "compare": compare, "page": page}
+main = make_main("peer-analyze", COMMANDS,
                  doc="Look inside a model: its size and cost, the use of its memories, the contents of a checkpoint")

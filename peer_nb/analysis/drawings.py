@@ -10,16 +10,19 @@ import math
 import re
 from typing import TYPE_CHECKING
 
-from .pages import COLOURS, SCALE, facts_html, figure_html, new_figure, note_html, number_text, table_html
+from .pages import SCALE, facts_html, figure_html, new_figure, note_html, number_text, table_html
 from .step_memory import size_text
 from .usage_statistics import lifts
+from ..style import COLOURS, GREY
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['USAGE_COLUMNS', 'DRAW', 'heading_html', 'components_figure', 'layers_figure', 'memory_html', 'draw_parameters',
-           'curves_figure', 'histogram_figure', 'heads_figure', 'classes_figure', 'hot_figure', 'pairs_figure',
-           'usage_rows', 'draw_usage', 'usage_details', 'natural', 'tensors_figure', 'row_norms_figure',
+__all__ = ['MEMORY_PARTS', 'LAYER_COLUMNS', 'USAGE_COLUMNS', 'DRAW', 'heading_html', 'pair_html', 'section_html',
+           'components_figure', 'layers_figure', 'memory_figure', 'memory_html', 'draw_parameters', 'checks',
+           'sizes_html', 'layers_html', 'bytes_html', 'curves_figure', 'histogram_figure', 'heads_figure',
+           'classes_figure', 'hot_figure', 'pairs_figure', 'usage_rows', 'draw_usage', 'shared_html', 'usage_overview',
+           'classes_html', 'pairs_html', 'usage_details', 'natural', 'tensors_figure', 'row_norms_figure', 'norms_html',
            'draw_checkpoint', 'draw_compare']
 
 # %% ../../nbs/analysis/07_drawings.ipynb #26beaa8c
@@ -30,9 +33,26 @@ def heading_html(
 ) -> str: # HTML
     "Title, source and whatever makes the result less than complete"
     source = " → ".join(html.escape(s) for s in result["source"])
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    partial = [] if result["complete"] else ["Partial: the analysis was interrupted, or not everything could be read. The numbers are of the part that was."]
-    return f'<h1>{html.escape(title)}</h1><p class="soft">{source}</p><p>{html.escape(lead)}</p>{note_html(partial)}<!-- {html.escape(versions)} -->'
+    versions = html.escape(", ".join(f"{k} {v}" for k, v in result["versions"].items()))
+    partial = ("Partial: the analysis was interrupted, or not everything could be read. "
+               "The numbers are of the part that was.")
+    note = note_html([] if result["complete"] else [partial])
+    return (f'<h1>{html.escape(title)}</h1><p class="soft">{source}</p><p>{html.escape(lead)}</p>{note}'
+            f'<!-- {versions} -->')
+
+# %% ../../nbs/analysis/07_drawings.ipynb #39593fa5
+def pair_html(
+    *figures: str, # HTML of each
+) -> str: # HTML
+    "Figures beside each other, where there is room"
+    return f'<div class="pair">{"".join(figures)}</div>'
+
+def section_html(
+    heading: str, # text
+    *parts: str, # HTML
+) -> str: # HTML
+    "A part of a page under its heading"
+    return f"<h2>{html.escape(heading)}</h2>" + "".join(parts)
 
 # %% ../../nbs/analysis/07_drawings.ipynb #c6af3ac5
 def components_figure(
@@ -44,9 +64,12 @@ def components_figure(
     figure = new_figure("parameters, logarithmic", height=80 + 44*len(names), barmode="group", hovermode="y")
     for name, values, colour in (("a token reads", read, COLOURS[1]), ("held", held, COLOURS[0])):
         if not values: continue
-        figure.add_bar(y=[n.replace("_", " ") for n in names], x=[values.get(n) or None for n in names], name=name, orientation="h", marker_color=colour,
-                       text=[number_text(values[n]) if values.get(n) else "" for n in names], textposition="outside", cliponaxis=False)
-    figure.update_xaxes(type="log", dtick=1, range=[math.log10(min(v for v in held.values() if v)) - .5, math.log10(max(held.values())) + 1])
+        figure.add_bar(
+            y=[n.replace("_", " ") for n in names], x=[values.get(n) or None for n in names], name=name,
+            orientation="h", marker_color=colour, text=[number_text(values[n]) if values.get(n) else "" for n in names],
+            textposition="outside", cliponaxis=False)
+    smallest, largest = min(held[n] for n in names), max(held.values())
+    figure.update_xaxes(type="log", dtick=1, range=[math.log10(smallest) - .5, math.log10(largest) + 1])
     return figure
 
 # %% ../../nbs/analysis/07_drawings.ipynb #cea998aa
@@ -58,50 +81,106 @@ def layers_figure(
     "One number of each layer"
     rows = result["layers"]
     figure = new_figure("layer", title, height=280)
-    figure.add_bar(x=[str(r["layer"]) for r in rows], y=[r.get(key) for r in rows], marker_color=COLOURS[2], hovertemplate="layer %{x}: %{y:,}<extra></extra>")
+    figure.add_bar(x=[str(r["layer"]) for r in rows], y=[r.get(key) for r in rows], marker_color=COLOURS[2],
+                   hovertemplate="layer %{x}: %{y:,}<extra></extra>")
     figure.update_xaxes(type="category")
     return figure
 
-# %% ../../nbs/analysis/07_drawings.ipynb #e9c41126
+# %% ../../nbs/analysis/07_drawings.ipynb #8089b210
+MEMORY_PARTS = ("weights", "half_copies", "optimizer", "gradients", "activations")
+
+def memory_figure(
+    choices: dict[str, dict], # table gradient -> memory of a step
+) -> go.Figure: # bars
+    "What a training step needs, for each way of training the tables"
+    figure = new_figure("gigabytes", height=110 + 54*len(choices), barmode="stack")
+    for part, colour in zip(MEMORY_PARTS, COLOURS):
+        figure.add_bar(y=list(choices), x=[s[part] / 1e9 for s in choices.values()], name=part.replace("_", " "),
+                       orientation="h", marker_color=colour)
+    mark = dict(symbol="line-ns", size=26, line=dict(width=3, color=COLOURS[7]))
+    peaks = [s["peak"] / 1e9 for s in choices.values()]
+    figure.add_scatter(y=list(choices), x=peaks, name="peak", mode="markers", marker=mark)
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
 def memory_html(
     result: dict, # of kind parameters
 ) -> str: # HTML; empty where the training isn't known
-    "What a training step needs, for each way of training the tables"
-    if not result["step_memory"]: return ""
-    parts = ("weights", "half_copies", "optimizer", "gradients", "activations")
-    choices = result["step_memory"]
-    figure = new_figure("gigabytes", height=110 + 54*len(choices), barmode="stack")
-    for part, colour in zip(parts, COLOURS):
-        figure.add_bar(y=list(choices), x=[s[part] / 1e9 for s in choices.values()], name=part.replace("_", " "), orientation="h", marker_color=colour)
-    figure.add_scatter(y=list(choices), x=[s["peak"] / 1e9 for s in choices.values()], name="peak", mode="markers", marker=dict(symbol="line-ns", size=26, line=dict(width=3, color=COLOURS[7])))
-    figure.update_yaxes(autorange="reversed")
-    rows = [dict(table_gradient=k, moment=s["moment"], **{p: size_text(s[p]) for p in (*parts, "peak")}) for k, s in choices.items()]
-    columns = dict(table_gradient="table gradient") | {p: p.replace("_", " ") for p in parts} | dict(peak="peak", moment="peaks in")
-    step = result["step"]
-    lead = (f"{step['batch']} rows of {step['length']:,} tokens a batch, {step['batches']} to a step, matrix products in {step['precision']}"
-            + (", activations recomputed" if step["recomputed"] else "") + ". Parts don't always peak together, so the peak is at most their sum.")
-    return f"<h2>A training step</h2><p>{html.escape(lead)}</p>{table_html(rows, columns)}" + figure_html(figure, "Bars: the most each part takes. Red marks: the worst moment of a step, estimated.")
+    "The same with its table"
+    choices, step = result["step_memory"], result["step"]
+    if not choices: return ""
+    sizes = {name: {part: size_text(s[part]) for part in (*MEMORY_PARTS, "peak")} for name, s in choices.items()}
+    rows = [dict(table_gradient=name, moment=s["moment"], **sizes[name]) for name, s in choices.items()]
+    columns = {"table_gradient": "table gradient"} | {part: part.replace("_", " ") for part in MEMORY_PARTS}
+    columns |= dict(peak="peak", moment="peaks in")
+    recomputed = ", activations recomputed" if step["recomputed"] else ""
+    lead = (f"{step['batch']} rows of {step['length']:,} tokens a batch, {step['batches']} to a step, matrix products "
+            f"in {step['precision']}{recomputed}. Parts don't always peak together, so the peak is at most their sum.")
+    caption = "Bars: the most each part takes. Red marks: the worst moment of a step, estimated."
+    return section_html("A training step", f"<p>{html.escape(lead)}</p>", table_html(rows, columns),
+                        figure_html(memory_figure(choices), caption))
 
-# %% ../../nbs/analysis/07_drawings.ipynb #0f1d3376
+# %% ../../nbs/analysis/07_drawings.ipynb #baa0022b
 def draw_parameters(
     result: dict, # of kind parameters
 ) -> str: # HTML
     "The page of a parameter count"
+    cache, sparsity = result["cache_bytes_per_token"], result["sparsity"]
+    facts = {"parameters": number_text(result["total"]), "a token reads": number_text(result["active"]),
+             "sparsity": "–" if sparsity is None else f"{sparsity:.2%}",
+             "without embeddings": number_text(result["without_embedding"]),
+             "FLOPs a token": number_text(result["flops_per_token"]),
+             "FLOPs a trained token": number_text(result["training_flops_per_token"]),
+             "cache a token, bfloat16": size_text(cache["bfloat16"]) if cache else "–",
+             "weights, bfloat16": size_text(result["bytes"]["bfloat16"])}
+    lead = (f"A {result['model_type']} model; every query attends to {result['context']:,} tokens. "
+            "Two operations are counted per multiply-add.")
+    found = "".join(f'<p class="soft">{html.escape(line)}</p>' for line in checks(result))
+    return (heading_html(result, "Parameters", lead) + facts_html(facts) + found + sizes_html(result)
+            + memory_html(result) + layers_html(result) + bytes_html(result))
+
+# %% ../../nbs/analysis/07_drawings.ipynb #1f97b226
+LAYER_COLUMNS = ("kind", "total", "active", "flops", "embedding", "attention", "dense_mlp", "feed_forward", "norms",
+                 "memory_router", "memory_tables", "other")
+
+def checks(
+    result: dict, # of kind parameters
+) -> list[str]: # in words
+    "What the numbers were compared with"
+    found, checked, stored = [], result["checked"], result["stored"]
+    if checked:
+        found.append("The closed formulas agree with the model on the meta device: "
+                     f"{checked['total']:,} parameters in {checked['tensors']} tensors.")
+    if stored: found.append(f"The files hold {stored['numbers']:,} numbers, {size_text(stored['bytes'])}.")
+    return found
+
+def sizes_html(
+    result: dict, # of kind parameters
+) -> str: # HTML
+    "Figures: by component, and where it is known what a token reads, by layer"
+    whole = figure_html(components_figure(result), "Parameters by component.")
+    if not any("active" in row for row in result["layers"]): return whole
+    read, computed = layers_figure(result, "active", "parameters read"), layers_figure(result, "flops", "FLOPs")
+    return whole + pair_html(figure_html(read, "Parameters that one token reads, by layer."),
+                             figure_html(computed, "Operations of one token's forward pass, by layer."))
+
+# %% ../../nbs/analysis/07_drawings.ipynb #89e13d6d
+def layers_html(
+    result: dict, # of kind parameters
+) -> str: # HTML
+    "The table of layers"
+    known = [k for k in LAYER_COLUMNS if any(k in row for row in result["layers"])]
+    columns = {k: k.replace("_", " ") for k in ("layer", *known)}
+    return section_html("Layer by layer", table_html(result["layers"], columns))
+
+def bytes_html(
+    result: dict, # of kind parameters
+) -> str: # HTML
+    "Weights and cache in each format"
     cache = result["cache_bytes_per_token"]
-    facts = {"parameters": number_text(result["total"]), "a token reads": number_text(result["active"]), "sparsity": "–" if result["sparsity"] is None else f"{result['sparsity']:.2%}",
-             "without embeddings": number_text(result["without_embedding"]), "FLOPs a token": number_text(result["flops_per_token"]), "FLOPs a trained token": number_text(result["training_flops_per_token"]),
-             "cache a token, bfloat16": size_text(cache["bfloat16"]) if cache else "–", "weights, bfloat16": size_text(result["bytes"]["bfloat16"])}
-    known = [k for k in ("kind", "total", "active", "flops", "embedding", "attention", "dense_mlp", "feed_forward", "norms", "memory_router", "memory_tables", "other") if any(k in r for r in result["layers"])]
-    table = table_html(result["layers"], {"layer": "layer"} | {k: k.replace("_", " ") for k in known})
-    figures = figure_html(components_figure(result), "Parameters by component.")
-    if "active" in known: figures += '<div class="pair">' + figure_html(layers_figure(result, "active", "parameters read"), "Parameters that one token reads, by layer.") + figure_html(layers_figure(result, "flops", "FLOPs"), "Operations of one token's forward pass, by layer.") + "</div>"
-    checked = result["checked"]
-    found = [f"The closed formulas agree with the model on the meta device: {checked['total']:,} parameters in {checked['tensors']} tensors."] if checked else []
-    if result["stored"]: found.append(f"The files hold {result['stored']['numbers']:,} numbers, {size_text(result['stored']['bytes'])}.")
-    lead = f"A {result['model_type']} model; every query attends to {result['context']:,} tokens. Two operations are counted per multiply-add."
-    sizes = table_html([dict(kind=k, size=size_text(v), cache=size_text(cache[k]) if cache else None) for k, v in result["bytes"].items()], dict(kind="number format", size="weights", cache="cache a token"))
-    return (heading_html(result, "Parameters", lead) + facts_html(facts) + "".join(f'<p class="soft">{html.escape(line)}</p>' for line in found) + figures + memory_html(result)
-            + f"<h2>Layer by layer</h2>{table}<h2>Bytes</h2>{sizes}")
+    rows = [dict(kind=kind, size=size_text(size), cache=size_text(cache[kind]) if cache else None)
+            for kind, size in result["bytes"].items()]
+    return section_html("Bytes", table_html(rows, dict(kind="number format", size="weights", cache="cache a token")))
 
 # %% ../../nbs/analysis/07_drawings.ipynb #261122fc
 def curves_figure(
@@ -111,11 +190,15 @@ def curves_figure(
     figure = new_figure("part of the rows, the busiest first", "part of the uses", hovermode="closest")
     layers = result["layers"]
     for n, layer in enumerate(layers):
-        figure.add_scatter(x=layer["curve"]["rows"], y=layer["curve"]["uses"], name=f"layer {layer['layer']}", mode="lines", line=dict(width=2, color=COLOURS[n % len(COLOURS)]),
-                           hovertemplate="%{x:.3%} of the rows take %{y:.1%}<extra>layer " + str(layer["layer"]) + "</extra>")
-    ends = [min(layer["curve"]["rows"][0] for layer in layers), 1]
-    ramp = [ends[0] * (1 / ends[0]) ** (i / 40) for i in range(41)]
-    figure.add_scatter(x=ramp, y=ramp, name="even", mode="lines", line=dict(color="#8b919b", dash="dot", width=1), hoverinfo="skip")
+        name = f"layer {layer['layer']}"
+        figure.add_scatter(
+            x=layer["curve"]["rows"], y=layer["curve"]["uses"], name=name, mode="lines",
+            line=dict(width=2, color=COLOURS[n % len(COLOURS)]),
+            hovertemplate=f"%{{x:.3%}} of the rows take %{{y:.1%}}<extra>{name}</extra>")
+    first = min(layer["curve"]["rows"][0] for layer in layers)
+    ramp = [first * (1 / first) ** (i / 40) for i in range(41)]
+    even = dict(color=GREY, dash="dot", width=1)
+    figure.add_scatter(x=ramp, y=ramp, name="even", mode="lines", line=even, hoverinfo="skip")
     figure.update_xaxes(type="log", dtick=1, tickformat=".4~%")
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
     return figure
@@ -129,8 +212,10 @@ def histogram_figure(
     for n, layer in enumerate(result["layers"]):
         h = layer["histogram"]
         names = ["unused"] + [f"{e:,.0f}" if e >= 1 else f"1/{1/e:.0f}" for e in h["edges"][:-1]]
-        figure.add_scatter(x=names, y=[v or None for v in (h["unused"], *h["rows"])], name=f"layer {layer['layer']}", mode="lines+markers", line=dict(color=COLOURS[n % len(COLOURS)], shape="hvh"), marker=dict(size=4),
-                           hovertemplate="%{x}: %{y:,} rows<extra></extra>")
+        figure.add_scatter(
+            x=names, y=[v or None for v in (h["unused"], *h["rows"])], name=f"layer {layer['layer']}",
+            mode="lines+markers", line=dict(color=COLOURS[n % len(COLOURS)], shape="hvh"), marker=dict(size=4),
+            hovertemplate="%{x}: %{y:,} rows<extra></extra>")
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=names)
     figure.update_yaxes(type="log", dtick=1)
     return figure
@@ -145,8 +230,11 @@ def heads_figure(
     layers = result["layers"]
     values = [[head[key] for head in layer["heads"]] for layer in layers]
     figure = new_figure("head", "layer", height=130 + 34*len(layers))
-    figure.add_heatmap(z=values, x=[str(h) for h in range(len(values[0]))], y=[str(layer["layer"]) for layer in layers], colorscale=SCALE, texttemplate="%{z:" + form + "}", textfont=dict(size=11),
-                       hovertemplate="layer %{y}, head %{x}: %{z:" + form + "}<extra></extra>", colorbar=dict(thickness=10, outlinewidth=0), xgap=1, ygap=1)
+    figure.add_heatmap(
+        z=values, x=[str(h) for h in range(len(values[0]))], y=[str(layer["layer"]) for layer in layers],
+        colorscale=SCALE, texttemplate=f"%{{z:{form}}}", textfont=dict(size=11),
+        hovertemplate=f"layer %{{y}}, head %{{x}}: %{{z:{form}}}<extra></extra>",
+        colorbar=dict(thickness=10, outlinewidth=0), xgap=1, ygap=1)
     figure.update_xaxes(type="category")
     figure.update_yaxes(type="category", autorange="reversed")
     return figure
@@ -162,7 +250,9 @@ def classes_figure(
     figure = new_figure("", title, height=300)
     for n, layer in enumerate(result["layers"]):
         rows = layer[name]
-        figure.add_scatter(x=[r["name"] for r in rows], y=[r[key] for r in rows], name=f"layer {layer['layer']}", mode="lines+markers", line=dict(color=COLOURS[n % len(COLOURS)]))
+        figure.add_scatter(
+            x=[r["name"] for r in rows], y=[r[key] for r in rows], name=f"layer {layer['layer']}", mode="lines+markers",
+            line=dict(color=COLOURS[n % len(COLOURS)]))
     figure.update_xaxes(type="category")
     return figure
 
@@ -172,10 +262,13 @@ def hot_figure(
     most: int = 20, # rows
 ) -> go.Figure: # bars
     "The hottest rows of all layers"
-    rows = sorted(((layer["layer"], h["row"], h["times"]) for layer in result["layers"] for h in layer["hot_rows"]), key=lambda r: -r[2])[:most][::-1]
+    hot = [(layer["layer"], h["row"], h["times"]) for layer in result["layers"] for h in layer["hot_rows"]]
+    rows = sorted(hot, key=lambda r: -r[2])[:most][::-1]
     figure = new_figure("times the equal share, by weight", height=90 + 22*len(rows))
-    figure.add_bar(y=[f"layer {layer} · row {row:,}" for layer, row, _ in rows], x=[times for *_, times in rows], orientation="h", marker_color=COLOURS[1], hovertemplate="%{y}: %{x:.1f} times<extra></extra>")
-    figure.add_vline(x=result["threshold"], line=dict(color="#8b919b", dash="dot", width=1))
+    figure.add_bar(
+        y=[f"layer {layer} · row {row:,}" for layer, row, _ in rows], x=[times for *_, times in rows], orientation="h",
+        marker_color=COLOURS[1], hovertemplate="%{y}: %{x:.1f} times<extra></extra>")
+    figure.add_vline(x=result["threshold"], line=dict(color=GREY, dash="dot", width=1))
     return figure
 
 # %% ../../nbs/analysis/07_drawings.ipynb #e85fefbd
@@ -190,8 +283,11 @@ def pairs_figure(
     names = [f"{row:,}" for row in found["rows"]]
     figure = new_figure(f"rows of layer {layer['layer']}", "", height=380)
     top = float(np.nanmax(lift)) if np.isfinite(lift).any() else 2.0
-    figure.add_heatmap(z=[[None if v != v else round(v, 3) for v in row] for row in lift.tolist()], x=names, y=names, zmin=0, zmax=max(2.0, top), colorscale=SCALE,
-                       colorbar=dict(thickness=10, outlinewidth=0, title="lift"), hovertemplate="%{x} with %{y}: %{z:.2f} times chance<extra></extra>")
+    shown = [[None if v != v else round(v, 3) for v in row] for row in lift.tolist()]
+    figure.add_heatmap(
+        z=shown, x=names, y=names, zmin=0, zmax=max(2.0, top), colorscale=SCALE,
+        colorbar=dict(thickness=10, outlinewidth=0, title="lift"),
+        hovertemplate="%{x} with %{y}: %{z:.2f} times chance<extra></extra>")
     figure.update_xaxes(type="category", tickfont=dict(size=9))
     figure.update_yaxes(type="category", autorange="reversed", tickfont=dict(size=9))
     return figure
@@ -204,57 +300,105 @@ def usage_rows(
     rows = []
     for layer in result["layers"]:
         w, c = layer["by_weight"], layer["by_count"]
-        rows.append({"layer": layer["layer"], "used": f"{w['used']:.2%}", "unevenness": w["unevenness"], "by_count": c["unevenness"], "chance": c["chance_unevenness"], "gini": w["gini"],
-                     "effective": round(w["effective_rows"]), "top50": w["top50"], "top90": w["top90"], "top99": w["top99"], "hot": w["hot"], "hottest": w["hottest"], "repeated": f"{layer['repeated']:.1%}"})
+        rows.append({"layer": layer["layer"], "used": f"{w['used']:.2%}", "unevenness": w["unevenness"],
+                     "by_count": c["unevenness"], "chance": c["chance_unevenness"], "gini": w["gini"],
+                     "effective": round(w["effective_rows"]), "top50": w["top50"], "top90": w["top90"],
+                     "top99": w["top99"], "hot": w["hot"], "hottest": w["hottest"],
+                     "repeated": f"{layer['repeated']:.1%}"})
     return rows
 
-USAGE_COLUMNS = {"layer": "layer", "used": "used", "unevenness": "unevenness", "by_count": "by count", "chance": "if even", "gini": "Gini", "effective": "effective rows", "top50": "for 50 %",
-                 "top90": "for 90 %", "top99": "for 99 %", "hot": "hot", "hottest": "hottest, times", "repeated": "also by another head"}
+USAGE_COLUMNS = {"layer": "layer", "used": "used", "unevenness": "unevenness", "by_count": "by count",
+                 "chance": "if even", "gini": "Gini", "effective": "effective rows", "top50": "for 50 %",
+                 "top90": "for 90 %", "top99": "for 99 %", "hot": "hot", "hottest": "hottest, times",
+                 "repeated": "also by another head"}
 
-# %% ../../nbs/analysis/07_drawings.ipynb #e3cda5a3
+# %% ../../nbs/analysis/07_drawings.ipynb #c86a9923
 def draw_usage(
     result: dict, # of kind usage
 ) -> str: # HTML
     "The page of expert usage"
     layers, few = result["layers"], result["layers"][0]
-    mean = lambda key: sum(layer["by_weight"][key] for layer in layers) / len(layers)
-    facts = {"tokens": number_text(result["tokens"]), "documents": number_text(result["documents"]), "rows a layer": number_text(few["rows"]), "rows a token and layer": number_text(few["retrieved_per_token"]),
-             "used, mean": f"{mean('used'):.2%}", "unevenness, mean": f"{mean('unevenness'):.3f}", f"hot rows (> {result['threshold']:g} ×)": number_text(sum(layer["by_weight"]["hot"] for layer in layers))}
-    lead = (f"Retrievals of {result['tokens']:,} tokens ({result['part']}: {', '.join(result['data'])}), windows of {result['window']:,}. Unevenness is in nats, 0 for even use; "
-            "“if even” is what as many retrievals at random would give.")
-    parts = [heading_html(result, "Expert usage", lead), facts_html(facts), table_html(usage_rows(result), USAGE_COLUMNS)]
-    if result["shared_table"]: parts.append(note_html([f"All layers read one table: together they use {result['shared_table']['by_weight']['used']:.2%} of it, unevenness {result['shared_table']['by_weight']['unevenness']:.3f}."]))
-    parts.append('<h2>Distribution</h2><div class="pair">' + figure_html(curves_figure(result), "Part of all retrievals that the busiest rows take; dotted: even use.")
-                 + figure_html(histogram_figure(result), "Rows by how many times their equal share they are retrieved.") + "</div>")
-    parts.append('<h2>Layers and heads</h2><div class="pair">' + figure_html(heads_figure(result, "used", ".0%"), "Rows that each head used, by count.")
-                 + figure_html(heads_figure(result, "unevenness", ".2f"), "Unevenness of each head, by count, in nats.") + "</div>")
-    return "".join(parts) + usage_details(result)
+    def mean(key): return sum(layer["by_weight"][key] for layer in layers) / len(layers)
+    hot = sum(layer["by_weight"]["hot"] for layer in layers)
+    facts = {"tokens": number_text(result["tokens"]), "documents": number_text(result["documents"]),
+             "rows a layer": number_text(few["rows"]),
+             "rows a token and layer": number_text(few["retrieved_per_token"]),
+             "used, mean": f"{mean('used'):.2%}", "unevenness, mean": f"{mean('unevenness'):.3f}",
+             f"hot rows (> {result['threshold']:g} ×)": number_text(hot)}
+    text = f"{result['part']}: {', '.join(result['data'])}"
+    lead = (f"Retrievals of {result['tokens']:,} tokens ({text}), windows of {result['window']:,}. Unevenness is in "
+            "nats, 0 for even use; “if even” is what as many retrievals at random would give.")
+    table = table_html(usage_rows(result), USAGE_COLUMNS)
+    return (heading_html(result, "Expert usage", lead) + facts_html(facts) + table + shared_html(result)
+            + usage_overview(result) + usage_details(result))
 
-# %% ../../nbs/analysis/07_drawings.ipynb #38360201
+# %% ../../nbs/analysis/07_drawings.ipynb #4ec7aee7
+def shared_html(
+    result: dict, # of kind usage
+) -> str: # HTML; empty where each layer has its table
+    "A table that several layers read"
+    if not result["shared_table"]: return ""
+    found = result["shared_table"]["by_weight"]
+    return note_html([f"All layers read one table: together they use {found['used']:.2%} of it, unevenness "
+                      f"{found['unevenness']:.3f}."])
+
+def usage_overview(
+    result: dict, # of kind usage
+) -> str: # HTML
+    "How evenly rows are used, by layer and head"
+    used, uneven = heads_figure(result, "used", ".0%"), heads_figure(result, "unevenness", ".2f")
+    curves = figure_html(curves_figure(result), "Part of all retrievals that the busiest rows take; dotted: even use.")
+    counts = figure_html(histogram_figure(result), "Rows by how many times their equal share they are retrieved.")
+    heads = pair_html(figure_html(used, "Rows that each head used, by count."),
+                      figure_html(uneven, "Unevenness of each head, by count, in nats."))
+    return section_html("Distribution", pair_html(curves, counts)) + section_html("Layers and heads", heads)
+
+# %% ../../nbs/analysis/07_drawings.ipynb #435d147a
+def classes_html(
+    result: dict, # of kind usage
+    name: str, # types or positions
+    captions: tuple[str, str], # of divergence and of entropy
+) -> str: # HTML
+    "Two figures about classes of tokens"
+    apart = classes_figure(result, name, "divergence", "bits")
+    concentrated = classes_figure(result, name, "entropy", "nats")
+    return pair_html(figure_html(apart, captions[0]), figure_html(concentrated, captions[1]))
+
+def pairs_html(
+    result: dict, # of kind usage
+) -> str: # HTML; empty where pairs were not counted
+    "Which rows come together, layer by layer"
+    paired = [layer for layer in result["layers"] if "pairs" in layer and len(layer["pairs"]["rows"]) > 1]
+    if not paired: return ""
+    first, why = paired[0]["pairs"], "how many times more often than by chance two rows are retrieved for one token."
+    lead = f"Among the {len(first['rows'])} busiest rows of a layer, over {first['tokens']:,} tokens; 1 is chance."
+    figures = [figure_html(pairs_figure(layer), f"Layer {layer['layer']}: {why}") for layer in paired]
+    return section_html("Together", f'<p class="soft">{lead}</p>', pair_html(*figures))
+
+# %% ../../nbs/analysis/07_drawings.ipynb #e8056c50
 def usage_details(
     result: dict, # of kind usage
 ) -> str: # HTML
     "Hot rows, kinds of tokens, positions, pairs"
+    caption = f"Rows with more than {result['threshold']:g} times their equal share of the weight (dotted line)."
     hot = any(layer["hot_rows"] for layer in result["layers"])
-    parts = ["<h2>Hot rows</h2>", figure_html(hot_figure(result), f"Rows with more than {result['threshold']:g} times their equal share of the weight (dotted line).") if hot else "<p>None.</p>"]
-    counted = [f"{r['name']}: {r['tokens']:,}" for r in result["layers"][0]["types"]]
-    parts.append(f'<h2>Kinds of tokens</h2><p class="soft">{html.escape(", ".join(counted))} tokens</p><div class="pair">'
-                 + figure_html(classes_figure(result, "types", "divergence", "bits"), "How far a kind's sub-keys are from those of all other tokens (Jensen–Shannon): 0 alike, 1 nothing shared.")
-                 + figure_html(classes_figure(result, "types", "entropy", "nats"), "Entropy of a head's weights over its retrieved rows: low where one row takes all.") + "</div>")
-    parts.append('<h2>Positions</h2><div class="pair">' + figure_html(classes_figure(result, "positions", "divergence", "bits"), "The same by position in the window.")
-                 + figure_html(classes_figure(result, "positions", "entropy", "nats"), "Entropy of a head's weights by position.") + "</div>")
-    paired = [layer for layer in result["layers"] if "pairs" in layer and len(layer["pairs"]["rows"]) > 1]
-    if paired:
-        parts.append(f'<h2>Together</h2><p class="soft">Among the {len(paired[0]["pairs"]["rows"])} busiest rows of a layer, over {paired[0]["pairs"]["tokens"]:,} tokens; 1 is chance.</p><div class="pair">'
-                     + "".join(figure_html(pairs_figure(layer), f"Layer {layer['layer']}: how many times more often than by chance two rows are retrieved for one token.") for layer in paired) + "</div>")
-    return "".join(parts)
+    counted = ", ".join(f"{r['name']}: {r['tokens']:,}" for r in result["layers"][0]["types"])
+    kinds = ("How far a kind's sub-keys are from those of all other tokens (Jensen–Shannon): "
+             "0 alike, 1 nothing shared.",
+             "Entropy of a head's weights over its retrieved rows: low where one row takes all.")
+    places = "The same by position in the window.", "Entropy of a head's weights by position."
+    return (section_html("Hot rows", figure_html(hot_figure(result), caption) if hot else "<p>None.</p>")
+            + section_html("Kinds of tokens", f'<p class="soft">{html.escape(counted)} tokens</p>',
+                           classes_html(result, "types", kinds))
+            + section_html("Positions", classes_html(result, "positions", places)) + pairs_html(result))
 
 # %% ../../nbs/analysis/07_drawings.ipynb #c523aa13
 def natural(
     name: str, # of a tensor
 ) -> list: # layer 10 after layer 9
     "A key to sort names by"
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 # %% ../../nbs/analysis/07_drawings.ipynb #f8030c07
 def tensors_figure(
@@ -264,8 +408,10 @@ def tensors_figure(
 ) -> go.Figure: # points
     "One number of every tensor that is a weight, in the order of the layers"
     figure = new_figure("", title, height=340)
-    shown = sorted((r for r in rows if r[key] and not r.get("dtype", "F").startswith(("I", "U", "BOOL"))), key=lambda r: natural(r["name"]))
-    figure.add_scatter(x=[r["name"] for r in shown], y=[r[key] for r in shown], mode="markers", marker=dict(color=COLOURS[0], size=7), hovertemplate="%{x}<br>%{y:.4g}<extra></extra>")
+    known = [r for r in rows if r[key] and not r.get("dtype", "F").startswith(("I", "U", "BOOL"))]
+    shown = sorted(known, key=lambda r: natural(r["name"]))
+    figure.add_scatter(x=[r["name"] for r in shown], y=[r[key] for r in shown], mode="markers",
+                       marker=dict(color=COLOURS[0], size=7), hovertemplate="%{x}<br>%{y:.4g}<extra></extra>")
     figure.update_yaxes(type="log", dtick=1)
     figure.update_xaxes(type="category", showticklabels=len(shown) <= 40, tickfont=dict(size=9), tickangle=-60)
     return figure
@@ -278,28 +424,46 @@ def row_norms_figure(
     figure = new_figure("norm of a row", "rows", hovermode="closest")
     for n, t in enumerate(tensors):
         h = t["row_norms"]["histogram"]
-        figure.add_scatter(x=[(a + b) / 2 for a, b in zip(h["edges"], h["edges"][1:])], y=h["rows"], name=t["name"].removeprefix("model.").removesuffix(".weight"), mode="lines",
-                           line=dict(color=COLOURS[n % len(COLOURS)], shape="hvh"))
+        middles = [(a + b) / 2 for a, b in zip(h["edges"], h["edges"][1:])]
+        figure.add_scatter(x=middles, y=h["rows"], name=t["name"].removeprefix("model.").removesuffix(".weight"),
+                           mode="lines", line=dict(color=COLOURS[n % len(COLOURS)], shape="hvh"))
     figure.update_yaxes(type="log")
     return figure
 
-# %% ../../nbs/analysis/07_drawings.ipynb #b79d0753
+# %% ../../nbs/analysis/07_drawings.ipynb #9778a866
+def norms_html(
+    tensors: list[dict], # with row_norms
+) -> str: # HTML; empty without tables
+    "The rows of tables: figure and quantiles"
+    if not tensors: return ""
+    columns = {"name": "table", "zero": "zero rows", "0": "shortest", "1": "1 %", "10": "10 %", "50": "median",
+               "90": "90 %", "99": "99 %", "100": "longest", "top": "longest rows"}
+    rows = []
+    for t in tensors:
+        norms, top = t["row_norms"], ", ".join(f"{r['row']:,}" for r in t["row_norms"]["largest"][:5])
+        rows.append(dict(name=t["name"], zero=norms["zero"], **norms["quantiles"], top=top))
+    caption = "Norms of table rows; rows that were never trained keep the length they began with."
+    figure = figure_html(row_norms_figure(tensors), caption)
+    return section_html("Rows of the tables", figure, table_html(rows, columns))
+
 def draw_checkpoint(
     result: dict, # of kind checkpoint
 ) -> str: # HTML
     "The page of an inspected checkpoint"
     tensors = sorted(result["tensors"], key=lambda t: natural(t["name"]))
-    tables = [t for t in tensors if t.get("row_norms", {}).get("histogram")]
-    bad = [f"{t['name']}: {t['nan']:,} not a number, {t['infinite']:,} infinite, of {t['numbers']:,}" for t in tensors if t["nan"] or t["infinite"]]
-    facts = {"tensors": number_text(len(tensors)), "numbers": number_text(result["numbers"]), "bytes": size_text(result["bytes"]), "formats": ", ".join(result["dtypes"]),
+    bad = [f"{t['name']}: {t['nan']:,} not a number, {t['infinite']:,} infinite, of {t['numbers']:,}"
+           for t in tensors if t["nan"] or t["infinite"]]
+    facts = {"tensors": number_text(len(tensors)), "numbers": number_text(result["numbers"]),
+             "bytes": size_text(result["bytes"]), "formats": ", ".join(result["dtypes"]),
              "not finite": number_text(result["nan"] + result["infinite"]), "norm of all": number_text(result["norm"])}
+    lead = f"A {result['model_type']} model in {len(result['files'])} file(s), read without loading it."
+    sizes = figure_html(tensors_figure(tensors, "rms", "root mean square"), "Size of the numbers of each tensor.")
+    norms = norms_html([t for t in tensors if t.get("row_norms", {}).get("histogram")])
     rows = [t | dict(shape="\u00a0×\u00a0".join(map(str, t["shape"]))) for t in tensors]
-    columns = dict(name="tensor", dtype="format", shape="shape", numbers="numbers", rms="root mean square", mean="mean", largest="largest", norm="norm", zeros="zeros", nan="nan", infinite="inf")
-    quantiles = [dict(name=t["name"], zero=t["row_norms"]["zero"], **t["row_norms"]["quantiles"], top=", ".join(f"{r['row']:,}" for r in t["row_norms"]["largest"][:5])) for t in tables]
-    norms = ("<h2>Rows of the tables</h2>" + figure_html(row_norms_figure(tables), "Norms of table rows; rows that were never trained keep the length they began with.")
-             + table_html(quantiles, {"name": "table", "zero": "zero rows", "0": "shortest", "1": "1 %", "10": "10 %", "50": "median", "90": "90 %", "99": "99 %", "100": "longest", "top": "longest rows"})) if tables else ""
-    return (heading_html(result, "Checkpoint", f"A {result['model_type']} model in {len(result['files'])} file(s), read without loading it.") + note_html(result["misfits"][:20] + bad[:20]) + facts_html(facts)
-            + figure_html(tensors_figure(tensors, "rms", "root mean square"), "Size of the numbers of each tensor.") + norms + "<h2>Tensors</h2>" + table_html(rows, columns, sort=True))
+    columns = dict(name="tensor", dtype="format", shape="shape", numbers="numbers", rms="root mean square", mean="mean",
+                   largest="largest", norm="norm", zeros="zeros", nan="nan", infinite="inf")
+    return (heading_html(result, "Checkpoint", lead) + note_html(result["misfits"][:20] + bad[:20]) + facts_html(facts)
+            + sizes + norms + section_html("Tensors", table_html(rows, columns, sort=True)))
 
 # %% ../../nbs/analysis/07_drawings.ipynb #a38407c0
 def draw_compare(
@@ -307,15 +471,24 @@ def draw_compare(
 ) -> str: # HTML
     "The page of two checkpoints"
     changes = sorted(result["tensors"], key=lambda c: -(c["relative"] or 0))
-    moved = [c for c in changes if c["changed"]]
-    notes = [f"only in {which}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" for which, names in (("the first", result["only_in_first"]), ("the second", result["only_in_second"])) if names]
+    moved, differing = [c for c in changes if c["changed"]], result["config"]
+    notes = []
+    for which, names in (("the first", result["only_in_first"]), ("the second", result["only_in_second"])):
+        if names: notes.append(f"only in {which}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
     notes += [f"{s['name']}: shape {s['shapes'][0]} and {s['shapes'][1]}" for s in result["shapes"][:10]]
-    facts = {"tensors in both": number_text(len(changes)), "of them changed": number_text(len(moved)), "numbers changed": f"{result['changed'] / max(1, result['numbers']):.2%}",
-             "configuration keys that differ": number_text(len(result["config"]))}
-    columns = dict(name="tensor", relative="relative change", difference="norm of the change", largest="largest", changed="numbers changed", changed_rows="rows changed", rows="rows")
-    config = table_html([dict(key=c["key"], a=str(c["values"][0])[:200], b=str(c["values"][1])[:200]) for c in result["config"]], dict(key="key", a="first", b="second")) if result["config"] else "<p>None.</p>"
-    figure = figure_html(tensors_figure(result["tensors"], "relative", "relative change"), "How far each tensor moved, in parts of its own length; tensors that did not move are left out.") if moved else "<p>Nothing changed.</p>"
-    return heading_html(result, "Two checkpoints", "What moved from the first to the second.") + note_html(notes) + facts_html(facts) + figure + "<h2>Tensors</h2>" + table_html(changes, columns, sort=True) + f"<h2>Configuration</h2>{config}"
+    facts = {"tensors in both": number_text(len(changes)), "of them changed": number_text(len(moved)),
+             "numbers changed": f"{result['changed'] / max(1, result['numbers']):.2%}",
+             "configuration keys that differ": number_text(len(differing))}
+    columns = dict(name="tensor", relative="relative change", difference="norm of the change", largest="largest",
+                   changed="numbers changed", changed_rows="rows changed", rows="rows")
+    keys = [dict(key=c["key"], a=str(c["values"][0])[:200], b=str(c["values"][1])[:200]) for c in differing]
+    config = table_html(keys, dict(key="key", a="first", b="second")) if keys else "<p>None.</p>"
+    caption = "How far each tensor moved, in parts of its own length; tensors that did not move are left out."
+    figure = "<p>Nothing changed.</p>"
+    if moved: figure = figure_html(tensors_figure(result["tensors"], "relative", "relative change"), caption)
+    return (heading_html(result, "Two checkpoints", "What moved from the first to the second.") + note_html(notes)
+            + facts_html(facts) + figure + section_html("Tensors", table_html(changes, columns, sort=True))
+            + section_html("Configuration", config))
 
 # %% ../../nbs/analysis/07_drawings.ipynb #fafcdf01
 DRAW = {"parameters": draw_parameters, "usage": draw_usage, "checkpoint": draw_checkpoint, "compare": draw_compare}

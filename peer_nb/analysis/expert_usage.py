@@ -16,7 +16,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .usage_statistics import TOKEN_TYPES, chance_unevenness, divergence, hot_rows, share_curve, usage_histogram, usage_statistics, vocabulary_types
+from .usage_statistics import TOKEN_TYPES, chance_unevenness, divergence, hot_rows, share_curve
+from .usage_statistics import usage_histogram, usage_statistics, vocabulary_types
 from ..config import UserError
 from ..models.peer import MemoryLayer
 
@@ -24,16 +25,19 @@ from ..models.peer import MemoryLayer
 __all__ = ['POSITIONS', 'memory_layers', 'usage_summary', 'Labels', 'LayerCounter', 'counting', 'document_windows',
            'padded_batch', 'UsageRun', 'PairCounter', 'class_rows', 'position_names', 'layer_result']
 
-# %% ../../nbs/analysis/03_expert_usage.ipynb #062acc31
+# %% ../../nbs/analysis/03_expert_usage.ipynb #f5906fa6
 def memory_layers(
     model: nn.Module, # any
 ) -> dict[int, MemoryLayer]: # by position among the model's layers
     "The memory layers of a model"
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, MemoryLayer): found[next((int(part) for part in name.split(".") if part.isdigit()), len(found))] = module
+        if not isinstance(module, MemoryLayer): continue
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        found[numbers[0] if numbers else len(found)] = module
     return found
 
+# %% ../../nbs/analysis/03_expert_usage.ipynb #062acc31
 def usage_summary(
     model: nn.Module, # whose memory layers collect their usage
     threshold: float = 5.0, # a row is hot beyond so many times the equal share
@@ -41,11 +45,15 @@ def usage_summary(
     "Statistics of what the layers have collected, for metrics, trackers and reports"
     layers = {}
     for number, layer in memory_layers(model).items():
-        if layer.usage is None: continue
-        uses = np.zeros(layer.num_experts) if layer.usage.scores is None else layer.usage.scores.double().cpu().numpy()
-        layers[str(number)] = dict(tokens=layer.usage.tokens, **usage_statistics(uses, threshold), hot_rows=hot_rows(uses, threshold), histogram=usage_histogram(uses))
-    mean = lambda key: float(np.mean([layer[key] for layer in layers.values()])) if layers else None
-    return dict(layers=layers, used=mean("used"), unevenness=mean("unevenness"), hot=sum(layer["hot"] for layer in layers.values()), threshold=threshold)
+        collected = layer.usage
+        if collected is None: continue
+        scores = collected.scores
+        uses = np.zeros(layer.num_experts) if scores is None else scores.double().cpu().numpy()
+        layers[str(number)] = dict(tokens=collected.tokens, **usage_statistics(uses, threshold),
+                                   hot_rows=hot_rows(uses, threshold), histogram=usage_histogram(uses))
+    def mean(key): return float(np.mean([layer[key] for layer in layers.values()])) if layers else None
+    hot = sum(layer["hot"] for layer in layers.values())
+    return dict(layers=layers, used=mean("used"), unevenness=mean("unevenness"), hot=hot, threshold=threshold)
 
 # %% ../../nbs/analysis/03_expert_usage.ipynb #6e9f266e
 POSITIONS = 8 # classes of positions, as wide as each other
@@ -63,12 +71,14 @@ class LayerCounter:
         labels: Labels, # shared by all layers; the runner changes it from batch to batch
         classes: dict[str, int], # name -> how many classes
     ):
-        n, heads, device, self.sizes, self.labels = layer.num_experts, layer.num_heads, layer.keys.device, layer.sizes, labels
-        self.counts = torch.zeros(heads, n, dtype=torch.int32, device=device)
-        self.weights = torch.zeros(n, dtype=torch.float64, device=device)
-        self.used = {name: torch.zeros(n, dtype=torch.uint8, device=device) for name in classes}
-        self.sub_keys = {name: torch.zeros(number, heads, sum(layer.sizes), dtype=torch.int64, device=device) for name, number in classes.items()}
-        self.sums = {name: torch.zeros(number, 3, dtype=torch.float64, device=device) for name, number in classes.items()}   # tokens, entropy, top weight
+        n, heads, device = layer.num_experts, layer.num_heads, layer.keys.device
+        self.sizes, self.labels = layer.sizes, labels
+        def zeros(*shape, dtype): return torch.zeros(*shape, dtype=dtype, device=device)
+        self.counts, self.weights = zeros(heads, n, dtype=torch.int32), zeros(n, dtype=torch.float64)
+        self.used = {name: zeros(n, dtype=torch.uint8) for name in classes}
+        self.sub_keys = {name: zeros(m, heads, sum(layer.sizes), dtype=torch.int64) for name, m in classes.items()}
+        # of each class: tokens, sum of their entropies, sum of their top weights
+        self.sums = {name: zeros(m, 3, dtype=torch.float64) for name, m in classes.items()}
         self.tokens = self.repeated = 0
 
     @torch.no_grad()
@@ -79,9 +89,11 @@ class LayerCounter:
     ):
         "Count what one batch retrieved"
         classes, keep = self.labels.classes or {}, self.labels.keep
-        if keep is not None: weights, index, classes = weights[keep], index[keep], {name: c[keep] for name, c in classes.items()}
-        self.add_rows(weights.double(), index)
-        for name, number in classes.items(): self.add_class(name, number, weights.double(), index)
+        if keep is not None:
+            weights, index, classes = weights[keep], index[keep], {name: c[keep] for name, c in classes.items()}
+        weights = weights.double()
+        self.add_rows(weights, index)
+        for name, number in classes.items(): self.add_class(name, number, weights, index)
 
 # %% ../../nbs/analysis/03_expert_usage.ipynb #b1b23e77
 @patch
@@ -91,8 +103,9 @@ def add_rows(self: LayerCounter,
 ):
     "Counts by head and row, weights by row, and retrievals of a row that another head has too"
     heads, n = self.counts.shape
-    places = index + torch.arange(heads, device=index.device)[:, None] * n
-    self.counts.view(-1).index_add_(0, places.flatten(), torch.ones(1, dtype=torch.int32, device=index.device).expand(places.numel()))
+    places = (index + torch.arange(heads, device=index.device)[:, None] * n).flatten()
+    once = torch.ones(1, dtype=torch.int32, device=index.device).expand(len(places))
+    self.counts.view(-1).index_add_(0, places, once)
     self.weights.index_add_(0, index.flatten(), weights.flatten())
     ordered = index.flatten(1).sort(1).values
     self.repeated += int((ordered.diff(dim=1) == 0).sum())
@@ -110,15 +123,15 @@ def add_class(self: LayerCounter,
     number, (classes, heads, width) = number.long(), self.sub_keys[name].shape
     for c in number.unique().tolist(): self.used[name][index[number == c].flatten()] |= 1 << c
     stride, begin = prod(self.sizes), 0
-    base = (number[:, None] * heads + torch.arange(heads, device=index.device)) * width                     # [tokens, heads]
+    base = (number[:, None] * heads + torch.arange(heads, device=index.device)) * width # [tokens, heads]
     for n in self.sizes:
         stride //= n
         places = (base[..., None] + begin + index // stride % n).flatten()
         self.sub_keys[name].view(-1).index_add_(0, places, torch.ones_like(places))
         begin += n
-    share = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)                                       # scores other than softmax don't sum to 1
-    parts = torch.stack([torch.ones(len(number), device=index.device, dtype=torch.float64), torch.special.entr(share).sum(-1).mean(-1), share.amax(-1).mean(-1)], 1)
-    self.sums[name].index_add_(0, number, parts)
+    share = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
+    entropy, top = torch.special.entr(share).sum(-1).mean(-1), share.amax(-1).mean(-1)
+    self.sums[name].index_add_(0, number, torch.stack([torch.ones_like(entropy), entropy, top], 1))
 
 # %% ../../nbs/analysis/03_expert_usage.ipynb #f11252d7
 @contextmanager
@@ -145,7 +158,8 @@ def document_windows(
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:limit]
     sequence = ids if first is None or not ids else [first, *ids]
-    return [(sequence[start:start + window], start == 0 and len(sequence) > len(ids)) for start in range(0, len(sequence), window)]
+    fresh = len(sequence) > len(ids)
+    return [(sequence[start:start + window], fresh and start == 0) for start in range(0, len(sequence), window)]
 
 # %% ../../nbs/analysis/03_expert_usage.ipynb #a2b643a4
 def padded_batch(
@@ -154,12 +168,12 @@ def padded_batch(
     window: int, # longest input
 ) -> tuple[Tensor, Labels]: # [rows, longest] tokens; labels of the flattened batch
     "Windows side by side, padded on the right"
-    longest = max(len(p) for p, _ in pieces)
-    ids, keep = torch.zeros(len(pieces), longest, dtype=torch.long), torch.zeros(len(pieces), longest, dtype=torch.bool)
+    shape = len(pieces), max(len(piece) for piece, _ in pieces)
+    ids, keep = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     for row, (piece, fresh) in enumerate(pieces):
         ids[row, :len(piece)] = torch.tensor(piece)
         keep[row, int(fresh):len(piece)] = True
-    place = (torch.arange(longest) * POSITIONS // window).clamp_max(POSITIONS - 1).expand(len(pieces), -1)
+    place = (torch.arange(shape[1]) * POSITIONS // window).clamp_max(POSITIONS - 1).expand(len(pieces), -1)
     kinds = torch.from_numpy(types)[ids]
     return ids, Labels(keep.flatten(), dict(types=kinds.flatten(), positions=place.flatten()))
 
@@ -176,14 +190,19 @@ class UsageRun:
     ):
         self.layers = memory_layers(model)
         if not self.layers:
-            raise UserError(f"the model ({type(model).__name__}) has no memory layers, so there is no expert usage to measure; parameters and checkpoint work on any model")
+            raise UserError(f"the model ({type(model).__name__}) has no memory layers, so there is no expert usage to "
+                            "measure; parameters and checkpoint work on any model")
         vocabulary = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > vocabulary:
-            raise UserError(f"the tokenizer has {len(tokenizer):,} tokens, the model's embedding only {vocabulary:,} rows: this is not the tokenizer that the model was trained with")
-        if window < 1 or batch_size < 1: raise UserError(f"window={window}, batch size {batch_size}: both must be at least 1")
-        self.model, self.tokenizer, self.window, self.batch_size, self.max_tokens = model, tokenizer, window, batch_size, max_tokens
-        self.types, self.labels = vocabulary_types(tokenizer, vocabulary), Labels()
-        self.counters = {n: LayerCounter(layer, self.labels, dict(types=len(TOKEN_TYPES), positions=POSITIONS)) for n, layer in self.layers.items()}
+            raise UserError(f"the tokenizer has {len(tokenizer):,} tokens, the model's embedding only {vocabulary:,} "
+                            "rows: this is not the tokenizer that the model was trained with")
+        if window < 1 or batch_size < 1:
+            raise UserError(f"window={window}, batch size {batch_size}: both must be at least 1")
+        self.model, self.tokenizer, self.labels = model, tokenizer, Labels()
+        self.window, self.batch_size, self.max_tokens = window, batch_size, max_tokens
+        self.types = vocabulary_types(tokenizer, vocabulary)
+        classes = dict(types=len(TOKEN_TYPES), positions=POSITIONS)
+        self.counters = {n: LayerCounter(layer, self.labels, classes) for n, layer in self.layers.items()}
         self.documents = self.tokens = 0
 
     @property
@@ -205,8 +224,9 @@ def run_pieces(self: UsageRun,
         with counting(self.layers, counters):
             for start in range(0, len(pieces), self.batch_size):
                 ids, labels = padded_batch(pieces[start:start + self.batch_size], self.types, self.window)
-                self.labels.keep, self.labels.classes = labels.keep.to(device), {k: v.to(device) for k, v in labels.classes.items()}
-                self.model(input_ids=ids.to(device), use_cache=False, logits_to_keep=1)    # the head's output isn't needed
+                self.labels.keep = labels.keep.to(device)
+                self.labels.classes = {name: c.to(device) for name, c in labels.classes.items()}
+                self.model(input_ids=ids.to(device), use_cache=False, logits_to_keep=1)
     finally: self.model.train(training)
 
 # %% ../../nbs/analysis/03_expert_usage.ipynb #3e98f76a
@@ -228,6 +248,7 @@ def groups(self: UsageRun,
             count, pieces = 0, []
     if count: yield count, pieces
 
+# %% ../../nbs/analysis/03_expert_usage.ipynb #5c498a31
 @patch
 def read(self: UsageRun,
     texts: Iterable[str], # all documents, from the first, the same at every start
@@ -240,15 +261,24 @@ def read(self: UsageRun,
         self.tokens += sum(len(p) - fresh for p, fresh in pieces)
         yield self.tokens
 
-# %% ../../nbs/analysis/03_expert_usage.ipynb #3ced4dba
+# %% ../../nbs/analysis/03_expert_usage.ipynb #c4e5c183
+@patch
+def tensors(self: LayerCounter) -> dict[str, Tensor]: # name -> the counter's own tensor
+    "All that was counted, but for two numbers"
+    found = {"counts": self.counts, "weights": self.weights}
+    for kind in ("used", "sub_keys", "sums"):
+        found |= {f"{kind}.{name}": tensor for name, tensor in getattr(self, kind).items()}
+    return found
+
+# %% ../../nbs/analysis/03_expert_usage.ipynb #793a065e
 @patch
 def arrays(self: UsageRun) -> dict[str, np.ndarray]: # what `numpy.savez` writes
     "The state between two groups of documents"
     state = {"progress": np.array([self.documents, self.tokens])}
     for number, c in self.counters.items():
-        state |= {f"{number}.counts": c.counts, f"{number}.weights": c.weights, f"{number}.scalars": torch.tensor([c.tokens, c.repeated])}
-        state |= {f"{number}.{kind}.{name}": value for kind in ("used", "sub_keys", "sums") for name, value in getattr(c, kind).items()}
-    return {name: value.cpu().numpy() if isinstance(value, Tensor) else value for name, value in state.items()}
+        state[f"{number}.scalars"] = np.array([c.tokens, c.repeated])
+        state |= {f"{number}.{name}": tensor.cpu().numpy() for name, tensor in c.tensors().items()}
+    return state
 
 @patch
 def restore(self: UsageRun,
@@ -258,8 +288,7 @@ def restore(self: UsageRun,
     self.documents, self.tokens = map(int, state["progress"])
     for number, c in self.counters.items():
         c.tokens, c.repeated = map(int, state[f"{number}.scalars"])
-        tensors = {"counts": c.counts, "weights": c.weights} | {f"{kind}.{name}": value for kind in ("used", "sub_keys", "sums") for name, value in getattr(c, kind).items()}
-        for name, tensor in tensors.items(): tensor.copy_(torch.from_numpy(state[f"{number}.{name}"]))
+        for name, tensor in c.tensors().items(): tensor.copy_(torch.from_numpy(state[f"{number}.{name}"]))
 
 # %% ../../nbs/analysis/03_expert_usage.ipynb #71541687
 class PairCounter:
@@ -270,9 +299,11 @@ class PairCounter:
         rows: list[int], # which rows
     ):
         self.rows, self.labels, self.tokens = rows, labels, 0
-        self.place = torch.full((layer.num_experts,), len(rows), dtype=torch.int32, device=layer.keys.device)
-        self.place[torch.tensor(rows, dtype=torch.long, device=self.place.device)] = torch.arange(len(rows), dtype=torch.int32, device=self.place.device)
-        self.pairs = torch.zeros(len(rows), len(rows), dtype=torch.int64, device=self.place.device)
+        device, n = layer.keys.device, len(rows)
+        self.place = torch.full((layer.num_experts,), n, dtype=torch.int32, device=device)   # n: not among them
+        chosen = torch.tensor(rows, dtype=torch.long, device=device)
+        self.place[chosen] = torch.arange(n, dtype=torch.int32, device=device)
+        self.pairs = torch.zeros(n, n, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add(self,
@@ -296,7 +327,8 @@ def read_pairs(self: UsageRun,
     max_tokens: int = 50_000, # of the second pass
 ) -> dict[int, PairCounter]: # by layer
     "Which of the busiest rows are retrieved together"
-    busiest = {n: [h["row"] for h in hot_rows(c.counts.sum(0).cpu().numpy(), 0, most)] for n, c in self.counters.items()}
+    counts = {n: c.counts.sum(0).cpu().numpy() for n, c in self.counters.items()}
+    busiest = {n: [hot["row"] for hot in hot_rows(uses, 0, most)] for n, uses in counts.items()}
     pairs = {n: PairCounter(self.layers[n], self.labels, rows) for n, rows in busiest.items()}
     for _, pieces in self.groups(texts, tokens=min(max_tokens, self.tokens)): self.run_pieces(pieces, pairs)
     return pairs
@@ -308,14 +340,15 @@ def class_rows(
     names: list[str], # of the classes
 ) -> list[dict]: # per class that occurred: name, tokens, used, entropy, top_weight, divergence
     "What each class of tokens retrieves"
-    sub_keys, sums, used = counter.sub_keys[name].cpu().numpy(), counter.sums[name].cpu().numpy(), counter.used[name].cpu().numpy()
-    rest, rows, begin = sub_keys.sum(0), [], np.cumsum([0, *counter.sizes])
+    sub_keys, sums, used = (getattr(counter, kind)[name].cpu().numpy() for kind in ("sub_keys", "sums", "used"))
+    total, rows, edges = sub_keys.sum(0), [], np.cumsum([0, *counter.sizes])
     for number, (tokens, entropy, top) in enumerate(sums):
         if not tokens: continue
-        apart = [divergence(sub_keys[number][:, a:b], (rest - sub_keys[number])[:, a:b]) for a, b in zip(begin, begin[1:])]
-        apart = None if np.isnan(apart).any() else float(np.mean(apart))                     # nan: no other class occurred
-        rows.append({"name": names[number], "tokens": int(tokens), "used": float((used >> number & 1).mean()), "entropy": float(entropy / tokens),
-                     "top_weight": float(top / tokens), "divergence": apart})
+        own, rest = sub_keys[number], total - sub_keys[number]
+        apart = [divergence(own[:, a:b], rest[:, a:b]) for a, b in zip(edges, edges[1:])]
+        apart = None if np.isnan(apart).any() else float(np.mean(apart)) # nan: no other class occurred
+        rows.append({"name": names[number], "tokens": int(tokens), "used": float((used >> number & 1).mean()),
+                     "entropy": float(entropy / tokens), "top_weight": float(top / tokens), "divergence": apart})
     return rows
 
 def position_names(
@@ -334,14 +367,18 @@ def layer_result(
     "All that was counted about a layer, in numbers"
     counts, weights = counter.counts.cpu().numpy(), counter.weights.cpu().numpy()
     total = counts.sum(0, dtype=np.int64)
-    by_count = usage_statistics(total, threshold)
-    k = int(counts.sum(dtype=np.int64)) / max(counter.tokens, 1)
-    return {"tokens": counter.tokens, "rows": len(total), "retrieved_per_token": k, "repeated": counter.repeated / max(counter.tokens * k, 1),
-            "by_weight": usage_statistics(weights, threshold), "by_count": by_count | {"chance_unevenness": chance_unevenness(len(total), int(total.sum()))},
-            "heads": [usage_statistics(head, threshold) for head in counts], "curve": share_curve(total), "histogram": usage_histogram(total),
-            "hot_rows": hot_rows(weights, threshold), "types": class_rows(counter, "types", list(TOKEN_TYPES)), "positions": class_rows(counter, "positions", position_names(window))}
+    retrieved = int(total.sum())
+    k = retrieved / max(counter.tokens, 1)
+    by_count = usage_statistics(total, threshold) | {"chance_unevenness": chance_unevenness(len(total), retrieved)}
+    return {"tokens": counter.tokens, "rows": len(total), "retrieved_per_token": k,
+            "repeated": counter.repeated / max(counter.tokens * k, 1),
+            "by_weight": usage_statistics(weights, threshold), "by_count": by_count,
+            "heads": [usage_statistics(head, threshold) for head in counts], "curve": share_curve(total),
+            "histogram": usage_histogram(total), "hot_rows": hot_rows(weights, threshold),
+            "types": class_rows(counter, "types", list(TOKEN_TYPES)),
+            "positions": class_rows(counter, "positions", position_names(window))}
 
-# %% ../../nbs/analysis/03_expert_usage.ipynb #eb69b799
+# %% ../../nbs/analysis/03_expert_usage.ipynb #5f157205
 @patch
 def result(self: UsageRun,
     threshold: float = 5.0, # a row is hot beyond so many times the equal share
@@ -351,10 +388,13 @@ def result(self: UsageRun,
     layers = []
     for number, counter in self.counters.items():
         found = {"layer": number, **layer_result(counter, threshold, self.window)}
-        if pairs: found["pairs"] = {"rows": pairs[number].rows, "tokens": pairs[number].tokens, "counts": pairs[number].pairs.tolist()}
+        if pairs:
+            p = pairs[number]
+            found["pairs"] = {"rows": p.rows, "tokens": p.tokens, "counts": p.pairs.tolist()}
         layers.append(found)
     shared = None
     if len(self.layers) > 1 and any(layer.__dict__.get("tables_of") is not None for layer in self.layers.values()):
         weights = sum(c.weights for c in self.counters.values()).cpu().numpy()
         shared = {"by_weight": usage_statistics(weights, threshold), "hot_rows": hot_rows(weights, threshold)}
-    return {"documents": self.documents, "tokens": self.tokens, "window": self.window, "threshold": threshold, "layers": layers, "shared_table": shared}
+    return {"documents": self.documents, "tokens": self.tokens, "window": self.window, "threshold": threshold,
+            "layers": layers, "shared_table": shared}

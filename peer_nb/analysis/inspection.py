@@ -22,8 +22,9 @@ if TYPE_CHECKING: from torch import Tensor
 __all__ = ['WIDTH', 'PIECE', 'TABLE', 'Stored', 'read_header', 'Checkpoint', 'open_checkpoint', 'pieces', 'row_norm_facts',
            'tensor_facts', 'meta_model', 'misfits', 'inspect_checkpoint', 'tensor_change', 'compare_checkpoints']
 
-# %% ../../nbs/analysis/04_inspection.ipynb #13d56208
-WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+# %% ../../nbs/analysis/04_inspection.ipynb #3e7950b3
+WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "U16": 2, "U32": 4,
+         "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1} # bytes of a number
 
 @dataclass
 class Stored:
@@ -38,22 +39,35 @@ class Stored:
     @property
     def bytes(self) -> int: return self.numbers * WIDTH.get(self.dtype, 0)
 
+# %% ../../nbs/analysis/04_inspection.ipynb #9711309c
+def _header(file: Path) -> tuple[dict[str, tuple[Stored, list[int]]], int, int]:
+    "Tensors with their places in the data, bytes of length and header, bytes of the file"
+    with open(file, "rb") as f:
+        size, length = file.stat().st_size, int.from_bytes(f.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise UserError(f"{file}: cut off, or not a safetensors file: its header would have {length:,} bytes, "
+                            f"the file has {size:,}")
+        header = json.loads(f.read(length))
+    tensors = {name: t for name, t in header.items() if name != "__metadata__"}
+    found = {name: (Stored(name, t["dtype"], t["shape"], file), t["data_offsets"]) for name, t in tensors.items()}
+    for stored, (begin, end) in found.values():
+        if stored.dtype in WIDTH and end - begin != stored.bytes:
+            raise UserError(f"{file}: {stored.name} has {end - begin:,} bytes, its shape {stored.shape} of "
+                            f"{stored.dtype} needs {stored.bytes:,}; the file was edited")
+    return found, 8 + length, size
+
 def read_header(
     file: Path, # ends in .safetensors
 ) -> dict[str, Stored]: # by name
     "What a file says it holds; a file that is cut off, or none of this kind, is refused"
-    try:
-        with open(file, "rb") as f:
-            size, length = file.stat().st_size, int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= size - 8: raise UserError(f"{file}: cut off, or not a safetensors file: its header would have {length:,} bytes, the file has {size:,}")
-            header = json.loads(f.read(length))
-        found = {name: (Stored(name, t["dtype"], t["shape"], file), t["data_offsets"]) for name, t in header.items() if name != "__metadata__"}
-        for stored, (begin, end) in found.values():
-            if stored.dtype in WIDTH and end - begin != stored.bytes: raise UserError(f"{file}: {stored.name} has {end - begin:,} bytes, its shape {stored.shape} of {stored.dtype} needs {stored.bytes:,}; the file was edited")
+    try: found, begin, size = _header(file)
     except OSError as e: raise UserError(f"{file}: cannot be read: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e: raise UserError(f"{file}: not a safetensors file (its header is not understood: {type(e).__name__})") from e
-    needed = 8 + length + max((end for _, (_, end) in found.values()), default=0)
-    if needed != size: raise UserError(f"{file}: {'cut off' if size < needed else 'longer than it should be'}: it has {size:,} bytes, its header says {needed:,}")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{file}: not a safetensors file (its header is not understood: {type(e).__name__})") from e
+    needed = begin + max((end for _, (_, end) in found.values()), default=0)
+    if needed != size:
+        wrong = "cut off" if size < needed else "longer than it should be"
+        raise UserError(f"{file}: {wrong}: it has {size:,} bytes, its header says {needed:,}")
     return {name: stored for name, (stored, _) in found.items()}
 
 # %% ../../nbs/analysis/04_inspection.ipynb #6fbba2bd
@@ -72,34 +86,41 @@ def _check_index(
     tensors: dict[str, Stored], # that its files hold
 ) -> None:
     "Refuse an index that says something else than the files"
-    index = read_json(folder/"model.safetensors.index.json")
+    file = folder/"model.safetensors.index.json"
+    index = read_json(file)
     if index is None: return
     said = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(said, dict): raise UserError(f"{folder/'model.safetensors.index.json'}: has no weight_map; it was edited")
-    wrong = [name for name in sorted(said.keys() | tensors.keys()) if name not in tensors or said.get(name) != tensors[name].file.name]
+    if not isinstance(said, dict): raise UserError(f"{file}: has no weight_map; it was edited")
+    there = {name: stored.file.name for name, stored in tensors.items()}
+    wrong = [name for name in sorted(said.keys() | there.keys()) if name not in there or said.get(name) != there[name]]
     if not wrong: return
     name = wrong[0]
-    where = tensors[name].file.name if name in tensors else "no file"
-    raise UserError(f"{folder}: the index says {name} is in {said.get(name, 'no file')}, it is in {where} ({len(wrong)} such tensors): a file is missing or was exchanged")
+    raise UserError(f"{folder}: the index says {name} is in {said.get(name, 'no file')}, it is in "
+                    f"{there.get(name, 'no file')} ({len(wrong)} such tensors): a file is missing or was exchanged")
 
-# %% ../../nbs/analysis/04_inspection.ipynb #131e2b0a
+# %% ../../nbs/analysis/04_inspection.ipynb #efa57e2d
+def _weight_files(folder: Path) -> list[Path]:
+    "The files of a folder with weights; `UserError` where there is none"
+    files = sorted(folder.glob("*.safetensors"))
+    if files: return files
+    pickled = [f.name for f in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))]
+    why = f"; {pickled[0]} is pickled, and such files are not read: they can run code" if pickled else ""
+    raise UserError(f"{folder}: no .safetensors file{why}")
+
 def open_checkpoint(
     path: str | Path, # folder with config.json and safetensors files, or one such file
 ) -> Checkpoint: # nothing but headers is read
     "Find out what a checkpoint holds; `UserError` when it is missing, foreign or not whole"
     path = Path(path)
+    if path.is_file() and path.suffix == ".safetensors": return Checkpoint(path, None, read_header(path))
     if path.is_file():
-        if path.suffix != ".safetensors": raise UserError(f"{path}: not a checkpoint: a folder with config.json, or a .safetensors file, is needed")
-        return Checkpoint(path, None, read_header(path))
+        raise UserError(f"{path}: not a checkpoint: a folder with config.json, or a .safetensors file, is needed")
     if not path.is_dir(): raise UserError(f"{path}: no such checkpoint")
     config = read_json(path/"config.json")
-    if not isinstance(config, dict): raise UserError(f"{path}: not a checkpoint folder (it has no config.json)" if config is None else f"{path/'config.json'}: not a model's configuration")
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        pickled = [f.name for f in sorted(path.glob("*.bin")) + sorted(path.glob("*.pt"))]
-        raise UserError(f"{path}: no .safetensors file" + (f"; {pickled[0]} is pickled, and such files are not read: they can run code" if pickled else ""))
+    if config is None: raise UserError(f"{path}: not a checkpoint folder (it has no config.json)")
+    if not isinstance(config, dict): raise UserError(f"{path/'config.json'}: not a model's configuration")
     tensors: dict[str, Stored] = {}
-    for file in files:
+    for file in _weight_files(path):
         for name, stored in read_header(file).items():
             if name in tensors: raise UserError(f"{path}: {name} is in {tensors[name].file.name} and in {file.name}")
             tensors[name] = stored
@@ -119,7 +140,8 @@ def pieces(
             if not stored.shape:
                 yield 0, f.get_tensor(stored.name)[None]
                 return
-            part, step = f.get_slice(stored.name), max(1, PIECE // max(1, stored.numbers // max(1, stored.shape[0])))
+            part, row = f.get_slice(stored.name), stored.numbers // max(1, stored.shape[0])
+            step = max(1, PIECE // max(1, row))
             for start in range(0, stored.shape[0], step): yield start, part[start:start + step]
     except (SafetensorError, OSError) as e: raise UserError(f"{stored.file}: {stored.name} cannot be read: {e}") from e
 
@@ -136,14 +158,16 @@ def row_norm_facts(
     if not len(known): return dict(rows=len(norms), quantiles=None, zero=0, histogram=None, largest=[])
     counts, edges = np.histogram(known, 40)
     order = np.argsort(np.where(np.isnan(norms), -np.inf, norms))[::-1][:10]
-    quantiles = {str(q): float(v) for q, v in zip((0, 1, 10, 50, 90, 99, 100), np.percentile(known, (0, 1, 10, 50, 90, 99, 100)))}
-    return dict(rows=len(norms), quantiles=quantiles, zero=int((known == 0).sum()), histogram=dict(edges=edges.tolist(), rows=counts.tolist()),
-                largest=[dict(row=int(i), norm=float(norms[i])) for i in order if not np.isnan(norms[i])])
+    parts = (0, 1, 10, 50, 90, 99, 100)
+    quantiles = {str(part): float(value) for part, value in zip(parts, np.percentile(known, parts))}
+    largest = [dict(row=int(i), norm=float(norms[i])) for i in order if not np.isnan(norms[i])]
+    return dict(rows=len(norms), quantiles=quantiles, zero=int((known == 0).sum()),
+                histogram=dict(edges=edges.tolist(), rows=counts.tolist()), largest=largest)
 
 # %% ../../nbs/analysis/04_inspection.ipynb #32ced9bd
 def tensor_facts(
     stored: Stored, # a tensor
-) -> dict: # name, dtype, shape, numbers, bytes, norm, rms, mean, largest, zeros, nan, infinite; row_norms for tables
+) -> dict: # name, dtype, shape, numbers, bytes, norm, rms, mean, largest, zeros, nan, infinite; of tables row_norms
     "What its values look like"
     import torch
     total = torch.zeros(2, dtype=torch.float64)                      # sum, sum of squares
@@ -157,9 +181,11 @@ def tensor_facts(
         if finite.numel(): largest = max(largest, float(finite.abs().max()))
         if TABLE.search(stored.name): norms.append(values.norm(dim=-1))
     n = max(1, stored.numbers - nan - infinite)
-    facts = dict(name=stored.name, dtype=stored.dtype, shape=stored.shape, numbers=stored.numbers, bytes=stored.bytes, norm=math.sqrt(total[1]), rms=math.sqrt(total[1] / n),
-                 mean=float(total[0] / n), largest=largest, zeros=zeros, nan=nan, infinite=infinite)
-    return facts | ({"row_norms": row_norm_facts(torch.cat(norms).numpy())} if norms else {})
+    facts = dict(name=stored.name, dtype=stored.dtype, shape=stored.shape, numbers=stored.numbers, bytes=stored.bytes,
+                 norm=math.sqrt(total[1]), rms=math.sqrt(total[1] / n), mean=float(total[0] / n), largest=largest,
+                 zeros=zeros, nan=nan, infinite=infinite)
+    if norms: facts["row_norms"] = row_norm_facts(torch.cat(norms).numpy())
+    return facts
 
 # %% ../../nbs/analysis/04_inspection.ipynb #43f7d8a0
 def meta_model(
@@ -175,7 +201,15 @@ def meta_model(
         kind = AutoConfig.for_model(**config)
         with torch.device("meta"): return AutoModelForCausalLM.from_config(kind)
     except Exception as e:   # each configuration class fails with exceptions of its own
-        raise UserError(f"{where}: config.json describes no causal language model that transformers knows (model_type {config.get('model_type')!r}): {str(e).splitlines()[0]}") from e
+        raise UserError(f"{where}: config.json describes no causal language model that transformers knows "
+                        f"(model_type {config.get('model_type')!r}): {str(e).splitlines()[0]}") from e
+
+# %% ../../nbs/analysis/04_inspection.ipynb #1f846160
+def _tied(model: Any) -> dict[str, str | None]:
+    "Parameters that are stored under another name: name -> owner"
+    keys = getattr(model, "_tied_weights_keys", None) or {}
+    if not getattr(model.config, "tie_word_embeddings", False): return {}
+    return dict(keys) if isinstance(keys, dict) else dict.fromkeys(keys)
 
 def misfits(
     checkpoint: Checkpoint, # of a folder
@@ -183,12 +217,12 @@ def misfits(
     "Tensors that are missing, unknown, or of another shape than the configuration asks for"
     model = meta_model(checkpoint.config, checkpoint.path)
     wanted = {name: list(t.shape) for name, t in model.state_dict().items()}
-    tied = getattr(model, "_tied_weights_keys", None) or {} if getattr(model.config, "tie_word_embeddings", False) else {}
-    tied = dict(tied) if isinstance(tied, dict) else dict.fromkeys(tied)
-    held = checkpoint.tensors
-    missing = [n for n in wanted if n not in held and n not in tied and not any(owner == n and alias in held for alias, owner in tied.items())]
-    found = [f"missing: {n} {wanted[n]}" for n in missing] + [f"unknown: {n} {t.shape}" for n, t in held.items() if n not in wanted]
-    return found + [f"{n} has shape {t.shape}, the configuration asks for {wanted[n]}" for n, t in held.items() if n in wanted and t.shape != wanted[n]]
+    held, tied = checkpoint.tensors, _tied(model)
+    elsewhere = {owner for alias, owner in tied.items() if alias in held} | {*tied}
+    found = [f"missing: {n} {shape}" for n, shape in wanted.items() if n not in held and n not in elsewhere]
+    found += [f"unknown: {n} {t.shape}" for n, t in held.items() if n not in wanted]
+    wrong = [n for n, t in held.items() if n in wanted and t.shape != wanted[n]]
+    return found + [f"{n} has shape {held[n].shape}, the configuration asks for {wanted[n]}" for n in wrong]
 
 # %% ../../nbs/analysis/04_inspection.ipynb #a2b6ed20
 def inspect_checkpoint(
@@ -202,12 +236,17 @@ def inspect_checkpoint(
         if seen: seen(len(tensors), len(checkpoint.tensors))
     by_type: dict[str, int] = {}
     for t in tensors: by_type[t["dtype"]] = by_type.get(t["dtype"], 0) + t["numbers"]
-    return dict(model_type=checkpoint.model_type, files=sorted({t.file.name for t in checkpoint.tensors.values()}), numbers=sum(by_type.values()), bytes=sum(t["bytes"] for t in tensors),
-                dtypes=by_type,
-                norm=math.sqrt(sum(t["norm"]**2 for t in tensors if t["dtype"].startswith(("F", "BF")))), nan=sum(t["nan"] for t in tensors), infinite=sum(t["infinite"] for t in tensors),
-                misfits=found, tensors=tensors)
+    floating = [t["norm"] for t in tensors if t["dtype"].startswith(("F", "BF"))]
+    return dict(model_type=checkpoint.model_type, files=sorted({t.file.name for t in checkpoint.tensors.values()}),
+                numbers=sum(by_type.values()), bytes=sum(t["bytes"] for t in tensors), dtypes=by_type,
+                norm=math.sqrt(sum(norm**2 for norm in floating)), nan=sum(t["nan"] for t in tensors),
+                infinite=sum(t["infinite"] for t in tensors), misfits=found, tensors=tensors)
 
-# %% ../../nbs/analysis/04_inspection.ipynb #aff4e0da
+# %% ../../nbs/analysis/04_inspection.ipynb #3c3fa1c8
+def _as_rows(values: Tensor) -> Tensor:
+    "A tensor as a matrix, in float64; a vector has rows of one number"
+    return values.double().flatten(1) if values.ndim > 1 else values.double()[:, None]
+
 def tensor_change(
     a: Stored, # before
     b: Stored, # after, of the same shape
@@ -215,15 +254,17 @@ def tensor_change(
     "How far a tensor moved"
     squares, base, largest, changed, rows = 0.0, 0.0, 0.0, 0, 0
     for (_, x), (_, y) in zip(pieces(a), pieces(b)):
-        x, y = x.double().flatten(1) if x.ndim > 1 else x.double()[:, None], y.double().flatten(1) if y.ndim > 1 else y.double()[:, None]
+        x, y = _as_rows(x), _as_rows(y)
         differs = ~((x == y) | (x.isnan() & y.isnan()))
         apart = (y - x).nan_to_num(0.0, 0.0, 0.0)
-        squares, base = squares + float(apart.square().sum()), base + float(x.nan_to_num(0.0, 0.0, 0.0).square().sum())
+        squares += float(apart.square().sum())
+        base += float(x.nan_to_num(0.0, 0.0, 0.0).square().sum())
         if apart.numel(): largest = max(largest, float(apart.abs().max()))
         changed, rows = changed + int(differs.sum()), rows + int(differs.any(1).sum())
     relative = math.sqrt(squares / base) if base else (0.0 if not squares else None)
-    return dict(name=a.name, shape=a.shape, dtypes=[a.dtype, b.dtype], numbers=a.numbers, changed=changed, rows=a.shape[0] if a.shape else 1, changed_rows=rows,
-                difference=math.sqrt(squares), relative=relative, largest=largest)
+    return dict(name=a.name, shape=a.shape, dtypes=[a.dtype, b.dtype], numbers=a.numbers, changed=changed,
+                rows=a.shape[0] if a.shape else 1, changed_rows=rows, difference=math.sqrt(squares), relative=relative,
+                largest=largest)
 
 # %% ../../nbs/analysis/04_inspection.ipynb #5a416f38
 def compare_checkpoints(
@@ -232,13 +273,16 @@ def compare_checkpoints(
     seen: Any = None, # called with (tensors done, of how many), after each
 ) -> dict: # JSON
     "What is different between two checkpoints"
-    same = [n for n in a.tensors if n in b.tensors and a.tensors[n].shape == b.tensors[n].shape]
+    both = [n for n in a.tensors if n in b.tensors]
+    same = [n for n in both if a.tensors[n].shape == b.tensors[n].shape]
     changes = []
     for name in same:
         changes.append(tensor_change(a.tensors[name], b.tensors[name]))
         if seen: seen(len(changes), len(same))
-    shapes = [dict(name=n, shapes=[a.tensors[n].shape, b.tensors[n].shape]) for n in a.tensors if n in b.tensors and n not in same]
-    keys = sorted(k for k in {*(a.config or {}), *(b.config or {})} if (a.config or {}).get(k) != (b.config or {}).get(k))
-    config = [dict(key=k, values=[(a.config or {}).get(k), (b.config or {}).get(k)]) for k in keys]
-    return dict(model_types=[a.model_type, b.model_type], only_in_first=sorted(a.tensors.keys() - b.tensors.keys()), only_in_second=sorted(b.tensors.keys() - a.tensors.keys()),
-                shapes=shapes, config=config, numbers=sum(c["numbers"] for c in changes), changed=sum(c["changed"] for c in changes), tensors=changes)
+    shapes = [dict(name=n, shapes=[a.tensors[n].shape, b.tensors[n].shape]) for n in both if n not in same]
+    first, second = a.config or {}, b.config or {}
+    keys = sorted(k for k in {*first, *second} if first.get(k) != second.get(k))
+    return dict(model_types=[a.model_type, b.model_type], only_in_first=sorted(a.tensors.keys() - b.tensors.keys()),
+                only_in_second=sorted(b.tensors.keys() - a.tensors.keys()), shapes=shapes,
+                config=[dict(key=k, values=[first.get(k), second.get(k)]) for k in keys],
+                numbers=sum(c["numbers"] for c in changes), changed=sum(c["changed"] for c in changes), tensors=changes)

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import UserError
 from ..files import read_json, writable_folder, write_atomic, write_json
+from ..style import COLOURS, GREY
+from ..style import STYLE as COMMON
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
 __all__ = ['WHOLE', 'NUMBER', 'TEXT', 'FLAG', 'ANY', 'STATISTICS', 'HOT', 'CLASSES', 'LAYER_USE', 'ROW_NORMS', 'TENSOR', 'CHANGE',
-           'STEP', 'SCHEMAS', 'COLOURS', 'SCALE', 'STYLE', 'SCRIPT', 'maybe', 'many', 'fields', 'schema_of',
-           'result_of', 'read_result', 'number_text', 'table_html', 'facts_html', 'note_html', 'new_figure',
-           'figure_html', 'page_html', 'write_result']
+           'STEP', 'SCHEMAS', 'SCALE', 'LAYOUT', 'PLOT', 'STYLE', 'SCRIPT', 'maybe', 'many', 'fields', 'keyed',
+           'schema_of', 'result_of', 'read_result', 'number_text', 'table_html', 'facts_html', 'note_html',
+           'new_figure', 'figure_html', 'page_html', 'write_result']
 
 # %% ../../nbs/analysis/06_pages.ipynb #3ea3eb2b
 WHOLE, NUMBER, TEXT, FLAG = ({"type": kind} for kind in ("integer", "number", "string", "boolean"))
@@ -42,46 +44,73 @@ def fields(
     **required: dict, # fields that are there
 ) -> dict: # of an object with these and no other fields
     "An object"
-    return {"type": "object", "properties": required | (optional or {}), "required": list(required), "additionalProperties": False}
+    return {"type": "object", "properties": required | (optional or {}), "required": list(required),
+            "additionalProperties": False}
+
+def keyed(
+    schema: dict, # of a value
+) -> dict: # of an object with any keys
+    "Values by name"
+    return {"type": "object", "additionalProperties": schema}
 
 # %% ../../nbs/analysis/06_pages.ipynb #2e796349
 ANY = {"type": "object"}
-STATISTICS = fields(rows=WHOLE, used=NUMBER, unevenness=NUMBER, effective_rows=NUMBER, gini=NUMBER, top50=WHOLE, top90=WHOLE, top99=WHOLE, hot=WHOLE, hottest=NUMBER,
-                    optional=dict(chance_unevenness=NUMBER))
+STATISTICS = fields(
+    rows=WHOLE, used=NUMBER, unevenness=NUMBER, effective_rows=NUMBER, gini=NUMBER, top50=WHOLE, top90=WHOLE,
+    top99=WHOLE, hot=WHOLE, hottest=NUMBER, optional=dict(chance_unevenness=NUMBER))
 HOT = many(fields(row=WHOLE, times=NUMBER))
-CLASSES = many(fields(name=TEXT, tokens=WHOLE, used=NUMBER, entropy=NUMBER, top_weight=NUMBER, divergence=maybe(NUMBER)))
-LAYER_USE = fields(layer=WHOLE, tokens=WHOLE, rows=WHOLE, retrieved_per_token=NUMBER, repeated=NUMBER, by_weight=STATISTICS, by_count=STATISTICS, heads=many(STATISTICS),
-                   curve=fields(rows=many(NUMBER), uses=many(NUMBER)), histogram=fields(unused=WHOLE, edges=many(NUMBER), rows=many(WHOLE)), hot_rows=HOT, types=CLASSES, positions=CLASSES,
-                   optional=dict(pairs=fields(rows=many(WHOLE), tokens=WHOLE, counts=many(many(WHOLE)))))
-ROW_NORMS = fields(rows=WHOLE, quantiles=maybe({"type": "object", "additionalProperties": NUMBER}), zero=WHOLE, histogram=maybe(fields(edges=many(NUMBER), rows=many(WHOLE))),
-                   largest=many(fields(row=WHOLE, norm=NUMBER)))
-TENSOR = fields(name=TEXT, dtype=TEXT, shape=many(WHOLE), numbers=WHOLE, bytes=WHOLE, norm=NUMBER, rms=NUMBER, mean=NUMBER, largest=NUMBER, zeros=WHOLE, nan=WHOLE, infinite=WHOLE,
-                optional=dict(row_norms=ROW_NORMS))
-CHANGE = fields(name=TEXT, shape=many(WHOLE), dtypes=many(TEXT), numbers=WHOLE, changed=WHOLE, rows=WHOLE, changed_rows=WHOLE, difference=NUMBER, relative=maybe(NUMBER), largest=NUMBER)
-STEP = fields(table_gradient=TEXT, tokens=WHOLE, weights=WHOLE, half_copies=WHOLE, optimizer=WHOLE, gradients=WHOLE, activations=WHOLE, peak=WHOLE, moment=TEXT)
+CLASSES = many(fields(
+    name=TEXT, tokens=WHOLE, used=NUMBER, entropy=NUMBER, top_weight=NUMBER, divergence=maybe(NUMBER)))
+LAYER_USE = fields(
+    layer=WHOLE, tokens=WHOLE, rows=WHOLE, retrieved_per_token=NUMBER, repeated=NUMBER, by_weight=STATISTICS,
+    by_count=STATISTICS, heads=many(STATISTICS), curve=fields(rows=many(NUMBER), uses=many(NUMBER)),
+    histogram=fields(unused=WHOLE, edges=many(NUMBER), rows=many(WHOLE)), hot_rows=HOT, types=CLASSES,
+    positions=CLASSES, optional=dict(pairs=fields(rows=many(WHOLE), tokens=WHOLE, counts=many(many(WHOLE)))))
+
+# %% ../../nbs/analysis/06_pages.ipynb #1bd51b19
+ROW_NORMS = fields(
+    rows=WHOLE, quantiles=maybe(keyed(NUMBER)), zero=WHOLE,
+    histogram=maybe(fields(edges=many(NUMBER), rows=many(WHOLE))), largest=many(fields(row=WHOLE, norm=NUMBER)))
+TENSOR = fields(
+    name=TEXT, dtype=TEXT, shape=many(WHOLE), numbers=WHOLE, bytes=WHOLE, norm=NUMBER, rms=NUMBER, mean=NUMBER,
+    largest=NUMBER, zeros=WHOLE, nan=WHOLE, infinite=WHOLE, optional=dict(row_norms=ROW_NORMS))
+CHANGE = fields(
+    name=TEXT, shape=many(WHOLE), dtypes=many(TEXT), numbers=WHOLE, changed=WHOLE, rows=WHOLE, changed_rows=WHOLE,
+    difference=NUMBER, relative=maybe(NUMBER), largest=NUMBER)
+STEP = fields(
+    table_gradient=TEXT, tokens=WHOLE, weights=WHOLE, half_copies=WHOLE, optimizer=WHOLE, gradients=WHOLE,
+    activations=WHOLE, peak=WHOLE, moment=TEXT)
 
 # %% ../../nbs/analysis/06_pages.ipynb #9cd2e280
 SCHEMAS = {
     "parameters": dict(
-        model_type=TEXT, total=WHOLE, active=maybe(WHOLE), sparsity=maybe(NUMBER), embedding=WHOLE, without_embedding=WHOLE, components={"type": "object", "additionalProperties": WHOLE},
-        active_components=maybe({"type": "object", "additionalProperties": WHOLE}), layers=many(ANY), bytes={"type": "object", "additionalProperties": WHOLE}, context=WHOLE,
-        flops_per_token=maybe(WHOLE), training_flops_per_token=maybe(WHOLE), cache_numbers_per_token=maybe(WHOLE), cache_bytes_per_token=maybe({"type": "object", "additionalProperties": WHOLE}),
-        stored=maybe(fields(numbers=WHOLE, bytes=WHOLE, dtypes={"type": "object", "additionalProperties": WHOLE})), checked=maybe(fields(total=WHOLE, tensors=WHOLE)),
-        step_memory=maybe({"type": "object", "additionalProperties": STEP}), step=maybe(ANY)),
-    "usage": dict(model_type=TEXT, data=many(TEXT), part=TEXT, documents=WHOLE, tokens=WHOLE, window=WHOLE, threshold=NUMBER, layers=many(LAYER_USE),
-                  shared_table=maybe(fields(by_weight=STATISTICS, hot_rows=HOT))),
-    "checkpoint": dict(model_type=TEXT, files=many(TEXT), numbers=WHOLE, bytes=WHOLE, dtypes={"type": "object", "additionalProperties": WHOLE}, norm=NUMBER, nan=WHOLE, infinite=WHOLE,
-                       misfits=many(TEXT), tensors=many(TENSOR)),
-    "compare": dict(model_types=many(TEXT), only_in_first=many(TEXT), only_in_second=many(TEXT), shapes=many(fields(name=TEXT, shapes=many(many(WHOLE)))),
-                    config=many(fields(key=TEXT, values={"type": "array"})), numbers=WHOLE, changed=WHOLE, tensors=many(CHANGE)),
+        model_type=TEXT, total=WHOLE, active=maybe(WHOLE), sparsity=maybe(NUMBER), embedding=WHOLE,
+        without_embedding=WHOLE, components=keyed(WHOLE), active_components=maybe(keyed(WHOLE)), layers=many(ANY),
+        bytes=keyed(WHOLE), context=WHOLE, flops_per_token=maybe(WHOLE), training_flops_per_token=maybe(WHOLE),
+        cache_numbers_per_token=maybe(WHOLE), cache_bytes_per_token=maybe(keyed(WHOLE)),
+        stored=maybe(fields(numbers=WHOLE, bytes=WHOLE, dtypes=keyed(WHOLE))),
+        checked=maybe(fields(total=WHOLE, tensors=WHOLE)), step_memory=maybe(keyed(STEP)), step=maybe(ANY)),
+    "usage": dict(
+        model_type=TEXT, data=many(TEXT), part=TEXT, documents=WHOLE, tokens=WHOLE, window=WHOLE, threshold=NUMBER,
+        layers=many(LAYER_USE), shared_table=maybe(fields(by_weight=STATISTICS, hot_rows=HOT))),
+    "checkpoint": dict(
+        model_type=TEXT, files=many(TEXT), numbers=WHOLE, bytes=WHOLE, dtypes=keyed(WHOLE), norm=NUMBER, nan=WHOLE,
+        infinite=WHOLE, misfits=many(TEXT), tensors=many(TENSOR)),
+    "compare": dict(
+        model_types=many(TEXT), only_in_first=many(TEXT), only_in_second=many(TEXT),
+        shapes=many(fields(name=TEXT, shapes=many(many(WHOLE)))),
+        config=many(fields(key=TEXT, values={"type": "array"})), numbers=WHOLE, changed=WHOLE, tensors=many(CHANGE)),
 }
 
+# %% ../../nbs/analysis/06_pages.ipynb #482f036d
 def schema_of(
     kind: str, # parameters, usage, checkpoint or compare
 ) -> dict: # JSON Schema
     "The schema of a result file"
-    head = {"schema": {"const": f"peer-analyze {kind} 1"}, "source": many(TEXT), "complete": FLAG, "versions": {"type": "object", "additionalProperties": TEXT}}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"peer-analyze {kind}", **fields(**head, **SCHEMAS[kind])}
+    head = {"schema": {"const": f"peer-analyze {kind} 1"}, "source": many(TEXT), "complete": FLAG,
+            "versions": keyed(TEXT)}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"peer-analyze {kind}",
+            **fields(**head, **SCHEMAS[kind])}
 
 # %% ../../nbs/analysis/06_pages.ipynb #4d90f932
 def result_of(
@@ -95,19 +124,23 @@ def result_of(
     from platform import python_version
 
     from peer_nb import __version__
-    versions = {"peer_nb": __version__, "python": python_version()} | {name: version(name) for name in ("torch", "transformers")}
-    return {"schema": f"peer-analyze {kind} 1", "source": [str(s) for s in source], "complete": complete, "versions": versions, **found}
+    versions = {"peer_nb": __version__, "python": python_version(), "torch": version("torch"),
+                "transformers": version("transformers")}
+    return {"schema": f"peer-analyze {kind} 1", "source": [str(s) for s in source], "complete": complete,
+            "versions": versions, **found}
 
 def read_result(
     path: str | Path, # written by `write_result`
 ) -> tuple[str, dict]: # kind, result
     "A result file; `UserError` when it is something else"
     found = read_json(path)
-    kind = next((k for k in SCHEMAS if isinstance(found, dict) and found.get("schema") == f"peer-analyze {k} 1"), None)
-    if kind is None: raise UserError(f"{path}: {'no such file' if found is None else 'not a result of peer-analyze, or of another version'}")
+    if found is None: raise UserError(f"{path}: no such file")
+    said = found.get("schema") if isinstance(found, dict) else None
+    kind = next((kind for kind in SCHEMAS if said == f"peer-analyze {kind} 1"), None)
+    if kind is None: raise UserError(f"{path}: not a result of peer-analyze, or of another version")
     return kind, found
 
-# %% ../../nbs/analysis/06_pages.ipynb #caab6537
+# %% ../../nbs/analysis/06_pages.ipynb #9c23cc5f
 def number_text(
     value: Any, # number, text or None
 ) -> str: # for people
@@ -115,7 +148,15 @@ def number_text(
     if value is None: return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)): return str(value)
     if isinstance(value, int): return f"{value:,}"
-    return f"{value:.4g}" if value and (abs(value) < 1e-3 or abs(value) >= 1e6) else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    size = abs(value)
+    if value and (size < 1e-3 or size >= 1e6): return f"{value:.4g}"
+    return f"{value:,.4g}" if size < 1000 else f"{value:,.0f}"
+
+# %% ../../nbs/analysis/06_pages.ipynb #18ebe55f
+def _cell(value: Any) -> str:
+    "One cell of a table"
+    kind = "n" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
+    return f'<td class="{kind}" data-v="{html.escape(str(value))}">{html.escape(number_text(value))}</td>'
 
 def table_html(
     rows: list[dict], # one per line
@@ -124,28 +165,30 @@ def table_html(
 ) -> str: # HTML
     "A table"
     right = {key for key in columns if any(isinstance(row.get(key), (int, float)) for row in rows)}
-    cell = lambda value: f'<td class="{"n" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""}" data-v="{html.escape(str(value))}">{html.escape(number_text(value))}</td>'
-    head = "".join(f'<th{" class=n" if key in right else ""}>{html.escape(name)}</th>' for key, name in columns.items())
-    body = "".join("<tr>" + "".join(cell(row.get(key)) for key in columns) + "</tr>" for row in rows)
-    return f'<div class="wide"><table{" class=sort" if sort else ""}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    heads = [f'<th{" class=n" if key in right else ""}>{html.escape(name)}</th>' for key, name in columns.items()]
+    lines = ["<tr>" + "".join(_cell(row.get(key)) for key in columns) + "</tr>" for row in rows]
+    return (f'<div class="wide"><table{" class=sort" if sort else ""}><thead><tr>{"".join(heads)}</tr></thead>'
+            f'<tbody>{"".join(lines)}</tbody></table></div>')
 
 # %% ../../nbs/analysis/06_pages.ipynb #a48ee0ba
 def facts_html(
     facts: dict[str, str], # what -> value, as text
 ) -> str: # HTML
     "The few numbers that come first"
-    return '<div class="facts">' + "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in facts.items()) + "</div>"
+    shown = [f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in facts.items()]
+    return f'<div class="facts">{"".join(shown)}</div>'
 
 def note_html(
     lines: Iterable[str], # of text
 ) -> str: # HTML; empty without lines
     "What a reader must not miss"
-    lines = list(lines)
-    return '<div class="note">' + "".join(f"<p>{html.escape(line)}</p>" for line in lines) + "</div>" if lines else ""
+    said = [f"<p>{html.escape(line)}</p>" for line in lines]
+    return f'<div class="note">{"".join(said)}</div>' if said else ""
 
-# %% ../../nbs/analysis/06_pages.ipynb #e688110d
-COLOURS = ["#3b82d6", "#e0762f", "#2f9e77", "#b657a4", "#c79a1c", "#49a9bf", "#8a70c9", "#d0505f"]
-SCALE = [[0, "#eef3fa"], [.35, "#9dc0ea"], [.7, "#3b82d6"], [1, "#123a6b"]]
+# %% ../../nbs/analysis/06_pages.ipynb #5e110b11
+SCALE = [[0, "#eef3fa"], [.35, "#9dc0ea"], [.7, "#3b82d6"], [1, "#123a6b"]] # of heat maps
+LAYOUT = dict(margin=dict(l=56, r=12, t=28, b=60), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+              font=dict(family="system-ui, sans-serif", size=13, color=GREY), colorway=COLOURS, template={})
 
 def new_figure(
     x: str = "", # what the axis shows
@@ -156,9 +199,13 @@ def new_figure(
     "A figure in the page's style"
     import plotly.graph_objects as go
     axis = dict(gridcolor="rgba(139,145,155,.25)", zeroline=False, automargin=True)
-    style = dict(margin=dict(l=56, r=12, t=28, b=60), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(family="system-ui, sans-serif", size=13, color="#8b919b"), colorway=COLOURS,
-                 template={}, height=height, xaxis=dict(axis, title=x), yaxis=dict(axis, title=y), legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0))
+    legend = dict(orientation="h", y=1.02, yanchor="bottom", x=0)
+    style = LAYOUT | dict(height=height, xaxis=dict(axis, title=x), yaxis=dict(axis, title=y), legend=legend)
     return go.Figure(layout=style | layout)
+
+# %% ../../nbs/analysis/06_pages.ipynb #d01d56e8
+PLOT = dict(displayModeBar=False, responsive=True)
+
 
 def figure_html(
     figure: go.Figure, # of any size
@@ -166,46 +213,60 @@ def figure_html(
 ) -> str: # HTML
     "A figure on a page that has the library"
     import plotly.io as pio
-    drawn = pio.to_html(figure, full_html=False, include_plotlyjs=False, config=dict(displayModeBar=False, responsive=True), validate=False)
-    return f'<figure>{drawn}<figcaption>{html.escape(caption)}</figcaption></figure>'
+    drawn = pio.to_html(figure, full_html=False, include_plotlyjs=False, config=PLOT, validate=False)
+    return f"<figure>{drawn}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
-# %% ../../nbs/analysis/06_pages.ipynb #05bf3451
-STYLE = """
-:root{--ink:#1d2129;--soft:#626a76;--line:#e3e6ea;--back:#fff;--card:#f6f7f9;--accent:#2563b8;--warn:#fff4dc;--warnink:#7a5200;color-scheme:light dark}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e8ec;--soft:#9aa2ae;--line:#30353d;--back:#15181d;--card:#1d2127;--accent:#7db2ff;--warn:#3a2f14;--warnink:#f2d391}}
-*{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1120px;margin:0 auto;padding:36px 20px 80px}h1{font-size:1.8rem;line-height:1.2;margin:0 0 4px;overflow-wrap:anywhere}h2{font-size:1.2rem;margin:44px 0 8px}h3{font-size:1rem;margin:24px 0 4px}
-p{margin:8px 0;max-width:75ch}.soft,figcaption{color:var(--soft);font-size:.875rem}figure{margin:14px 0;min-width:0}figcaption{max-width:75ch}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(180px,1fr));gap:12px;margin:22px 0}.facts div{background:var(--card);border-radius:10px;padding:12px 14px}.facts b{display:block;font-size:1.2rem;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}.facts span{color:var(--soft);font-size:.85rem}
-.note{background:var(--warn);color:var(--warnink);border-radius:10px;padding:12px 16px;margin:14px 0}.note p{margin:4px 0;max-width:none;overflow-wrap:anywhere}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:8px 22px}.wide{overflow-x:auto}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;margin:6px 0}th{color:var(--soft);font-weight:500;text-align:left}th,td{padding:5px 14px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}th.n,td.n{text-align:right}td.n,td.keep{white-space:nowrap}
-table.sort th{cursor:pointer}details{margin:10px 0}summary{cursor:pointer;color:var(--soft)}
+# %% ../../nbs/analysis/06_pages.ipynb #b71bba54
+STYLE = COMMON + """
+.soft, figcaption { font-size:.875rem }
+figure { margin:14px 0; min-width:0 }
+figcaption { max-width:75ch }
+.facts { grid-template-columns:repeat(auto-fit,minmax(180px,1fr)) }
+.facts b { font-size:1.2rem }
+.pair { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr)); gap:8px 22px }
+th { white-space:normal }
 """
+
+# %% ../../nbs/analysis/06_pages.ipynb #1f98cb06
 SCRIPT = """
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 function paint() {
   if (!window.Plotly) return;
-  document.querySelectorAll('.js-plotly-plot').forEach(plot => { Plotly.Plots.resize(plot); Plotly.relayout(plot, {'font.color': css('--soft')}); });
+  document.querySelectorAll('.js-plotly-plot').forEach(plot => {
+    Plotly.Plots.resize(plot);
+    Plotly.relayout(plot, {'font.color': css('--soft')});
+  });
 }
 addEventListener('load', paint);
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', paint);
-document.querySelectorAll('table.sort th').forEach(head => head.addEventListener('click', () => {
-  const body = head.closest('table').tBodies[0], at = [...head.parentNode.children].indexOf(head), down = head.dataset.way !== 'down';
+function sortable(cell) {
+  const text = cell.dataset.v, number = Number(text);
+  return text === '' || isNaN(number) ? text : number;
+}
+function sortBy(head) {
+  const body = head.closest('table').tBodies[0], column = [...head.parentNode.children].indexOf(head);
+  const down = head.dataset.way !== 'down', sign = down ? -1 : 1;
   head.dataset.way = down ? 'down' : 'up';
-  const value = row => { const text = row.children[at].dataset.v, n = Number(text); return text === '' || isNaN(n) ? text : n; };
-  [...body.rows].sort((a, b) => (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0) * (down ? -1 : 1)).forEach(row => body.append(row));
-}));
+  const value = row => sortable(row.children[column]);
+  const compare = (a, b) => (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0) * sign;
+  [...body.rows].sort(compare).forEach(row => body.append(row));
+}
+document.querySelectorAll('table.sort th').forEach(head => head.addEventListener('click', () => sortBy(head)));
 """
 
+# %% ../../nbs/analysis/06_pages.ipynb #404fef9a
 def page_html(
     title: str, # of the page
     body: str, # HTML
 ) -> str: # a whole page; plotly.min.js is looked for beside it
     "A page without any outside address"
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>
-<link rel="icon" href="data:,"><style>{STYLE}</style><script src="plotly.min.js"></script></head>
+<html lang="en">
+<head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><link rel="icon" href="data:,">
+<style>{STYLE}</style><script src="plotly.min.js"></script>
+</head>
 <body><main>
 {body}
 </main><script>{SCRIPT}</script></body></html>
@@ -223,4 +284,5 @@ def write_result(
     library = folder/"plotly.min.js"
     if not library.exists(): write_atomic(library, get_plotlyjs())
     write_json(folder/f"{kind}.json", json.loads(json.dumps(result, allow_nan=False)))
-    return write_atomic(folder/f"{kind}.html", page_html(f"{kind} · {' , '.join(Path(s).name for s in result['source'])}", draw(result)))
+    title = f"{kind} · {' , '.join(Path(source).name for source in result['source'])}"
+    return write_atomic(folder/f"{kind}.html", page_html(title, draw(result)))

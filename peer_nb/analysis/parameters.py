@@ -71,8 +71,10 @@ def attention_cost(
     m, d, heads = c.mla_config, c.hidden_size, c.num_attention_heads
     qk = m.qk_nope_head_dim + m.qk_rope_head_dim
     query = d*heads*qk if m.q_lora_rank is None else m.q_lora_rank * (d + heads*qk)
-    down, up = d*(m.kv_lora_rank + m.qk_rope_head_dim), m.kv_lora_rank*heads*(m.qk_nope_head_dim + m.v_head_dim)
-    weights, norms = query + down + up + heads*m.v_head_dim*d, m.kv_lora_rank + (m.q_lora_rank or 0)
+    down = d*(m.kv_lora_rank + m.qk_rope_head_dim)
+    up = m.kv_lora_rank*heads*(m.qk_nope_head_dim + m.v_head_dim)
+    weights = query + down + up + heads*m.v_head_dim*d
+    norms = m.kv_lora_rank + (m.q_lora_rank or 0)
     return weights + norms, 2*weights + 2*context*heads*(qk + m.v_head_dim)
 
 # %% ../../nbs/analysis/00_parameters.ipynb #eaaf672e
@@ -96,22 +98,23 @@ def count_parameters(
 ) -> ParameterCount:
     "Parameters and FLOPs of a model, from closed formulas"
     c = as_model_config(model_config)
-    p, d, layers = c.peer_config, c.hidden_size, c.num_hidden_layers
+    p, d, layers, tied = c.peer_config, c.hidden_size, c.num_hidden_layers, c.tie_word_embeddings
     context, memories = context or c.max_position_embeddings, memory_layer_count(c)
+    dense = layers - memories
     attention, attention_flops = attention_cost(c, context)
     router, router_flops = router_cost(c)
-    sides = 2 if c.memory_kind == "peer" else 1
-    row, rows = sides * p.expert_hidden_size * d, p.num_heads * p.num_experts_per_tok
+    row = (2 if c.memory_kind == "peer" else 1) * p.expert_hidden_size * d
+    rows = p.num_heads * p.num_experts_per_tok
     head, mlp, norms = c.vocab_size * d, 3 * d * c.intermediate_size, (2*layers + 1) * d
-    embedding = head if c.tie_word_embeddings else 2 * head
+    embedding = head if tied else 2 * head
     tables = prod(p.product_key_dim) * row * (min(memories, 1) if c.share_memory else memories)
-    rest = layers*attention + (layers - memories)*mlp + norms + memories*router
+    rest = layers*attention + dense*mlp + norms + memories*router
+    flops = 2*head + layers*attention_flops + dense*2*mlp + memories*(router_flops + 2*rows*row)
     return ParameterCount(
-        total=embedding + rest + tables, active=head + (0 if c.tie_word_embeddings else d) + rest + memories*rows*row,
-        embedding=embedding, attention=layers*attention, dense_mlp=(layers - memories)*mlp, norms=norms, memory_tables=tables,
+        total=embedding + rest + tables, active=head + (0 if tied else d) + rest + memories*rows*row,
+        embedding=embedding, attention=layers*attention, dense_mlp=dense*mlp, norms=norms, memory_tables=tables,
         memory_router=memories*router, active_memory=memories*rows*row, active_experts_per_token=memories*rows,
-        flops_per_token=2*head + layers*attention_flops + (layers - memories)*2*mlp + memories*(router_flops + 2*rows*row),
-        context=context)
+        flops_per_token=flops, context=context)
 
 # %% ../../nbs/analysis/00_parameters.ipynb #8969ed2e
 def memory_layer_numbers(
@@ -119,33 +122,38 @@ def memory_layer_numbers(
 ) -> list[int]: # ascending
     "Which layers hold a memory"
     if not c.use_peer: return []
-    return list(range(c.peer_start_layer, c.num_hidden_layers)) if c.memory_layers is None else sorted(c.memory_layers)
+    if c.memory_layers is None: return list(range(c.peer_start_layer, c.num_hidden_layers))
+    return sorted(c.memory_layers)
 
-# %% ../../nbs/analysis/00_parameters.ipynb #8375fe01
+# %% ../../nbs/analysis/00_parameters.ipynb #74390732
+def _layer_row(layer: str | int, kind: str, active: int, flops: int, **held: int) -> dict:
+    "One line: what is held by kind, with its sum, what a token reads, what it computes"
+    parts = dict(embedding=0, attention=0, dense_mlp=0, norms=0, memory_router=0, memory_tables=0) | held
+    return dict(layer=layer, kind=kind, total=sum(parts.values()), active=active, flops=flops, **parts)
+
 def layer_rows(
     model_config: ModelConfig | dict, # the `model_config` section
     context: int | None = None, # as in `count_parameters`
 ) -> list[dict]: # embedding, each layer, head; columns add up to `count_parameters`
     "What each layer holds, reads and computes"
     c = as_model_config(model_config)
+    d, tied = c.hidden_size, c.tie_word_embeddings
+    vocabulary, mlp = c.vocab_size * d, 3 * d * c.intermediate_size
     count, memories = count_parameters(c, context), memory_layer_numbers(c)
     attention, attention_flops = attention_cost(c, count.context)
-    mlp, vocabulary, several = 3 * c.hidden_size * c.intermediate_size, c.vocab_size * c.hidden_size, max(len(memories), 1)
     router, router_flops = router_cost(c)
-    read, own = count.active_memory // several, count.memory_tables if c.share_memory else count.memory_tables // several
-    def row(name, kind, **columns):
-        parts = dict(embedding=0, attention=0, dense_mlp=0, norms=0, memory_router=0, memory_tables=0) | columns
-        active, flops = parts.pop("active"), parts.pop("flops")
-        return dict(layer=name, kind=kind, total=sum(parts.values()), active=active, flops=flops, **parts)
-    rows = [row("embedding", "embedding", embedding=vocabulary, active=0 if c.tie_word_embeddings else c.hidden_size, flops=0)]
+    read = count.active_memory // max(len(memories), 1)
+    table = count.memory_tables if c.share_memory else count.memory_tables // max(len(memories), 1)
+    rows = [_layer_row("embedding", "embedding", active=0 if tied else d, flops=0, embedding=vocabulary)]
     for n in range(c.num_hidden_layers):
-        common = dict(attention=attention, norms=2 * c.hidden_size)
+        common, active = dict(attention=attention, norms=2*d), attention + 2*d
         if n in memories:
-            rows.append(row(n, c.memory_kind, **common, memory_router=router, memory_tables=own if n == memories[0] or not c.share_memory else 0,
-                            active=sum(common.values()) + router + read, flops=attention_flops + router_flops + 2 * read))
-        else: rows.append(row(n, "dense", **common, dense_mlp=mlp, active=sum(common.values()) + mlp, flops=attention_flops + 2 * mlp))
-    head = 0 if c.tie_word_embeddings else vocabulary
-    return rows + [row("head", "head", embedding=head, norms=c.hidden_size, active=vocabulary + c.hidden_size, flops=2 * vocabulary)]
+            own = 0 if c.share_memory and n != memories[0] else table
+            rows.append(_layer_row(n, c.memory_kind, active + router + read, attention_flops + router_flops + 2*read,
+                                   **common, memory_router=router, memory_tables=own))
+        else: rows.append(_layer_row(n, "dense", active + mlp, attention_flops + 2*mlp, **common, dense_mlp=mlp))
+    head = _layer_row("head", "head", vocabulary + d, 2*vocabulary, embedding=0 if tied else vocabulary, norms=d)
+    return [*rows, head]
 
 # %% ../../nbs/analysis/00_parameters.ipynb #e21f2866
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1} # bytes of a number
@@ -161,5 +169,6 @@ def cache_numbers(
 ) -> tuple[int, int]: # ours; keys and values of every head, for comparison
     "Numbers that a cache holds per token, over all layers"
     c = as_model_config(model_config)
-    m, every_head = c.mla_config, c.num_attention_heads * (c.mla_config.qk_nope_head_dim + c.mla_config.qk_rope_head_dim + c.mla_config.v_head_dim)
+    m = c.mla_config
+    every_head = c.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim)
     return c.num_hidden_layers * (m.kv_lora_rank + m.qk_rope_head_dim), c.num_hidden_layers * every_head

@@ -31,14 +31,17 @@ def usage_statistics(
     if uses.ndim != 1 or not len(uses) or not np.isfinite(uses).all() or uses.min() < 0:
         raise ValueError(f"uses has shape {uses.shape}: a list of finite numbers, none negative, is needed")
     n, total = len(uses), uses.sum()
-    if not total: return dict(rows=n, used=0.0, unevenness=0.0, effective_rows=0.0, gini=0.0, top50=0, top90=0, top99=0, hot=0, hottest=0.0)
+    if not total:
+        return dict(rows=n, used=0.0, unevenness=0.0, effective_rows=0.0, gini=0.0, top50=0, top90=0, top99=0, hot=0,
+                    hottest=0.0)
     z = np.sort(uses)[::-1] / total                                # the largest first
     some = z[z > 0]
     unevenness = max(0.0, float(np.log(n) + (some * np.log(some)).sum()))
     gini = float((z * (n + 1 - 2*np.arange(1, n + 1))).sum() / n)
     top50, top90, top99 = rows_for(z, (.5, .9, .99))
-    return dict(rows=n, used=len(some) / n, unevenness=unevenness, effective_rows=float(n * np.exp(-unevenness)), gini=max(0.0, gini),
-                top50=top50, top90=top90, top99=top99, hot=int((z * n > threshold).sum()), hottest=float(z[0] * n))
+    return dict(rows=n, used=len(some) / n, unevenness=unevenness, effective_rows=float(n * np.exp(-unevenness)),
+                gini=max(0.0, gini), top50=top50, top90=top90, top99=top99, hot=int((z * n > threshold).sum()),
+                hottest=float(z[0] * n))
 
 # %% ../../nbs/analysis/02_usage_statistics.ipynb #adf2754f
 def chance_unevenness(
@@ -97,9 +100,9 @@ def divergence(
     "Jensen–Shannon divergence along the last dimension"
     with np.errstate(invalid="ignore", divide="ignore"):
         p, q = (x / x.sum(-1, keepdims=True) for x in (np.asarray(a, np.float64), np.asarray(b, np.float64)))
-        middle = (p + q) / 2
-        part = lambda x: np.where(x > 0, x * np.log2(x / middle), 0).sum(-1)
-        return np.where(np.isnan(p).any(-1) | np.isnan(q).any(-1), np.nan, np.clip((part(p) + part(q)) / 2, 0, 1))
+        middle, empty = (p + q) / 2, np.isnan(p).any(-1) | np.isnan(q).any(-1)
+        left, right = (np.where(x > 0, x * np.log2(x / middle), 0).sum(-1) for x in (p, q))
+        return np.where(empty, np.nan, np.clip((left + right) / 2, 0, 1))
 
 # %% ../../nbs/analysis/02_usage_statistics.ipynb #976a9805
 def lifts(
@@ -123,7 +126,8 @@ def token_type(
     if "L" in kinds: return "words"
     if "N" in kinds: return "digits"
     inner = text.strip()
-    if inner and set(inner) <= OPERATORS | {"!"} and set(inner) & OPERATORS or inner and all(unicodedata.category(c) == "Sm" for c in inner): return "operators"
+    signs = set(inner) <= OPERATORS | {"!"} and set(inner) & OPERATORS
+    if inner and (signs or all(unicodedata.category(c) == "Sm" for c in inner)): return "operators"
     if kinds & {"P", "S"}: return "punctuation"
     return "space" if text and not inner else "other"
 
@@ -134,8 +138,10 @@ def vocabulary_types(
 ) -> np.ndarray: # [size] uint8 index into TOKEN_TYPES
     "The kind of every token of a vocabulary"
     special, types = set(tokenizer.all_special_ids), np.full(size, TOKEN_TYPES.index("other"), np.uint8)
-    for start in range(0, min(size, len(tokenizer)), 4096):
-        ids = range(start, min(start + 4096, size, len(tokenizer)))
-        for i, text in zip(ids, tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)):
+    known = min(size, len(tokenizer))
+    for start in range(0, known, 4096):
+        ids = range(start, min(start + 4096, known))
+        texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+        for i, text in zip(ids, texts):
             if i not in special: types[i] = TOKEN_TYPES.index(token_type(text))
     return types

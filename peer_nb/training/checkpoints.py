@@ -23,14 +23,16 @@ from torch import nn
 
 from ..config import Config, UserError, config_hash, diff_configs, load_config, save_config
 from ..files import read_json, write_atomic, write_json
-from .parallel import ALONE, Processes, empty_sharded, read_sharded, sharded, split_sharded, whole_weights, write_sharded
+from .parallel import ALONE, Processes, empty_sharded, read_sharded, sharded, split_sharded
+from .parallel import whole_weights, write_sharded
 
 if TYPE_CHECKING: from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['NAME', 'SEAL', 'FREE', 'rng_state', 'set_rng_state', 'publish_folder', 'remove_folder', 'checkpoints',
-           'latest_checkpoint', 'seal_folder', 'check_seal', 'no_progress_bars', 'write_files', 'save_checkpoint',
-           'refuse_other_config', 'refuse_other_world', 'stored_names', 'load_weights', 'load_checkpoint']
+__all__ = ['NAME', 'SEAL', 'FREE', 'FREE_SECTIONS', 'rng_state', 'set_rng_state', 'publish_folder', 'remove_folder',
+           'checkpoints', 'latest_checkpoint', 'seal_folder', 'check_seal', 'no_progress_bars', 'write_files',
+           'save_checkpoint', 'refuse_other_config', 'refuse_other_world', 'stored_names', 'load_weights',
+           'load_checkpoint']
 
 # %% ../../nbs/training/01_checkpoints.ipynb #029b9256
 def rng_state() -> dict: # lists and tensors only
@@ -104,8 +106,11 @@ SEAL = "trainer_state/files.json"
 def _fingerprints(folder: Path) -> dict[str, list]: # path inside -> [bytes, sha256]
     "What is in a folder, its seal left out"
     found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != SEAL):
-        with open(path, "rb") as file: found[path.relative_to(folder).as_posix()] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name == SEAL: continue
+        with open(path, "rb") as file: digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[name] = [path.stat().st_size, digest]
     return found
 
 def seal_folder(
@@ -114,6 +119,7 @@ def seal_folder(
     "List every file with its size and hash"
     write_json(folder/SEAL, _fingerprints(folder))
 
+# %% ../../nbs/training/01_checkpoints.ipynb #5e7ac1e1
 def check_seal(
     folder: Path, # a checkpoint
 ) -> None:
@@ -126,9 +132,10 @@ def check_seal(
         elif here[name][0] != size: problems.append(f"{name} has {here[name][0]:,} bytes instead of {size:,}")
         elif here[name][1] != digest: problems.append(f"{name} was changed")
     if not problems: return
-    others = [path.name for path in reversed(checkpoints(folder.parent)) if path != folder]
-    raise UserError(f"{folder} is damaged: {'; '.join(problems)}. " + (f"Continue from an earlier one: --resume {folder.parent/others[0]}"
-                    if others else "There is no other checkpoint beside it."))
+    others = [path for path in reversed(checkpoints(folder.parent)) if path != folder]
+    advice = "There is no other checkpoint beside it."
+    if others: advice = f"Continue from an earlier one: --resume {others[0]}"
+    raise UserError(f"{folder} is damaged: {'; '.join(problems)}. {advice}")
 
 # %% ../../nbs/training/01_checkpoints.ipynb #4b6d1cc7
 @contextmanager
@@ -160,7 +167,8 @@ def write_files(
     inside.mkdir()
     torch.save(state, inside/"state.pt")
     save_config(cfg, inside/"config.yaml")
-    write_json(inside/"about.json", dict(step=step, world_size=world_size, config_hash=config_hash(cfg), torch=torch.__version__))
+    about = dict(step=step, world_size=world_size, config_hash=config_hash(cfg), torch=torch.__version__)
+    write_json(inside/"about.json", about)
 
 # %% ../../nbs/training/01_checkpoints.ipynb #0c6bdd62
 def save_checkpoint(
@@ -190,9 +198,10 @@ def save_checkpoint(
     return final
 
 # %% ../../nbs/training/01_checkpoints.ipynb #7a906ace
-FREE = {f"train_config.{key}" for key in ("output_dir", "log_level", "logging_steps", "save_steps", "save_total_limit", "eval_steps",
-                                          "per_device_eval_batch_size", "resume_from_checkpoint")}
+FREE = {f"train_config.{key}" for key in ("output_dir", "log_level", "logging_steps", "save_steps", "save_total_limit",
+                                          "eval_steps", "per_device_eval_batch_size", "resume_from_checkpoint")}
 FREE |= {f"model_config.peer_config.{key}" for key in ("log_expert_usage", "log_freq", "usage_threshold")}
+FREE_SECTIONS = ("eval_config", "wandb_config")
 
 def refuse_other_config(
     checkpoint: Path, # with the configuration it was made under
@@ -200,13 +209,13 @@ def refuse_other_config(
 ) -> None:
     "Raise a `UserError` that names the differences, if there are any that matter"
     saved = load_config(checkpoint/"trainer_state"/"config.yaml")
-    free = lambda key: key in FREE or key.startswith(("eval_config", "wandb_config"))
-    different = {k: v for k, v in diff_configs(saved, cfg).items() if not free(k)}
+    changed = diff_configs(saved, cfg)
+    different = {key: v for key, v in changed.items() if key not in FREE and not key.startswith(FREE_SECTIONS)}
     if not different: return
     lines = [f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in different.items()]
-    raise UserError("\n".join([f"{checkpoint} was made under another configuration:", *lines,
-                               "Put these back to continue it, train into another output_dir, or accept a run that belongs to neither "
-                               "(--allow-approximate-resume)."]))
+    advice = ("Put these back to continue it, train into another output_dir, or accept a run that belongs to neither "
+              "(--allow-approximate-resume).")
+    raise UserError("\n".join([f"{checkpoint} was made under another configuration:", *lines, advice]))
 
 # %% ../../nbs/training/01_checkpoints.ipynb #7e9607a9
 def refuse_other_world(
@@ -216,8 +225,10 @@ def refuse_other_world(
     "Raise a `UserError` if the number of processes has changed"
     made = read_json(checkpoint/"trainer_state"/"about.json").get("world_size", 1)
     if made == world_size: return
-    raise UserError(f"{checkpoint} was made by {made} process{'es'[:2*(made > 1)]}, and this run has {world_size}: start {made} "
-                    "(peer-train --gpus or --processes), train into another output_dir, or accept a run that is not exact (--allow-approximate-resume)")
+    many = "processes" if made > 1 else "process"
+    raise UserError(f"{checkpoint} was made by {made} {many}, and this run has {world_size}: start {made} (peer-train "
+                    "--gpus or --processes), train into another output_dir, or accept a run that is not exact "
+                    "(--allow-approximate-resume)")
 
 # %% ../../nbs/training/01_checkpoints.ipynb #6621d356
 def stored_names(
@@ -231,9 +242,11 @@ def stored_names(
     filled = {id(here[name]) for name in stored & here.keys()}
     absent, unexpected = [name for name in here if id(here[name]) not in filled], sorted(stored - here.keys())
     if absent or unexpected:
-        raise UserError(f"{folder}: the weights do not fit the model: missing {absent[:3]}, unexpected {unexpected[:3]}")
+        raise UserError(f"{folder}: the weights do not fit the model: "
+                        f"missing {absent[:3]}, unexpected {unexpected[:3]}")
     return sorted(stored)
 
+# %% ../../nbs/training/01_checkpoints.ipynb #10fb704f
 def load_weights(
     model: nn.Module, # built from the same configuration; filled in place
     folder: Path,     # with one or several .safetensors files
@@ -260,6 +273,7 @@ def load_checkpoint(
     refuse_other_config(folder, cfg)
     if not approximate: refuse_other_world(folder, processes.size)
     load_weights(model, folder)
-    state, slices = empty_sharded(torch.load(folder/"trainer_state"/"state.pt", map_location="cpu", weights_only=True), processes.mesh)
+    saved = torch.load(folder/"trainer_state"/"state.pt", map_location="cpu", weights_only=True)
+    state, slices = empty_sharded(saved, processes.mesh)
     read_sharded(slices, folder/"trainer_state")
     return state

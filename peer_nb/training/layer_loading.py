@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,9 +52,12 @@ def layer_pairs(
     for source, target in mappings.items():
         sources, targets = layer_range(source), layer_range(target)
         if len(sources) != len(targets):
-            raise MapError(f"pretrained_layer_map: {source!r} names {len(sources)} layers and {target!r} names {len(targets)}; they must be as many")
+            raise MapError(f"pretrained_layer_map: {source!r} names {len(sources)} layers and {target!r} names "
+                           f"{len(targets)}; they must be as many")
         for a, b in zip(sources, targets):
-            if b in pairs: raise MapError(f"pretrained_layer_map: layer {b} of the model would come from layer {pairs[b]} and from layer {a}; name it once")
+            if b in pairs:
+                raise MapError(f"pretrained_layer_map: layer {b} of the model would come from layer {pairs[b]} "
+                               f"and from layer {a}; name it once")
             pairs[b] = a
     return pairs
 
@@ -75,17 +79,37 @@ def component_pairs(
 ) -> list[Component]:
     "Patterns, checked"
     for source, target in mappings.items():
-        if not isinstance(target, str): raise MapError(f"pretrained_layer_map: {source!r}: {target!r} is no name of a module or tensor")
-        if source.count("*") != target.count("*"):
-            raise MapError(f"pretrained_layer_map: {source!r} has {source.count('*')} stars and {target!r} has {target.count('*')}; what a star stood for is put in its place, so they must be as many")
+        if not isinstance(target, str):
+            raise MapError(f"pretrained_layer_map: {source!r}: {target!r} is no name of a module or tensor")
+        here, there = source.count("*"), target.count("*")
+        if here != there:
+            raise MapError(f"pretrained_layer_map: {source!r} has {here} stars and {target!r} has {there}; what a star "
+                           "stood for is put in its place, so they must be as many")
     return [Component(source, target) for source, target in mappings.items()]
 
-# %% ../../nbs/training/10_layer_loading.ipynb #803f5077
+# %% ../../nbs/training/10_layer_loading.ipynb #581cea36
 @dataclass
 class LayerMap:
     "What goes where"
     layers: dict[int, int] = field(default_factory=dict) # target layer -> source layer
     components: list[Component] = field(default_factory=list) # in order; the last that names a target wins
+
+# %% ../../nbs/training/10_layer_loading.ipynb #24ebb515
+def _sections(found: dict[str, Any]) -> tuple[dict, dict]:
+    "Layers and components of a map, however it is written"
+    if any(key in SECTIONS for key in found) or any(isinstance(value, dict) for value in found.values()):
+        for key in found:
+            if key not in SECTIONS:
+                raise MapError(f"pretrained_layer_map: {key!r} is no section; "
+                               f"allowed beside each other: {', '.join(SECTIONS)}")
+        for key, value in found.items():
+            if not isinstance(value, dict): raise MapError(f"pretrained_layer_map: {key}: {value!r} is no mapping")
+        return tuple(found.get(section, {}) for section in SECTIONS)
+    numeric, named = [k for k in found if k[:1].isdigit()], [k for k in found if not k[:1].isdigit()]
+    if numeric and named:
+        raise MapError(f"pretrained_layer_map: layers ({numeric[0]!r}) and components ({named[0]!r}) stand side by "
+                       f"side; put them under {' and '.join(SECTIONS)}")
+    return (found, {}) if numeric else ({}, found)
 
 def read_layer_map(
     spec: Any, # a mapping, its JSON text, or the path of a JSON file
@@ -93,15 +117,10 @@ def read_layer_map(
     "A map of layers and components, checked; `MapError` for what cannot be meant"
     try: found = read_map(spec, "pretrained_layer_map")
     except UserError as e: raise MapError(str(e)) from e
-    if not isinstance(found, dict) or not found: raise MapError(f"pretrained_layer_map: {found!r} names nothing; write {{\"0-5\": \"0-5\"}} or {{\"*.memory\": \"*.memory\"}}")
-    if any(key in SECTIONS for key in found) or any(isinstance(value, dict) for value in found.values()):
-        if odd := [key for key in found if key not in SECTIONS]: raise MapError(f"pretrained_layer_map: {odd[0]!r} is no section; allowed beside each other: {', '.join(SECTIONS)}")
-        if odd := [key for key, value in found.items() if not isinstance(value, dict)]: raise MapError(f"pretrained_layer_map: {odd[0]}: {found[odd[0]]!r} is no mapping")
-        layers, components = (found.get(section, {}) for section in SECTIONS)
-    else:
-        numeric = {key: value for key, value in found.items() if key[:1].isdigit()}
-        if 0 < len(numeric) < len(found): raise MapError(f"pretrained_layer_map: layers ({next(iter(numeric))!r}) and components ({next(k for k in found if k not in numeric)!r}) stand side by side; put them under {' and '.join(SECTIONS)}")
-        layers, components = (found, {}) if numeric else ({}, found)
+    if not isinstance(found, dict) or not found:
+        raise MapError(f"pretrained_layer_map: {found!r} names nothing; write {{\"0-5\": \"0-5\"}} or "
+                       "{\"*.memory\": \"*.memory\"}")
+    layers, components = _sections(found)
     return LayerMap(layer_pairs(layers), component_pairs(components))
 
 # %% ../../nbs/training/10_layer_loading.ipynb #98fd0360
@@ -114,30 +133,41 @@ class Stored(NamedTuple):
 def _width(code: str) -> int: # bytes of a value; safetensors' names end in their bits, BOOL is a byte
     found = re.search(r"\d+", code)
     return max(1, int(found[0]) // 8) if found else 1
+def _read_tensor(path: Path, name: str) -> Tensor:
+    "All values of one tensor"
+    with safe_open(path, "pt") as file: return file.get_tensor(name)
 
 def safetensors_source(
     files: list[Path],
 ) -> dict[str, Stored]: # name -> tensor
     "The tensors in files of safetensors"
     stored = {}
-    def reader(path, name):
-        def read():
-            with safe_open(path, "pt") as file: return file.get_tensor(name)
-        return read
     for path in files:
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():
                     part = file.get_slice(name)
                     shape = tuple(part.get_shape())
-                    stored[plain_name(name)] = Stored(shape, math.prod(shape) * _width(part.get_dtype()), reader(path, name))
-        except (SafetensorError, OSError) as e: raise UserError(f"{path}: cannot be read as safetensors ({e}); copy it again, or name another checkpoint") from e
+                    size = math.prod(shape) * _width(part.get_dtype())
+                    stored[plain_name(name)] = Stored(shape, size, partial(_read_tensor, path, name))
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{path}: cannot be read as safetensors ({e}); "
+                            "copy it again, or name another checkpoint") from e
     return stored
 
-# %% ../../nbs/training/10_layer_loading.ipynb #17e6b6e2
+# %% ../../nbs/training/10_layer_loading.ipynb #4f3777a1
 def _model_name(name: str) -> str:
     "A name inside a checkpoint of several things (`model`, `optimizer`) as the model has it"
     return plain_name(re.sub(r"^(?:app\.|state\.)*model\.(?=model\.|lm_head\.)", "", name))
+
+def _read_shards(folder: Path, key: str, kind: Any) -> Tensor:
+    "All values of one tensor, wherever its shards are"
+    import torch.distributed.checkpoint as dcp
+    state = {key: torch.empty(kind.size, dtype=kind.properties.dtype)}
+    with warnings.catch_warnings():   # that there is no process group is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    return state[key]
 
 def sharded_source(
     folder: Path, # with .metadata and *.distcp
@@ -146,17 +176,14 @@ def sharded_source(
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     try: metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as e: raise UserError(f"{folder}: .metadata cannot be read ({type(e).__name__}: {e}); name another checkpoint") from e   # pickled: fails in many ways
-    def reader(key, kind):
-        def read():
-            state = {key: torch.empty(kind.size, dtype=kind.properties.dtype)}
-            with warnings.catch_warnings():   # that there is no process group is meant
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-                dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-            return state[key]
-        return read
-    return {_model_name(key): Stored(tuple(kind.size), math.prod(kind.size) * kind.properties.dtype.itemsize, reader(key, kind))
-            for key, kind in metadata.items() if isinstance(kind, TensorStorageMetadata) and not key.startswith(("optim", "schedule"))}
+    except Exception as e:   # it is pickled, and fails in many ways
+        raise UserError(f"{folder}: .metadata cannot be read ({type(e).__name__}: {e}); name another checkpoint") from e
+    found = {}
+    for key, kind in metadata.items():
+        if not isinstance(kind, TensorStorageMetadata) or key.startswith(("optim", "schedule")): continue
+        size = math.prod(kind.size) * kind.properties.dtype.itemsize
+        found[_model_name(key)] = Stored(tuple(kind.size), size, partial(_read_shards, folder, key, kind))
+    return found
 
 # %% ../../nbs/training/10_layer_loading.ipynb #dfaaf00c
 def checkpoint_folder(
@@ -165,9 +192,9 @@ def checkpoint_folder(
 ) -> Path:
     "The checkpoint that is meant"
     found = checkpoints(path)
+    if not found and step is None: return path
     if not found:
-        if step is not None: raise UserError(f"{path}: has no checkpoint-{step}; pretrained_layer_step goes with the folder of a run")
-        return path
+        raise UserError(f"{path}: has no checkpoint-{step}; pretrained_layer_step goes with the folder of a run")
     if step is None: return found[-1]
     if (wanted := path/f"checkpoint-{step}") in found: return wanted
     raise UserError(f"{path}: has no checkpoint-{step}; there are {', '.join(p.name for p in found)}")
@@ -184,7 +211,8 @@ def open_source(
     if files := sorted(folder.glob("*.safetensors")): return safetensors_source(files)
     for shards in (folder, folder/"trainer_state"):
         if (shards/".metadata").exists(): return sharded_source(shards)
-    raise UserError(f"pretrained_layer_path: {folder} holds no weights (looked for *.safetensors and .metadata of torch.distributed.checkpoint)")
+    raise UserError(f"pretrained_layer_path: {folder} holds no weights "
+                    "(looked for *.safetensors and .metadata of torch.distributed.checkpoint)")
 
 # %% ../../nbs/training/10_layer_loading.ipynb #f965c901
 LAYER = re.compile(r"((?:.*\.)?layers\.)(\d+)\.(.+)")
@@ -200,11 +228,11 @@ class LoadReport:
     "What came over, and what did not"
     moves: list[Move] = field(default_factory=list) # in the model now
     problems: list[str] = field(default_factory=list) # what was left out, and why
-    overridden: list[str] = field(default_factory=list) # targets that a component took from a layer or an earlier component
+    overridden: list[str] = field(default_factory=list) # targets that a later entry took from an earlier one
     bytes_read: int = 0 # of the mapped tensors
     bytes_there: int = 0 # of all tensors in the checkpoint
 
-    def __str__(self) -> str:
+    def __str__(self) -> str: # what came over in numbers, then what did not, a line each
         lines = [f"{len(self.moves)} tensors loaded, {self.bytes_read:,} of {self.bytes_there:,} bytes read"]
         lines += [f"  {target} was mapped twice; the later entry counts" for target in self.overridden]
         return "\n".join(lines + [f"  left out: {problem}" for problem in self.problems])
@@ -223,6 +251,7 @@ def _candidates(
         entry = f"{component.source} -> {component.target}"
         yield entry, [Move(name, renamed, entry) for name in names if (renamed := component.rename(name)) is not None]
 
+# %% ../../nbs/training/10_layer_loading.ipynb #348e72ce
 def plan_moves(
     layer_map: LayerMap,
     source: dict[str, Stored], # the checkpoint
@@ -233,9 +262,11 @@ def plan_moves(
     for entry, wanted in _candidates(layer_map, list(source)):
         if not wanted: report.problems.append(f"{entry}: matches no tensor of the checkpoint")
         for move in wanted:
-            if move.target not in target: report.problems.append(f"{entry}: the model has no {move.target}")
-            elif source[move.source].shape != target[move.target]:
-                report.problems.append(f"{entry}: {move.source} has shape {list(source[move.source].shape)}, {move.target} has {list(target[move.target])}")
+            shape, place = source[move.source].shape, target.get(move.target)
+            if place is None: report.problems.append(f"{entry}: the model has no {move.target}")
+            elif shape != place:
+                there, here = f"{move.source} has shape {list(shape)}", f"{move.target} has {list(place)}"
+                report.problems.append(f"{entry}: {there}, {here}")
             else:
                 if move.target in moves: report.overridden.append(move.target)
                 moves[move.target] = move
@@ -243,7 +274,7 @@ def plan_moves(
     report.bytes_read = sum(source[name].bytes for name in {move.source for move in report.moves})
     return report
 
-# %% ../../nbs/training/10_layer_loading.ipynb #c88fdd37
+# %% ../../nbs/training/10_layer_loading.ipynb #4686e054
 def _write(target: Tensor, value: Tensor) -> None:
     "Fill a model's tensor, sharded or not, in its own type"
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -251,9 +282,12 @@ def _write(target: Tensor, value: Tensor) -> None:
     if isinstance(target, DTensor): value = distribute_tensor(value, target.device_mesh, target.placements)
     target.copy_(value)
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]: # parameters and buffers, under each of their names
-    return {plain_name(name): tensor for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]}
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    "Parameters and buffers, under each of their names"
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {plain_name(name): tensor for name, tensor in named}
 
+# %% ../../nbs/training/10_layer_loading.ipynb #c88fdd37
 class PretrainedLayerLoader:
     "Takes layers and components from a checkpoint"
     def __init__(self,
@@ -267,22 +301,28 @@ class PretrainedLayerLoader:
 
     def plan(self, model: nn.Module) -> LoadReport:
         "What `load` would do, without doing it"
-        return plan_moves(self.layer_map, self.source, {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()})
+        shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+        return plan_moves(self.layer_map, self.source, shapes)
 
     @torch.no_grad()
     def load(self, model: nn.Module) -> LoadReport: # after it was done
-        "Fill a model's mapped tensors; `UserError` before any is written when the map doesn't fit (any problem with strict, else when nothing fits)"
+        "Fill a model's mapped tensors; `UserError` before any is written when the map doesn't fit"
         report, tensors = self.plan(model), _tensors(model)
-        if report.problems and self.strict or not report.moves:
-            more = f"  and {len(report.problems) - 20} more" if len(report.problems) > 20 else ""
-            raise UserError("\n".join([f"pretrained_layer_map does not fit {self.path}; nothing was loaded:", *(f"  {p}" for p in report.problems[:20]), *filter(None, [more])]))
+        if report.problems and self.strict or not report.moves: self._refuse(report.problems)
         for move in report.moves: _write(tensors[move.target], self.source[move.source].read())
         return report
+
+    def _refuse(self, problems: list[str]):
+        "Any problem when strict, otherwise a map of which nothing fits: say it all, as far as anybody reads"
+        lines = [f"pretrained_layer_map does not fit {self.path}; nothing was loaded:", *problems[:20]]
+        if len(problems) > 20: lines.append(f"and {len(problems) - 20} more")
+        raise UserError("\n  ".join(lines))
 
 # %% ../../nbs/training/10_layer_loading.ipynb #b012c613
 def checkpoint_options(
     overrides: dict[str, Any] | list[str], # dotted keys and values, or "key=value" words
 ) -> dict[str, Any] | list[str]: # of the same kind
     "Overrides in which `checkpoint.pretrained_layer_*` are this package's keys"
-    rename = lambda key: re.sub(r"^checkpoint\.(?=pretrained_layer_)", "train_config.", key)
-    return {rename(key): value for key, value in overrides.items()} if isinstance(overrides, dict) else [rename(word) for word in overrides]
+    def rename(key): return re.sub(r"^checkpoint\.(?=pretrained_layer_)", "train_config.", key)
+    if isinstance(overrides, dict): return {rename(key): value for key, value in overrides.items()}
+    return [rename(word) for word in overrides]

@@ -48,8 +48,8 @@ def check_duration(
                         "train_config.max_tokens (--tokens) or train_config.num_train_epochs")
     streams = [entry.name for entry in cfg.dataset_config.datasets if entry.streaming]
     if streams and not train.steps_per_epoch:
-        raise UserError(f"train_config.num_train_epochs={train.num_train_epochs:g}, but {', '.join(streams)} is a stream "
-                        "(streaming: true) and has no known length: set train_config.steps_per_epoch, or give "
+        raise UserError(f"train_config.num_train_epochs={train.num_train_epochs:g}, but {', '.join(streams)} is a "
+                        "stream (streaming: true) and has no known length: set train_config.steps_per_epoch, or give "
                         "train_config.max_steps or train_config.max_tokens (--tokens) instead")
 
 # %% ../../nbs/training/00_optim.ipynb #ac4fec18
@@ -64,10 +64,11 @@ def planned_steps(
     if train.max_steps: return train.max_steps
     if train.max_tokens: return math.ceil(train.max_tokens / per_step)
     if not train.steps_per_epoch and not tokens_per_epoch:
-        raise UserError("train_config.num_train_epochs: the data's length is not known: set train_config.steps_per_epoch")
+        raise UserError("train_config.num_train_epochs: the data's length is not known: "
+                        "set train_config.steps_per_epoch")
     return max(1, math.ceil(train.num_train_epochs * (train.steps_per_epoch or tokens_per_epoch / per_step)))
 
-# %% ../../nbs/training/00_optim.ipynb #c79d3f92
+# %% ../../nbs/training/00_optim.ipynb #cf03b485
 TABLE = re.compile(r"(^|\.)memory\.(values|expert_down|expert_up)(\.|$)")
 KEYS = re.compile(r"(^|\.)memory\.keys$")
 
@@ -81,20 +82,23 @@ def group_of(
     if KEYS.search(name): return "keys"
     return "vectors" if p.ndim < 2 or embedding else "matrices"
 
+# %% ../../nbs/training/00_optim.ipynb #cf43248d
 def parameter_groups(
     model: nn.Module,               # its parameters that need a gradient
     train: TrainConfig,             # learning rates and decays
     table_gradient: str = "dense",  # what the tables get: dense, sparse or consumed
 ) -> list[dict]: # optimiser groups with a `name`: matrices, vectors, keys, tables; empty ones left out
     "Sort parameters by how they are to be updated"
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    named = [(name, p, group_of(name, p, id(p) in embeddings)) for name, p in model.named_parameters() if p.requires_grad]
-    memory = dict(lr=train.learning_rate if train.table_learning_rate is None else train.table_learning_rate,
-                  weight_decay=train.table_weight_decay)
+    train_memory = train.learning_rate if train.table_learning_rate is None else train.table_learning_rate
+    memory = dict(lr=train_memory, weight_decay=train.table_weight_decay)
     rates = {"matrices": dict(lr=train.learning_rate, weight_decay=train.weight_decay),
              "vectors": dict(lr=train.learning_rate, weight_decay=0.0), "keys": memory, "tables": memory}
-    groups = [dict(name=group, params=[p for _, p, g in named if g == group], **keys) for group, keys in rates.items()]
-    groups[-1] |= dict(table_gradient=table_gradient, names=[name for name, _, g in named if g == "tables"])
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    sorted_in = {group: [] for group in rates}
+    for name, p in model.named_parameters():
+        if p.requires_grad: sorted_in[group_of(name, p, id(p) in embeddings)].append((name, p))
+    groups = [dict(name=group, params=[p for _, p in sorted_in[group]], **keys) for group, keys in rates.items()]
+    groups[-1] |= dict(table_gradient=table_gradient, names=[name for name, _ in sorted_in["tables"]])
     return [group for group in groups if group["params"]]
 
 # %% ../../nbs/training/00_optim.ipynb #dbd5095b
@@ -115,8 +119,8 @@ def check_table_gradient(
 ) -> None:
     "Refuse table gradients whose optimizer is not installed"
     if cfg.model_config.peer_config.table_gradient == "consumed" and not find_spec("torchao"):
-        raise UserError("model_config.peer_config.table_gradient is 'consumed', which keeps moments in eight bits with torchao, "
-                        "and torchao is not installed: pip install 'peer_nb[fp8]', or choose dense or sparse")
+        raise UserError("model_config.peer_config.table_gradient is 'consumed', which keeps moments in eight bits with "
+                        "torchao, and torchao is not installed: pip install 'peer_nb[fp8]', or choose dense or sparse")
 
 # %% ../../nbs/training/00_optim.ipynb #fb6ad35b
 def gradient_values(
@@ -132,11 +136,13 @@ def clip_gradients(
     train: TrainConfig,     # max_grad_norm, table_max_grad_norm
 ) -> Tensor: # scalar norm of all gradients before clipping; not finite when any that is still to be used is not
     "Scale gradients down to their largest norms, in place"
-    groups = {g["name"]: [gradient_values(p) for p in g["params"] if p.grad is not None] for g in optimizer.param_groups}
+    groups = {group["name"]: [gradient_values(p) for p in group["params"] if p.grad is not None]
+              for group in optimizer.param_groups}
     alone = train.table_max_grad_norm is not None
     memory = [g for name in ("keys", "tables") for g in groups.pop(name, [])] if alone else []
+    rest = [g for found in groups.values() for g in found]
     norms = []
-    for values, limit in (([g for found in groups.values() for g in found], train.max_grad_norm), (memory, train.table_max_grad_norm)):
+    for values, limit in ((rest, train.max_grad_norm), (memory, train.table_max_grad_norm)):
         if not values: continue
         norms.append(whole(get_total_norm(values)))
         shrink = (limit / (norms[-1] + 1e-6)).clamp(max=1.0)
@@ -154,7 +160,8 @@ def consuming_tables(
 ) -> AbstractContextManager:
     "Where a backward pass belongs; dense and sparse gradients notice nothing"
     scale = (scaler.get_scale() if scaler else 1.0) * processes.size
-    return optimizer.consuming(train.table_max_grad_norm or train.max_grad_norm, scale, dist.group.WORLD if processes.size > 1 else None)
+    group = dist.group.WORLD if processes.size > 1 else None
+    return optimizer.consuming(train.table_max_grad_norm or train.max_grad_norm, scale, group)
 
 def lower_scale(
     optimizer: TableAdamW,         # after a backward pass

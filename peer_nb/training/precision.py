@@ -28,10 +28,12 @@ def set_backends(
     if train.deterministic: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(train.deterministic)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.tf32
-    if device.type == "cpu" and train.fp16: log.info("training in float32: train_config.fp16 needs a GPU; on a CPU bf16 is the faster half")
+    if device.type == "cpu" and train.fp16:
+        log.info("training in float32: train_config.fp16 needs a GPU; on a CPU bf16 is the faster half")
     if device.type == "cuda" and not train.deterministic:
-        log.info("not exact on this GPU: sums over rows of embeddings and expert tables are added in any order, so a repeated or "
-                 "resumed run differs in the last bits; train_config.deterministic: true makes it exact, and slower")
+        log.info("not exact on this GPU: sums over rows of embeddings and expert tables are added in any order, so a "
+                 "repeated or resumed run differs in the last bits; train_config.deterministic: true makes it exact, "
+                 "and slower")
 
 # %% ../../nbs/training/04_precision.ipynb #087bf1ea
 def takes_float8(
@@ -45,18 +47,19 @@ def takes_float8(
 # %% ../../nbs/training/04_precision.ipynb #b5b910f9
 def use_float8(
     model: nn.Module,      # on its device; changed in place, names of parameters stay
-    device: torch.device,  # a GPU that multiplies float8 (compute capability 8.9 or more), or a CPU, where it is emulated
+    device: torch.device,  # a GPU that multiplies float8 (capability 8.9 or more), or a CPU, where it is emulated
 ) -> int: # linear layers that now round to float8
     "Have torchao replace the linear layers"
     if find_spec("torchao") is None:
         raise UserError("train_config.fp8 needs the package torchao: pip install 'peer_nb[fp8]', or set fp8: false")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError(f"train_config.fp8: {torch.cuda.get_device_name(device)} does not multiply float8 numbers (compute capability 8.9 "
-                        "or more does); set fp8: false, and bf16: true")
+        raise UserError(f"train_config.fp8: {torch.cuda.get_device_name(device)} does not multiply float8 numbers "
+                        "(compute capability 8.9 or more does); set fp8: false, and bf16: true")
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training   # seconds to import
     names = [name for name, module in model.named_modules() if takes_float8(module, name)]
     if not names: raise UserError("train_config.fp8: the model has no linear layer whose sides are multiples of 16")
     emulate = device.type == "cpu"
     if emulate: log.info("float8 is emulated on a CPU: the roundings are real, the speed is not")
-    convert_to_float8_training(model, config=Float8LinearConfig(emulate=emulate, pad_inner_dim=not emulate), module_filter_fn=takes_float8)
+    config = Float8LinearConfig(emulate=emulate, pad_inner_dim=not emulate)
+    convert_to_float8_training(model, config=config, module_filter_fn=takes_float8)
     return len(names)

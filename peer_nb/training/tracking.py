@@ -70,7 +70,8 @@ def token_bytes(
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     for byte_level in (True, False):
-        table = torch.tensor([0 if i in special or t is None else _bytes_of(t, byte_level) for i, t in enumerate(tokens)], dtype=torch.int32)
+        sizes = [0 if i in special or t is None else _bytes_of(t, byte_level) for i, t in enumerate(tokens)]
+        table = torch.tensor(sizes, dtype=torch.int32)
         ids = tokenizer(SAMPLE, add_special_tokens=False, verbose=False)["input_ids"]
         if int(table[ids].sum()) == len(SAMPLE.encode()): return table
     return None
@@ -96,7 +97,8 @@ class Heartbeat:
         now = time.monotonic()
         if not force and now - self.last < self.every: return
         self.last = now
-        write_json(self.path, self.state | dict(total_steps=self.total_steps, phase=phase, time=time.time(), pid=os.getpid()))
+        about = dict(total_steps=self.total_steps, phase=phase, time=time.time(), pid=os.getpid())
+        write_json(self.path, self.state | about)
 
 # %% ../../nbs/training/03_tracking.ipynb #e7158b7b
 @patch
@@ -182,7 +184,8 @@ class UsageRecorder:
         config: PeerConfig,  # log_expert_usage, log_freq, usage_threshold
     ):
         layers = {name: m for name, m in model.named_modules() if isinstance(m, MemoryLayer)}
-        self.layers, self.config = layers if config.log_expert_usage else {}, config
+        self.layers = layers if config.log_expert_usage else {}
+        self.config = config
 
     def before(self,
         step: int, # the one that comes now, from 1
@@ -198,7 +201,8 @@ class UsageRecorder:
     ) -> dict | None: # layer's name -> `usage_summary`; None when no record is due
         "Sum up and stop counting, if a record is due"
         if not self.layers or step % self.config.log_freq: return None
-        record = {name: usage_summary(layer.usage, self.config.usage_threshold) for name, layer in self.layers.items() if layer.usage}
+        threshold = self.config.usage_threshold
+        record = {name: usage_summary(layer.usage, threshold) for name, layer in self.layers.items() if layer.usage}
         for layer in self.layers.values(): layer.collect_usage(False)
         return record
 
@@ -216,7 +220,8 @@ def paused(self: UsageRecorder) -> Iterator[None]:
 @patch
 def state_dict(self: UsageRecorder) -> dict: # tensors and numbers, by layer; empty between two windows
     "What was counted so far"
-    return {name: dict(scores=layer.usage.scores, tokens=layer.usage.tokens) for name, layer in self.layers.items() if layer.usage}
+    counting = {name: layer.usage for name, layer in self.layers.items() if layer.usage}
+    return {name: dict(scores=usage.scores, tokens=usage.tokens) for name, usage in counting.items()}
 
 @patch
 def load_state_dict(self: UsageRecorder,
@@ -229,7 +234,7 @@ def load_state_dict(self: UsageRecorder,
         scores, layer.usage.tokens = state[name]["scores"], state[name]["tokens"]
         layer.usage.scores = None if scores is None else scores.to(layer.keys.device)
 
-# %% ../../nbs/training/03_tracking.ipynb #78fd2f88
+# %% ../../nbs/training/03_tracking.ipynb #ee1d2c79
 def check_wandb(
     cfg: Config, # wandb_config
 ) -> None:
@@ -238,20 +243,22 @@ def check_wandb(
         raise UserError("wandb_config is given, but the package wandb is not installed: pip install 'peer_nb[wandb]', "
                         "or leave the section out (wandb_config=null)")
 
+# %% ../../nbs/training/03_tracking.ipynb #78fd2f88
 def start_wandb(
     cfg: Config, # wandb_config, and all keys, which are shown beside the curves
-    out: Path,   # of the run; the run's id at Weights & Biases is kept there, so that a resumed run goes on there too
+    out: Path,   # of the run; the run's id at Weights & Biases is kept there
 ): # a wandb run
     "Begin, or continue, a run at Weights & Biases"
     import wandb
     section, known = cfg.wandb_config, read_json(out/"wandb.json") or {}
     identity = known.get("id") or uuid.uuid4().hex[:12]
     try:
-        run = wandb.init(project=section.project, entity=section.entity, name=section.name, id=identity, resume="allow", dir=str(out),
-                         config=flatten(cfg), settings=wandb.Settings(console="off", silent=True))
+        run = wandb.init(project=section.project, entity=section.entity, name=section.name, id=identity, resume="allow",
+                         dir=str(out), config=flatten(cfg), settings=wandb.Settings(console="off", silent=True))
     except wandb.Error as error:
-        raise UserError(f"wandb_config: Weights & Biases cannot be reached as asked: {error}. Log in (wandb login), keep the data here for "
-                        "later (WANDB_MODE=offline), or leave the section out (wandb_config=null)") from error
+        raise UserError(f"wandb_config: Weights & Biases cannot be reached as asked: {error}. Log in (wandb login), "
+                        "keep the data here for later (WANDB_MODE=offline), or leave the section out "
+                        "(wandb_config=null)") from error
     write_json(out/"wandb.json", dict(id=identity, project=section.project))
     return run
 
@@ -264,9 +271,10 @@ def log_checkpoint(
     "Hand a checkpoint to Weights & Biases as an artifact"
     import wandb
     artifact = wandb.Artifact(f"model-{run.id}", "model", metadata=dict(step=int(folder.name.split("-")[1])))
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         inside = file.relative_to(folder)
-        if file.is_file() and (what == "all" or inside.parts[0] != "trainer_state"): artifact.add_file(str(file), name=inside.as_posix(), policy="mutable")
+        if what != "all" and inside.parts[0] == "trainer_state": continue
+        artifact.add_file(str(file), name=inside.as_posix(), policy="mutable")
     run.log_artifact(artifact, aliases=["latest", folder.name])
 
 def usage_curves(
@@ -313,9 +321,11 @@ def step(self: Tracker,
     speed: float,                       # tokens per second
 ) -> None:
     "A step was done"
-    bits = [] if bits_per_byte is None else [f"{bits_per_byte:.3f} bits/byte"]
-    self.progress.update(step, f"loss {loss:.4f}", *bits, f"{speed:,.0f} tokens/s", f"{memory_in_use(self.device) / 2**20:,.0f} MiB")
-    self.heartbeat.beat(step=step, tokens=tokens, loss=finite(loss), tokens_per_second=round(speed, 1), force=step == self.progress.total)
+    words = [f"loss {loss:.4f}"] + ([] if bits_per_byte is None else [f"{bits_per_byte:.3f} bits/byte"])
+    words += [f"{speed:,.0f} tokens/s", f"{memory_in_use(self.device) / 2**20:,.0f} MiB"]
+    self.progress.update(step, *words)
+    last = step == self.progress.total
+    self.heartbeat.beat(step=step, tokens=tokens, loss=finite(loss), tokens_per_second=round(speed, 1), force=last)
 
 @patch
 def metrics(self: Tracker,
@@ -323,7 +333,8 @@ def metrics(self: Tracker,
 ) -> None:
     "A line of metrics"
     append_jsonl(self.out/"metrics.jsonl", line, fsync=True)   # on disk before the checkpoint of the same step
-    if self.wandb: self.wandb.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=line["step"])
+    known = {key: value for key, value in line.items() if key != "step" and value is not None}
+    if self.wandb: self.wandb.log(known, step=line["step"])
 
 # %% ../../nbs/training/03_tracking.ipynb #3b6e8bd7
 @patch
@@ -337,7 +348,8 @@ def usage(self: Tracker,
     for name, found in record.items():
         if not found["hot"]: continue
         row, times = found["hottest"][0]
-        log.info("step %d  %s: %d hot experts, expert %d with %.1f times the equal share", step, name, found["hot"], row, times)
+        log.info("step %d  %s: %d hot experts, expert %d with %.1f times the equal share",
+                 step, name, found["hot"], row, times)
 
 @patch
 def checkpoint(self: Tracker,
