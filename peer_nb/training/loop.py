@@ -205,7 +205,7 @@ def build_optimizer(self: Trainer) -> None:
     self.schedule = build_schedule(self.optimizer, self.train, self.total_steps)
     self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.train.fp16 and self.device.type == "cuda")
 
-# %% ../../nbs/training/02_loop.ipynb #a9692117
+# %% ../../nbs/training/02_loop.ipynb #e3a56954
 @patch
 def freeze(self: Trainer) -> None:
     "Hold still what `freeze_layer_map` names, statistics of batch norms too"
@@ -219,7 +219,6 @@ def take_layers(self: Trainer) -> None:
     train = self.train
     loader = PretrainedLayerLoader(train.pretrained_layer_path, train.pretrained_layer_map, train.pretrained_layer_step, train.pretrained_layer_strict)
     log.info("%s: %s", train.pretrained_layer_path, loader.load(self.model))
-
 
 # %% ../../nbs/training/02_loop.ipynb #5e436014
 @patch
@@ -328,7 +327,7 @@ def metrics_line(self: Trainer,
     c.start_line()
     return line
 
-# %% ../../nbs/training/02_loop.ipynb #4ba44a72
+# %% ../../nbs/training/02_loop.ipynb #3824c781
 def score_heldout(
     trainer: Trainer, # between two steps
 ) -> dict[str, float]: # "<set>/loss", "<set>/perplexity", "<set>/bits_per_byte"
@@ -336,7 +335,7 @@ def score_heldout(
     cfg, train = trainer.cfg, trainer.train
     cfg = replace(cfg, eval_config=replace(cfg.eval_config, eval_batch_size=train.per_device_eval_batch_size))
     trainer.documents = {}
-    trainer.heldout = evaluate_heldout(trainer.model, trainer.tokenizer, cfg, trainer.documents)
+    trainer.heldout = evaluate_heldout(trainer.model, trainer.tokenizer, cfg, trainer.documents, trainer.processes.spread)
     for name, score in trainer.heldout.items():
         log.info("step %d  %s: %.4f bits per byte, perplexity %.2f", trainer.counters.step, name, score.bits_per_byte, score.perplexity)
     return {f"{name}/{key}": getattr(score, key) for name, score in trainer.heldout.items() for key in ("loss", "perplexity", "bits_per_byte")}
