@@ -1,6 +1,7 @@
 "Several processes are one run: its losses, its files, its end."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,36 @@ def test_resumed_in_new_processes_is_bit_identical(place, capfd):
     assert main([*again, "--processes", "2"]) == 0
     assert "step 6/6" in capfd.readouterr().out
     assert_same_end(out, place/"fsdp2"/"whole")
+
+
+def by_command(text: Path, out: Path, ranks: int, kind: str, *words) -> list[dict]:
+    "peer-train with some number of processes, four rows a step among them; the losses of its steps"
+    save_config(config(text, out, kind, rows=4 // ranks, save_steps=STOP), out.with_suffix(".yaml"))
+    assert main(["--config", str(out.with_suffix(".yaml")), "--processes", str(ranks), *words]) == 0
+    return timeless(out)
+
+
+@pytest.fixture(scope="module")
+def stations(text, tmp_path_factory) -> dict:
+    "Runs that were saved half way, by way of sharing: their folders and metrics"
+    place = tmp_path_factory.mktemp("stations")
+    return {kind: (place/kind, by_command(text, place/kind, 1 if kind == "none" else 2, kind)) for kind in ("none", *KINDS)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before,after,ranks", [("ddp", "none", 1), ("fsdp2", "none", 1), ("none", "ddp", 2), ("none", "fsdp2", 2), ("fsdp2", "ddp", 2), ("fsdp2", "fsdp2", 1)])
+def test_another_number_of_processes_goes_on_nearly(before, after, ranks, text, stations, tmp_path, capfd):
+    "Weights, moments, rate and place in the data are taken over, and the log says what is not exact: without dropout the rest of the curve is the undisturbed one"
+    whole, expected = stations[before]
+    shutil.copytree(whole/f"checkpoint-{STOP}", tmp_path/"run"/f"checkpoint-{STOP}")
+    capfd.readouterr()
+    lines = by_command(text, tmp_path/"run", ranks, after, "--resume", "--allow-approximate-resume")
+    said = capfd.readouterr().out
+    assert f"approximate resume: {ranks} processes instead of {3 - ranks}" in said or before == "fsdp2" and after == "ddp", said
+    assert "from nothing" not in said and "from their beginning" not in said, said
+    assert [l["step"] for l in lines] == [4, 5, 6]
+    for line, other in zip(lines, expected[STOP:]):
+        assert line["learning_rate"] == pytest.approx(other["learning_rate"]) and line["loss"] == pytest.approx(other["loss"], abs=1e-4), (line["step"], said)
 
 
 LIGHT = """

@@ -29,7 +29,7 @@ if TYPE_CHECKING: from torch.distributed.tensor import DTensor
 # %% auto #0
 __all__ = ['KINDS', 'ALONE', 'TIMEOUT', 'SHARDED', 'place_of_rank', 'Processes', 'default_device', 'check_place',
            'join_processes', 'shard_model', 'own_way', 'sharded', 'whole', 'Quiet', 'split_sharded', 'empty_sharded',
-           'write_sharded', 'read_sharded', 'whole_weights']
+           'write_sharded', 'read_sharded', 'cut_like', 'whole_weights']
 
 # %% ../../nbs/training/06_parallel.ipynb #fec3e323
 KINDS = ("none", "ddp", "fsdp2")
@@ -250,16 +250,17 @@ def split_sharded(
     rest = {key: part for key, (part, _) in parts.items()}
     return (rest if isinstance(state, dict) else list(rest.values())), found
 
-# %% ../../nbs/training/06_parallel.ipynb #bb8a94d4
+# %% ../../nbs/training/06_parallel.ipynb #11e86d4e
 def empty_sharded(
     state: Any, # from `split_sharded`
-    mesh,       # torch's DeviceMesh of all ranks
-) -> tuple[Any, dict[str, DTensor]]: # the whole state; its sharded tensors by path, to be filled in place
-    "Put sharded tensors of zeros where the descriptions are"
+    mesh,       # torch's DeviceMesh of all ranks; None: nothing is sharded now
+) -> tuple[Any, dict[str, Tensor]]: # the whole state; its sharded tensors by path, to be filled in place
+    "Put tensors of zeros where the descriptions are"
     from torch.distributed.tensor import Replicate, Shard, zeros
     if isinstance(state, dict) and SHARDED in state:
         cut = Replicate() if state["dim"] is None else Shard(state["dim"])
-        new = zeros(*state["shape"], dtype=getattr(torch, state["dtype"]), device_mesh=mesh, placements=[cut])
+        dtype = getattr(torch, state["dtype"])
+        new = torch.zeros(state["shape"], dtype=dtype) if mesh is None else zeros(*state["shape"], dtype=dtype, device_mesh=mesh, placements=[cut])
         return new, {state[SHARDED]: new}
     if not isinstance(state, (dict, list)): return state, {}
     items = state.items() if isinstance(state, dict) else enumerate(state)
@@ -284,6 +285,19 @@ def read_sharded(
     "Each rank reads the slices that it needs; all ranks must call this"
     from torch.distributed import checkpoint as dcp
     if tensors: dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+
+# %% ../../nbs/training/06_parallel.ipynb #e2c33e4a
+def cut_like(
+    moments: dict[int, dict], # of an optimiser: number of the parameter → name → value
+    optimizer: torch.optim.Optimizer, # whose parameters may be sharded; then all ranks must call this
+) -> dict[int, dict]:
+    "Shard what is whole and belongs to a sharded parameter"
+    from torch.distributed.tensor import distribute_tensor
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    def cut(value, p):
+        if not sharded(p) or sharded(value) or not isinstance(value, Tensor) or value.shape != p.shape: return value
+        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+    return {number: {name: cut(value, parameters[number]) for name, value in values.items()} for number, values in moments.items()}
 
 # %% ../../nbs/training/06_parallel.ipynb #c5355695
 def whole_weights(
