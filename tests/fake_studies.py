@@ -52,12 +52,12 @@ def launch(*words, cwd: Path | None = None, **environment) -> subprocess.Popen:
     return subprocess.Popen([*COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=cwd)
 
 
-def ended(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
+def ended(process: subprocess.Popen, seconds: float = 900) -> tuple[int, str]:
     out, _ = process.communicate(timeout=seconds)
     return process.returncode, out
 
 
-def until(what, seconds: float = 60, pause: float = 0.05):
+def until(what, seconds: float = 240, pause: float = 0.05):
     "Wait for something to be true"
     end = time.monotonic() + seconds
     while not (value := what()):

@@ -132,7 +132,7 @@ def verdict(
     if state == "PREEMPTED": return Verdict(True)
     return Verdict(True) if tries < TRIES else Verdict(False, "FAILED", "killed", f"{tries} jobs ended without a status; the folder slurm has their logs")
 
-# %% ../../nbs/ablation/14_slurm.ipynb #fad1c9b4
+# %% ../../nbs/ablation/14_slurm.ipynb #58e457ff
 @dataclass
 class Ticket:
     "A run's place in the queue"
@@ -141,6 +141,7 @@ class Ticket:
     element: int # of the array
     since: float # monotonic seconds
     slurm: str = "PENDING" # as it was last seen
+    again: bool = False # whether the run has begun before
     over: float | None = None # when it was first seen to be over
 
 # %% ../../nbs/ablation/14_slurm.ipynb #d82a5088
@@ -215,22 +216,23 @@ def executor_for(
     executor.update_parameters(**own, additional_parameters={"requeue": True, **more})
     return executor
 
-# %% ../../nbs/ablation/14_slurm.ipynb #bab2052d
+# %% ../../nbs/ablation/14_slurm.ipynb #b61bb4c4
 @patch
 def send(self: Slurm,
     cells: list[Cell], # one job array
 ) -> str | None: # what sbatch said against it
     "Submit runs"
     name, place = new_record(self.folder, [c.id for c in cells])
+    begun = {c.id for c in cells if (self.folder/"runs"/c.id/"status.json").exists()}
     for cell in cells: (self.folder/"runs"/cell.id).mkdir(exist_ok=True)
     try: executor_for(self, name, place).map_array(OnNode(self.devices.threads, self.gpus, self.devices.processes), [str((self.folder/"runs"/c.id).resolve()) for c in cells])
     except (subprocess.CalledProcessError, RuntimeError) as e: return str(e).strip()
     for element, cell in enumerate(cells):
-        self.jobs[cell.id] = Ticket(cell, name, element, time.monotonic())
+        self.jobs[cell.id] = Ticket(cell, name, element, time.monotonic(), again=cell.id in begun)
         self.tries[cell.id] = self.tries.get(cell.id, 0) + 1
     return None
 
-# %% ../../nbs/ablation/14_slurm.ipynb #de51b33a
+# %% ../../nbs/ablation/14_slurm.ipynb #701d9d2e
 @patch
 def submit(self: Slurm,
     cells: Iterable[Cell], # to be made
@@ -242,7 +244,7 @@ def submit(self: Slurm,
     for record in records(self.folder):
         for element, run in enumerate(record["runs"]):
             job = seen.get((record["name"], element))
-            if job and job.state in WAITING | ALIVE: self.jobs[run] = Ticket(by_id[run], record["name"], element, time.monotonic(), job.state)
+            if job and job.state in WAITING | ALIVE: self.jobs[run] = Ticket(by_id[run], record["name"], element, time.monotonic(), job.state, (self.folder/"runs"/run/"status.json").exists())
     self.queue += [c for c in cells if c.id not in self.jobs]
 
 # %% ../../nbs/ablation/14_slurm.ipynb #49f7c67f
@@ -277,7 +279,7 @@ def settled(self: Slurm,
         write_json(run/"status.json", {**(read_json(run/"status.json") or {}), "state": what.state, "exit_code": 1, "error": error})
     return Event("ended", ticket.cell.id, now - ticket.since, what.message or f"Slurm says {slurm}")
 
-# %% ../../nbs/ablation/14_slurm.ipynb #32ee4644
+# %% ../../nbs/ablation/14_slurm.ipynb #520a2e6b
 @patch
 def look(self: Slurm) -> list[Event]: # what happened since the last look
     "Submit what waits, ask the scheduler, decide about jobs that are over"
@@ -289,7 +291,9 @@ def look(self: Slurm) -> list[Event]: # what happened since the last look
     for run, ticket in [*self.jobs.items()]:
         job = seen.get((ticket.name, ticket.element), Seen("GONE", "", ""))
         if job.state in WAITING | ALIVE:
-            if job.state == "RUNNING" and ticket.slurm in WAITING: out.append(Event("resumed" if (self.folder/"runs"/run/"status.json").exists() else "started", run, note=f" on {job.node}, job {job.job}"))
+            if job.state == "RUNNING" and ticket.slurm in WAITING:
+                out.append(Event("resumed" if ticket.again else "started", run, note=f" on {job.node}, job {job.job}"))
+                ticket.again = True
             ticket.slurm, ticket.over = job.state, None
         elif event := self.settled(ticket, job.state): out.append(event)
     return out

@@ -101,7 +101,7 @@ class Cluster:
 
     def start_node(self):
         self.start("slurmd", "-D")
-        self.wait(lambda: self.node_state() in ("idle", "mixed", "allocated"), 60)
+        self.wait(lambda: self.node_state() in ("idle", "mixed", "allocated"))
 
     def node_state(self) -> str:
         return self.ask("sinfo", "-h", "-o", "%T").strip().rstrip("*")
@@ -109,7 +109,7 @@ class Cluster:
     def ask(self, *words: str) -> str:
         return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **self.environment}).stdout
 
-    def wait(self, what, seconds: float = 30):
+    def wait(self, what, seconds: float = 120):
         until = time.monotonic() + seconds
         while not what():
             if time.monotonic() > until: raise TimeoutError("\n".join(f"{p.name}: {p.read_text(errors='replace')[-1500:]}" for p in [*self.folder.glob("*.log"), *self.folder.glob("*.out")]))
