@@ -7,12 +7,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM
 
 from fake_studies import ended, launch, until
 from peer_nb.ablation.plan import load_plan
 from peer_nb.ablation.results import process_mark, run_state
 from peer_nb.files import read_json, read_jsonl
+from peer_nb.models.causal_lm import PeerMLAForCausalLM
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -78,7 +78,7 @@ def test_the_guides_configuration_with_several_processes(ranks, kind, tmp_path):
     assert len([*(run/"wandb").glob("offline-run-*")]) == 1
     checkpoint = run/"checkpoint-6"
     assert read_json(checkpoint/"trainer_state"/"about.json")["world_size"] == ranks
-    assert AutoModelForCausalLM.from_pretrained(checkpoint).num_parameters() == AutoModelForCausalLM.from_pretrained(other/"checkpoint-6").num_parameters() == mine["parameters"]["total"]
+    assert PeerMLAForCausalLM.from_pretrained(checkpoint).num_parameters() == PeerMLAForCausalLM.from_pretrained(other/"checkpoint-6").num_parameters() == mine["parameters"]["total"]
 
 
 def test_a_rank_a_wrapper_and_a_signal(tmp_path):
