@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peer_nb.config import Config, DatasetConfig, DatasetEntry, EvalConfig, MLAConfig, ModelConfig, PeerConfig, TrainConfig, load_config, save_config
+from peer_nb.data.corpora import load_tokenizer
+from peer_nb.evaluation.perplexity import evaluate_heldout
 from peer_nb.files import read_json
 from peer_nb.training.checkpoints import latest_checkpoint
 from peer_nb.training.launch import run_ranks
@@ -29,7 +31,7 @@ CURVES = {"ddp": {}, "fsdp2": {}, "sparse": dict(table_gradient="sparse"), "cons
 
 def config(text: Path, out: Path, kind: str = "none", rows: int = 2, dropout: float = 0.0, table_gradient: str = "dense", **train) -> Config:
     "Batch-normalised queries, accumulation, clipping that is active, a tied head, sizes that two do not divide"
-    keys = dict(output_dir=str(out), per_device_train_batch_size=rows, gradient_accumulation_steps=2, learning_rate=1e-2, max_steps=STEPS, parallel=kind,
+    keys = dict(output_dir=str(out), per_device_train_batch_size=rows, gradient_accumulation_steps=2, learning_rate=1e-2, max_steps=STEPS, parallel=kind, per_device_eval_batch_size=2,
                 logging_steps=1, save_steps=STEPS, eval_steps=STEPS, log_level="info", max_grad_norm=0.3) | train
     peer = PeerConfig(num_experts=63, product_key_dim=[9, 7], num_heads=1, num_experts_per_tok=4, query_dim=16, query_norm="batch", table_gradient=table_gradient)
     model = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=63, vocab_size=259,
@@ -140,6 +142,15 @@ def test_the_curve_is_that_of_one_process(name, place, alone):
         assert (one["tokens"], one["learning_rate"]) == (two["tokens"], two["learning_rate"]) and one["grad_norm"] > 0.3
         for key in ("loss", "bits_per_byte", "grad_norm"): assert two[key] == pytest.approx(one[key], abs=1e-5), (key, one["step"])
     for key in (k for k in single[-1] if k.startswith("eval/")): assert double[-1][key] == pytest.approx(single[-1][key], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_evaluation_is_that_of_one_process_to_the_bit(kind, text, place):
+    "The last checkpoint, scored here by one process, has the numbers that the ranks have logged"
+    cfg, folder = config(text, place/kind/"curve"), latest_checkpoint(place/kind/"curve")
+    cfg.eval_config.eval_batch_size = cfg.train_config.per_device_eval_batch_size
+    here = evaluate_heldout(AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(cfg.dataset_config), cfg)["sums"]
+    assert timeless(place/kind/"curve")[-1]["eval/sums/loss"] == here.loss and here.tokens > 2*2*31   # more batches than ranks
 
 
 @pytest.mark.parametrize("kind", KINDS)
