@@ -68,7 +68,7 @@ def takes_overrides(func: Callable) -> bool:
     "Whether a command can change configuration keys"
     return "overrides" in inspect.signature(func).parameters
 
-# %% ../nbs/01_cli.ipynb #a74dad8c
+# %% ../nbs/01_cli.ipynb #898ec168
 _KEY = r"[A-Za-z_][\w-]*(?:\.[\w-]+)+"   # section.key
 
 def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]: # (other words, "key=value" words)
@@ -79,7 +79,7 @@ def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]: # (other 
         if option := re.fullmatch(rf"--({_KEY})", word):
             if not rest or rest[0].startswith("--"): raise UserError(f"{word} needs a value")
             key, value = option[1], rest.pop(0)
-        elif assigned := re.fullmatch(rf"(?:--)?({_KEY})=(.*)", word, re.DOTALL): key, value = assigned.groups()
+        elif assigned := re.fullmatch(rf"(?:--)?({_KEY})=(.*)", word, re.DOTALL) or re.fullmatch(r"(\w+_config)=(.*)", word, re.DOTALL): key, value = assigned.groups()
         else:
             others.append(word)
             continue

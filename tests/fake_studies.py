@@ -46,18 +46,18 @@ def fake_study(folder: Path, **changes) -> Path:
     return write_study(folder, {**STUDY, "axes": axes, "seeds": [1, 2], **changes}, BASE, TEMPLATE)
 
 
-def launch(*words, **environment) -> subprocess.Popen:
+def launch(*words, cwd: Path | None = None, **environment) -> subprocess.Popen:
     "peer-ablate in its own process, its words in files so that nobody waits for a reader"
     env = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in environment.items()}}
-    return subprocess.Popen([*COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    return subprocess.Popen([*COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=cwd)
 
 
-def ended(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
+def ended(process: subprocess.Popen, seconds: float = 900) -> tuple[int, str]:
     out, _ = process.communicate(timeout=seconds)
     return process.returncode, out
 
 
-def until(what, seconds: float = 60, pause: float = 0.05):
+def until(what, seconds: float = 240, pause: float = 0.05):
     "Wait for something to be true"
     end = time.monotonic() + seconds
     while not (value := what()):

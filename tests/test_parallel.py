@@ -1,6 +1,7 @@
 "Several processes are one run: its losses, its files, its end."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peer_nb.config import Config, DatasetConfig, DatasetEntry, EvalConfig, MLAConfig, ModelConfig, PeerConfig, TrainConfig, load_config, save_config
+from peer_nb.data.corpora import load_tokenizer
+from peer_nb.evaluation.perplexity import evaluate_heldout
 from peer_nb.files import read_json
 from peer_nb.training.checkpoints import latest_checkpoint
 from peer_nb.training.launch import run_ranks
@@ -28,7 +31,7 @@ CURVES = {"ddp": {}, "fsdp2": {}, "sparse": dict(table_gradient="sparse"), "cons
 
 def config(text: Path, out: Path, kind: str = "none", rows: int = 2, dropout: float = 0.0, table_gradient: str = "dense", **train) -> Config:
     "Batch-normalised queries, accumulation, clipping that is active, a tied head, sizes that two do not divide"
-    keys = dict(output_dir=str(out), per_device_train_batch_size=rows, gradient_accumulation_steps=2, learning_rate=1e-2, max_steps=STEPS, parallel=kind,
+    keys = dict(output_dir=str(out), per_device_train_batch_size=rows, gradient_accumulation_steps=2, learning_rate=1e-2, max_steps=STEPS, parallel=kind, per_device_eval_batch_size=2,
                 logging_steps=1, save_steps=STEPS, eval_steps=STEPS, log_level="info", max_grad_norm=0.3) | train
     peer = PeerConfig(num_experts=63, product_key_dim=[9, 7], num_heads=1, num_experts_per_tok=4, query_dim=16, query_norm="batch", table_gradient=table_gradient)
     model = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=63, vocab_size=259,
@@ -142,6 +145,15 @@ def test_the_curve_is_that_of_one_process(name, place, alone):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_shared_evaluation_is_that_of_one_process_to_the_bit(kind, text, place):
+    "The last checkpoint, scored here by one process, has the numbers that the ranks have logged"
+    cfg, folder = config(text, place/kind/"curve"), latest_checkpoint(place/kind/"curve")
+    cfg.eval_config.eval_batch_size = cfg.train_config.per_device_eval_batch_size
+    here = evaluate_heldout(AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(cfg.dataset_config), cfg)["sums"]
+    assert timeless(place/kind/"curve")[-1]["eval/sums/loss"] == here.loss and here.tokens > 2*2*31   # more batches than ranks
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_checkpoint_is_that_of_one_process(kind, place, alone):
     ours, theirs = latest_checkpoint(place/kind/"curve"), latest_checkpoint(alone/kind)
     assert read_json(ours/"config.json") == read_json(theirs/"config.json")
@@ -173,6 +185,36 @@ def test_resumed_in_new_processes_is_bit_identical(place, capfd):
     assert main([*again, "--processes", "2"]) == 0
     assert "step 6/6" in capfd.readouterr().out
     assert_same_end(out, place/"fsdp2"/"whole")
+
+
+def by_command(text: Path, out: Path, ranks: int, kind: str, *words) -> list[dict]:
+    "peer-train with some number of processes, four rows a step among them; the losses of its steps"
+    save_config(config(text, out, kind, rows=4 // ranks, save_steps=STOP), out.with_suffix(".yaml"))
+    assert main(["--config", str(out.with_suffix(".yaml")), "--processes", str(ranks), *words]) == 0
+    return timeless(out)
+
+
+@pytest.fixture(scope="module")
+def stations(text, tmp_path_factory) -> dict:
+    "Runs that were saved half way, by way of sharing: their folders and metrics"
+    place = tmp_path_factory.mktemp("stations")
+    return {kind: (place/kind, by_command(text, place/kind, 1 if kind == "none" else 2, kind)) for kind in ("none", *KINDS)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before,after,ranks", [("ddp", "none", 1), ("fsdp2", "none", 1), ("none", "ddp", 2), ("none", "fsdp2", 2), ("fsdp2", "ddp", 2), ("fsdp2", "fsdp2", 1)])
+def test_another_number_of_processes_goes_on_nearly(before, after, ranks, text, stations, tmp_path, capfd):
+    "Weights, moments, rate and place in the data are taken over, and the log says what is not exact: without dropout the rest of the curve is the undisturbed one"
+    whole, expected = stations[before]
+    shutil.copytree(whole/f"checkpoint-{STOP}", tmp_path/"run"/f"checkpoint-{STOP}")
+    capfd.readouterr()
+    lines = by_command(text, tmp_path/"run", ranks, after, "--resume", "--allow-approximate-resume")
+    said = capfd.readouterr().out
+    assert f"approximate resume: {ranks} processes instead of {3 - ranks}" in said or before == "fsdp2" and after == "ddp", said
+    assert "from nothing" not in said and "from their beginning" not in said, said
+    assert [l["step"] for l in lines] == [4, 5, 6]
+    for line, other in zip(lines, expected[STOP:]):
+        assert line["learning_rate"] == pytest.approx(other["learning_rate"]) and line["loss"] == pytest.approx(other["loss"], abs=1e-4), (line["step"], said)
 
 
 LIGHT = """

@@ -45,7 +45,7 @@ def asks_again(
     if name in ("SystemExit", "Preempted"): return message.strip() == str(REQUEUE)
     return bool(re.search(rf"(?:exit ?code|exit status)\s*:?\s*{REQUEUE}\b", message))
 
-# %% ../../nbs/ablation/03_wrapper.ipynb #04428789
+# %% ../../nbs/ablation/03_wrapper.ipynb #1bbf58b5
 def memory_kills() -> int: # 0 where the system does not count
     "How many processes the system killed for want of memory in this control group"
     try: text = Path("/sys/fs/cgroup/memory.events").read_text()
@@ -60,7 +60,7 @@ def error_kind(
     if name in ("OutOfMemoryError", "MemoryError") or re.search(r"out of memory|can't allocate memory|cannot allocate memory", message, re.I): return "out of memory"
     if name == "FloatingPointError" or re.search(r"not finite|non-finite|\bnan\b", message, re.I): return "not finite"
     if name in ("CellTimeoutError", "TimeoutError"): return "timeout"
-    return "killed" if name == "DeadKernelError" else "code"
+    return "killed" if name == "DeadKernelError" or re.search(r"rank \d+ of \d+ was ended by SIG", message) else "code"
 
 # %% ../../nbs/ablation/03_wrapper.ipynb #6398e570
 @dataclass

@@ -71,7 +71,7 @@ def task_folders() -> dict[str, list[str]]: # name of a task, group or tag -> fo
     write_json(kept, found)
     return found
 
-# %% ../../nbs/evaluation/07_benchmarks.ipynb #c0c3ce3b
+# %% ../../nbs/evaluation/07_benchmarks.ipynb #3fcc5376
 ALIASES = {"math500": "hendrycks_math500", "math": "hendrycks_math", "minerva": "minerva_math500", "truthfulqa": "truthfulqa_mc"}
 GROUPS = {"truthfulqa_mc": ["truthfulqa_mc1", "truthfulqa_mc2"]}   # without the tasks that need a judge
 
@@ -80,18 +80,19 @@ def resolve_names(
     registry: str | Path | None = None, # folder of an OpenAI Evals registry
 ) -> tuple[list[str], list[str]]: # (names of lm-eval, evals of the registry)
     "Sort names to their home; an unknown one names the nearest"
-    known, evals = task_folders(), set(read_registry(registry)) if registry else set()
-    tasks, registered = [], []
+    known, tasks, strange = task_folders(), [], []
     for name in dict.fromkeys(names):
         alias = ALIASES.get(name.lower(), name)
         if alias in GROUPS: tasks += GROUPS[alias]
         elif alias in known: tasks.append(alias)
         elif alias.lower() in known: tasks.append(alias.lower())
-        elif name in evals: registered.append(name)
-        else:
-            near = difflib.get_close_matches(name.lower(), [*known, *ALIASES, *evals], 4, 0.5)
-            raise UserError(f"no benchmark {name!r}" + (f"; the nearest are {', '.join(near)}" if near else "") + (f" ({len(known):,} are known)"))
-    return list(dict.fromkeys(tasks)), registered
+        else: strange.append(name)
+    evals = set(read_registry(registry)) if registry and strange else set()
+    for name in strange:
+        if name in evals: continue
+        near = difflib.get_close_matches(name.lower(), [*known, *ALIASES, *evals], 4, 0.5)
+        raise UserError(f"no benchmark {name!r}" + (f"; the nearest are {', '.join(near)}" if near else "") + (f" ({len(known):,} are known)"))
+    return list(dict.fromkeys(tasks)), strange
 
 # %% ../../nbs/evaluation/07_benchmarks.ipynb #eb3385aa
 def family(

@@ -163,7 +163,7 @@ def window_losses(
         sums.append(F.cross_entropy(row_logits[skip:len(piece) - 1].float(), targets, reduction="none").double().sum())
     return torch.stack(sums).cpu()
 
-# %% ../../nbs/evaluation/00_perplexity.ipynb #35af344f
+# %% ../../nbs/evaluation/00_perplexity.ipynb #1b6e210f
 def _check_tokens(model: nn.Module, ids: list[int]):
     "Refuse a tokenizer that does not belong to the model"
     size = model.get_input_embeddings().num_embeddings
@@ -171,14 +171,14 @@ def _check_tokens(model: nn.Module, ids: list[int]):
         raise UserError(f"the tokenizer does not match the model: it gives the token {max(ids)}, "
             f"and the model knows {size} (0 to {size - 1})")
 
-def _score_block(model: nn.Module, block: list[tuple[list[int], str, list]], batch_size: int) -> list[DocumentScore]:
+def _score_block(model: nn.Module, block: list[tuple[list[int], str, list]], batch_size: int, spread: Callable = map) -> list[DocumentScore]:
     "The documents of one block: (tokens, text, windows)"
     jobs = [(d, w) for d, (_, _, windows) in enumerate(block) for w in windows]
     jobs.sort(key=lambda job: len(job[1][0]), reverse=True)
-    nats = torch.zeros(len(block), dtype=torch.float64)
-    for i in range(0, len(jobs), batch_size):
-        owners, windows = zip(*jobs[i:i + batch_size])
-        nats.index_add_(0, torch.tensor(owners), window_losses(model, list(windows), next(model.parameters()).device))
+    batches = [jobs[i:i + batch_size] for i in range(0, len(jobs), batch_size)]
+    device, nats = next(model.parameters()).device, torch.zeros(len(block), dtype=torch.float64)
+    sums = spread(lambda batch: window_losses(model, [window for _, window in batch], device).tolist(), batches)
+    for batch, losses in zip(batches, sums): nats.index_add_(0, torch.tensor([d for d, _ in batch]), torch.tensor(losses, dtype=torch.float64))
     return [DocumentScore(text_hash(text), loss, len(ids), len(text.encode()), len(re.split(r"\s+", text)))
             for (ids, text, _), loss in zip(block, nats.tolist())]
 
@@ -186,7 +186,7 @@ def text_hash(text: str) -> str: # 16 hexadecimal digits
     "Stands for a document's text"
     return sha256(text.encode()).hexdigest()[:16]
 
-# %% ../../nbs/evaluation/00_perplexity.ipynb #a8e6e26d
+# %% ../../nbs/evaluation/00_perplexity.ipynb #901c497b
 BLOCK = 16 # batches
 
 def document_scores(
@@ -199,6 +199,7 @@ def document_scores(
     max_tokens: int | None = None,  # score at most this many tokens; None for all
     stride: int | None = None,      # tokens between two windows; None: disjoint
     known: dict[str, DocumentScore] | None = None, # by hash: scored before, with the same settings
+    spread: Callable = map,         # (function, batches) → what it gives for each; several ranks may share them
 ) -> Iterator[DocumentScore]: # in the order of the documents, block by block
     "The sums of each document"
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -206,7 +207,7 @@ def document_scores(
     block, known, training = [], known or {}, model.training
     def scored() -> list[DocumentScore]:
         found = [known.get(text_hash(text)) for _, text, _ in block]
-        return found if all(found) else _score_block(model, block, batch_size)
+        return found if all(found) else _score_block(model, block, batch_size, spread)
     model.eval()
     try:
         for ids, text in encode_within(tokenizer, texts, max_tokens):
@@ -261,16 +262,17 @@ def autocast_for(
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return torch.autocast("cuda", dtype=torch.float16) if train.fp16 and gpu else nullcontext()
 
-# %% ../../nbs/evaluation/00_perplexity.ipynb #dedcee04
+# %% ../../nbs/evaluation/00_perplexity.ipynb #0f559589
 def evaluate_heldout(
     model: nn.Module, # a causal language model
     tokenizer,        # the one it was trained with
     cfg: Config,      # which sets, how much of them, window = max_seq_length
-    kept: dict[str, list[DocumentScore]] | None = None, # filled with each set's documents, for who wants single ones
+    kept: dict[str, list[DocumentScore]] | None = None, # filled with each set's documents, where single ones are wanted
+    spread: Callable = map, # shares batches among ranks, as `Processes.spread` does
 ) -> dict[str, TextScore]: # set's name → score
     "Score the held-out part of every evaluation set"
     scores, device = {}, next(model.parameters()).device
-    settings = dict(window=cfg.dataset_config.max_seq_length, batch_size=cfg.eval_config.eval_batch_size)
+    settings = dict(window=cfg.dataset_config.max_seq_length, batch_size=cfg.eval_config.eval_batch_size, spread=spread)
     for entry in eval_entries(cfg):
         texts, limit = heldout_texts(entry, cfg)
         try:

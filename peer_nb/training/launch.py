@@ -308,7 +308,7 @@ class Launched:
         rows = [f"| {key} | {value:,.4g} |" for key, value in last.items() if isinstance(value, (int, float)) and "second" not in key]
         return "\n".join(["| " + repr(self).replace(", ", " | ") + " |", "|---|---:|", *rows])
 
-# %% ../../nbs/training/07_launch.ipynb #21cfbf8f
+# %% ../../nbs/training/07_launch.ipynb #511cc04d
 def launch(
     cfg: Config,                   # of the run
     processes: int | None = None,  # ranks on the CPU
@@ -324,6 +324,6 @@ def launch(
     look = Follower(out/"heartbeat.json", progress)
     code, text = train_in_processes(cfg, size, ("--resume",) if resume else (), cpu=cpu, shown=False, each=look)
     look()
-    if code == REFUSED: raise UserError(text.removeprefix("peer-train: error: "))
+    if code == REFUSED: raise UserError(text.rpartition("peer-train: error: ")[2])   # what comes before it is the rank's log
     if code not in (0, STOPPED): raise RuntimeError(text)
     return Launched(code, read_jsonl(out/"metrics.jsonl"), latest_checkpoint(out))

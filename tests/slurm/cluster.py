@@ -49,8 +49,10 @@ SlurmctldTimeout=10
 KillWait=5
 MinJobAge=30
 MaxArraySize={max_array}
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} Boards=1 SocketsPerBoard=1 CoresPerSocket={cores} ThreadsPerCore=1 RealMemory=1000 Gres=gpu:{gpus} State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} Boards=1 SocketsPerBoard=1 CoresPerSocket={cores} ThreadsPerCore=1 RealMemory=64000 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=long Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
+PartitionName=gpu Nodes={host} MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
+PartitionName=preempt Nodes={host} MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
 """
 
 
@@ -99,7 +101,7 @@ class Cluster:
 
     def start_node(self):
         self.start("slurmd", "-D")
-        self.wait(lambda: self.node_state() in ("idle", "mixed", "allocated"), 60)
+        self.wait(lambda: self.node_state() in ("idle", "mixed", "allocated"))
 
     def node_state(self) -> str:
         return self.ask("sinfo", "-h", "-o", "%T").strip().rstrip("*")
@@ -107,7 +109,7 @@ class Cluster:
     def ask(self, *words: str) -> str:
         return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **self.environment}).stdout
 
-    def wait(self, what, seconds: float = 30):
+    def wait(self, what, seconds: float = 120):
         until = time.monotonic() + seconds
         while not what():
             if time.monotonic() > until: raise TimeoutError("\n".join(f"{p.name}: {p.read_text(errors='replace')[-1500:]}" for p in [*self.folder.glob("*.log"), *self.folder.glob("*.out")]))
