@@ -203,7 +203,7 @@ def check_same(
         lines = code_differences(frozen, template_hash(find_template(_template_name(frozen))), {c.id: data[c.id] for c in left if c.id in data})
     if lines: raise UserError(f"{folder} cannot be continued: " + "; ".join(lines) + ". Leave out --resume to start a new study.")
 
-# %% ../../nbs/ablation/04_runner.ipynb #fad39037
+# %% ../../nbs/ablation/04_runner.ipynb #855dea69
 @dataclass
 class Place:
     "Where runs are to run, as the command line says; None: as the study was started, or the default"
@@ -213,10 +213,10 @@ class Place:
     time: float | None = None # minutes that a run may take
     partition: str | None = None # of Slurm
     slurm: list[str] = field(default_factory=list) # more options of Slurm, key=value
-    cold: bool | None = None # every run imports for itself
+    cold: bool = False # every run imports for itself; how a study was started does not matter
 
     def after(self, before: dict) -> Place: # what a study remembers, and what is said now
-        return Place(**{**before, **{k: v for k, v in asdict(self).items() if v not in (None, [])}})
+        return Place(**{**before, **{k: v for k, v in asdict(self).items() if v not in (None, [])}, "cold": self.cold})
 
 def check_place(
     place: Place, # as asked for
@@ -419,7 +419,7 @@ def _show(request: Request, place: Place, output_dir: Path, fresh: bool = False)
     for run, taken in there.items(): print(f"reuse: {run} from {taken.source}: {taken.reason}" + (f"; differs: {'; '.join(taken.differs)}" if taken.differs else ""))
     return 0
 
-# %% ../../nbs/ablation/04_runner.ipynb #ef703032
+# %% ../../nbs/ablation/04_runner.ipynb #74226c16
 def run(
     base_config: Path | None = None, # configuration that every run starts from
     study: Path | None = None, # study file with named levels, instead of --axes
@@ -444,7 +444,7 @@ def run(
 ) -> int: # 0 when every run is done, 1 when one is not
     "Run an ablation study, or continue one"
     request = read_request(base_config, study, axes, tokens, custom_datasets, notebook, overrides)
-    place = Place(launcher, gpus, parallel, time, partition, [*slurm], cold or None)
+    place = Place(launcher, gpus, parallel, time, partition, [*slurm], cold)
     _check_request(request, resume, dry_run, retry_failed, rerun)
     if not resume: check_place(place)
     if dry_run: return _show(request, place, output_dir, fresh)
