@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._pytree import tree_leaves
 
 from fake_studies import ended, fake_study, launch, server_of, until
 from test_ablation import BASE, write_study
@@ -104,8 +106,12 @@ def test_warm_and_cold_runs_give_the_same_numbers(tmp_path):
     results = [read_json(found[n]/"result.json") for n in ("warm", "cold")]
     for r in results: r["training"] = {k: v for k, v in r["training"].items() if k in ("steps", "tokens", "final_train_loss", "skipped_steps")}
     assert results[0] == results[1]
-    files = [{p.relative_to(found[n]): p.read_bytes() for p in found[n].rglob("*") if p.suffix in (".safetensors", ".pt") or p.name in ("items.jsonl", "samples.jsonl")} for n in ("warm", "cold")]
+    files = [{p.relative_to(found[n]): p.read_bytes() for p in found[n].rglob("*") if p.suffix == ".safetensors" or p.name in ("items.jsonl", "samples.jsonl")} for n in ("warm", "cold")]
     assert sum(p.suffix == ".safetensors" for p in files[0]) >= 2 and files[0] == files[1]
+    states = [torch.load(found[n]/"checkpoint-10"/"trainer_state"/"state.pt", weights_only=True) for n in ("warm", "cold")]
+    for state in states: del state["counters"]["seconds"]
+    leaves, others = [tree_leaves(state) for state in states]
+    assert len(leaves) == len(others) and all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(leaves, others))
     outputs = [[(o["output_type"], o.get("name"), sorted(o.get("data", {})), re.sub(r"[\d.,:]+|<[^>]*>", "", "".join(o.get("data", {}).get("text/markdown", o.get("text", ""))))) for c in read_json(found[n]/"notebook.ipynb")["cells"] for o in c.get("outputs", [])] for n in ("warm", "cold")]
     assert outputs[0] == outputs[1]
 
