@@ -118,7 +118,7 @@ def test_warm_and_cold_runs_give_the_same_numbers(tmp_path):
 
 def test_a_server_that_is_killed_is_replaced(tmp_path):
     "Its run is STALE, the others are made, nothing lives on, and a line says so; --resume makes the one that is missing"
-    work = fake_study(tmp_path)
+    work = fake_study(tmp_path, seeds=[1])
     process = launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--parallel", 1, FAKE_STEP=0.1)
     beat = until(lambda: next((b for p in (work/"out").glob("*/runs/001*/heartbeat.json") if (b := p)), None) or process.poll() is not None, 120)
     status = read_json(beat.parent/"status.json")
@@ -127,9 +127,9 @@ def test_a_server_that_is_killed_is_replaced(tmp_path):
     folder, = (work/"out").iterdir()
     assert not process_mark(status["pid"])
     assert code == 1 and "STALE" in out and "the warm process ended with -9; another is started" in out, out
-    assert [run_state(p) for p in sorted((folder/"runs").iterdir())] == ["STALE", "DONE", "DONE", "DONE"]
+    assert [run_state(p) for p in sorted((folder/"runs").iterdir())] == ["STALE", "DONE"]
     code, out = ended(launch("--resume", "--output-dir", work/"out", FAKE_STEP=0))
-    assert code == 0 and "1 of 4 runs to do" in out, out
+    assert code == 0 and "1 of 2 runs to do" in out, out
 
 
 def test_signals_reach_a_warm_run_and_it_saves(tmp_path):
