@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from fake_studies import ended, fake_study, launch, until
+from fake_studies import ended, fake_study, launch, server_of, until
 from test_ablation import BASE, STUDY, write_study
 from peer_nb.ablation import runner
 from peer_nb.ablation.plan import load_plan
@@ -21,6 +21,7 @@ from peer_nb.ablation.study import load_study
 from peer_nb.ablation.watch import look_at
 from peer_nb.files import read_json, read_jsonl, write_json
 
+VICTIMS = ("runner", "server", "wrapper", "kernel")
 REPORT = Path(__file__).parent/"kill_report.json"
 NUMBERS = ["run", "heads", "seed", "state", "words/bits_per_byte", "words/loss", "tokens", "parameters"]
 
@@ -50,9 +51,9 @@ def wrappers_and_kernels(folder: Path) -> tuple[list[int], list[int]]:
 
 
 def kill_one(folder: Path, process: subprocess.Popen, victim: str) -> str:
-    "kill -9 of a runner, a wrapper or a kernel; who it was"
+    "kill -9 of a runner, of the process that runs are forked from, of a wrapper or a kernel; who it was"
     wrappers, kernels = wrappers_and_kernels(folder)
-    pids = {"runner": [process.pid], "wrapper": wrappers, "kernel": kernels}[victim]
+    pids = {"runner": [process.pid], "server": [p for p in [server_of(process.pid)] if p], "wrapper": wrappers, "kernel": kernels}[victim]
     if not pids or process.poll() is not None: return ""
     try: os.kill(random.choice(pids), signal.SIGKILL)
     except ProcessLookupError: return ""
@@ -76,15 +77,15 @@ class Campaign:
         self.work, self.rng, self.pause, self.hits, self.misses, self.done = work, random.Random(seed), pause, [], 0, {}
         self.words = ["--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--resume", "--retry-failed"]
 
-    def round(self, victim: str):
-        process = launch(*self.words, FAKE_STEP=self.pause)
+    def round(self, victim: str, *more: str):
+        process = launch(*self.words, *more, FAKE_STEP=self.pause)
         until(lambda: [*(self.work/"out").glob("*/plan.json")] or process.poll() is not None, 120)
         folder = self.folder = the_folder(self.work)
         before = sum(starts(folder).values())
         if victim != "runner": until(lambda: sum(starts(folder).values()) > before or process.poll() is not None, 120)
         delay = self.rng.uniform(0, 6 if victim == "runner" else 2.5)
         time.sleep(delay)
-        if kill_one(folder, process, victim): self.hits.append(dict(victim=victim, after=round(delay, 2), runs_done=len(self.done)))
+        if kill_one(folder, process, victim): self.hits.append(dict(victim=victim, start="cold" if more else "warm", after=round(delay, 2), runs_done=len(self.done)))
         else: self.misses += 1
         if process.poll() is None and victim != "runner": process.send_signal(signal.SIGINT)
         ended(process)
@@ -115,10 +116,10 @@ class Campaign:
         assert ended(launch(*self.words))[0] == 0 and starts(self.folder) == count
 
 
-def test_killed_at_three_instants(undisturbed, tmp_path):
-    "kill -9 of the runner, of a wrapper, of a kernel: a later --resume ends with the undisturbed table"
+def test_killed_at_four_instants(undisturbed, tmp_path):
+    "kill -9 of the runner, of the process that runs are forked from, of a wrapper, of a kernel: a later --resume ends with the undisturbed table"
     campaign = Campaign(fake_study(tmp_path, seeds=[1]), seed=1, pause=0.2)
-    for victim in ("runner", "wrapper", "kernel"): campaign.round(victim)
+    for victim in VICTIMS: campaign.round(victim)
     campaign.finish(undisturbed[1])
     assert campaign.hits and campaign.misses < 3
 
@@ -128,10 +129,10 @@ def test_killed_at_thirty_instants(undisturbed, tmp_path):
     campaign = Campaign(fake_study(tmp_path, seeds=[1]), seed=2, pause=0.2)
     for n in range(90):
         if len(campaign.hits) >= 30: break
-        campaign.round(("runner", "wrapper", "kernel")[n % 3])
+        campaign.round(VICTIMS[n % 4], *(["--cold"] if n % 8 > 3 and n % 4 != 1 else []))   # every other four rounds without a server
     campaign.finish(undisturbed[1])
     assert len(campaign.hits) >= 30
-    write_json(REPORT, dict(kills=len(campaign.hits), of={v: sum(h["victim"] == v for h in campaign.hits) for v in ("runner", "wrapper", "kernel")}, nobody_there=campaign.misses,
+    write_json(REPORT, dict(kills=len(campaign.hits), of={v: sum(h["victim"] == v for h in campaign.hits) for v in VICTIMS}, nobody_there=campaign.misses,
                             table="as undisturbed", torn_tables=0, runs_made_again_after_done=0, instants=campaign.hits))
 
 

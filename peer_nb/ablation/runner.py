@@ -203,7 +203,7 @@ def check_same(
         lines = code_differences(frozen, template_hash(find_template(_template_name(frozen))), {c.id: data[c.id] for c in left if c.id in data})
     if lines: raise UserError(f"{folder} cannot be continued: " + "; ".join(lines) + ". Leave out --resume to start a new study.")
 
-# %% ../../nbs/ablation/04_runner.ipynb #cb73afc8
+# %% ../../nbs/ablation/04_runner.ipynb #855dea69
 @dataclass
 class Place:
     "Where runs are to run, as the command line says; None: as the study was started, or the default"
@@ -214,11 +214,12 @@ class Place:
     partition: str | None = None # of Slurm
     slurm: list[str] = field(default_factory=list) # more options of Slurm, key=value
     processes: int | None = None # of each run, on the CPU
+    cold: bool = False # every run imports for itself; how a study was started does not matter
 
     def after(self, before: dict) -> Place: # what a study remembers, and what is said now
         said = {k: v for k, v in asdict(self).items() if v not in (None, [])}
         if {"gpus", "processes"} & set(said): before = {k: v for k, v in before.items() if k not in ("gpus", "processes")}
-        return Place(**{**before, **said})
+        return Place(**{**before, **said, "cold": self.cold})
 
 def check_place(
     place: Place, # as asked for
@@ -229,7 +230,7 @@ def check_place(
     if place.gpus and place.processes is not None: raise UserError("--gpus and --processes: give one of them; --processes means the CPU")
     slurm_options(place.slurm)
 
-# %% ../../nbs/ablation/04_runner.ipynb #5f853a85
+# %% ../../nbs/ablation/04_runner.ipynb #7cb366c0
 def place_devices(
     place: Place, # where
     runs: int, # to be started
@@ -250,7 +251,7 @@ def launcher_for(
 ) -> Local | Slurm:
     "What starts the runs"
     seconds = None if place.time is None else 60*place.time
-    if place.launcher != "slurm": return Local(folder, devices, seconds)
+    if place.launcher != "slurm": return Local(folder, devices, seconds, None if place.cold else plan.template)
     return Slurm(folder, plan, devices, parallel=place.parallel, minutes=place.time, partition=place.partition, options=slurm_options(place.slurm))
 
 # %% ../../nbs/ablation/04_runner.ipynb #69f923e2
@@ -283,7 +284,7 @@ class Sparingly:
         self.do()
         self.next = now + max(self.every, 10*(time.monotonic() - now))
 
-# %% ../../nbs/ablation/04_runner.ipynb #2882c783
+# %% ../../nbs/ablation/04_runner.ipynb #91faeb92
 def run_cells(
     folder: Path, # of the study
     plan: Plan, # of the study
@@ -304,7 +305,7 @@ def run_cells(
                     done += 1
                     screen.say(finished_line(folder, plan, event, f"{done}/{len(plan.cells)}"))
                     table()
-                else: screen.say(f"{event.what} {event.run}{event.note}")
+                else: screen.say(f"{event.what} {event.run}{event.note}" if event.run else event.note)
             if screen.live: draw()
             if launcher.busy: time.sleep(pause)
     finally:
@@ -424,7 +425,7 @@ def _show(request: Request, place: Place, output_dir: Path, fresh: bool = False)
     for run, taken in there.items(): print(f"reuse: {run} from {taken.source}: {taken.reason}" + (f"; differs: {'; '.join(taken.differs)}" if taken.differs else ""))
     return 0
 
-# %% ../../nbs/ablation/04_runner.ipynb #aab193b1
+# %% ../../nbs/ablation/04_runner.ipynb #74226c16
 def run(
     base_config: Path | None = None, # configuration that every run starts from
     study: Path | None = None, # study file with named levels, instead of --axes
@@ -443,13 +444,14 @@ def run(
     resume: bool = False, # continue the newest study in --output-dir
     retry_failed: bool = False, # with --resume: take up failed runs as well
     rerun: list[str] = (), # with --resume: make these runs anew, by id or number
+    cold: bool = False, # start every run from nothing, rather than as a fork of a process that has imported already
     fresh: bool = False, # compute also what an earlier study in --output-dir has computed
     dry_run: bool = False, # show what would be run, like `plan`, and stop
     overrides: list[str] = (), # of the base configuration
 ) -> int: # 0 when every run is done, 1 when one is not
     "Run an ablation study, or continue one"
     request = read_request(base_config, study, axes, tokens, custom_datasets, notebook, overrides)
-    place = Place(launcher, gpus, parallel, time, partition, [*slurm], processes)
+    place = Place(launcher, gpus, parallel, time, partition, [*slurm], processes, cold)
     _check_request(request, resume, dry_run, retry_failed, rerun)
     if not resume: check_place(place)
     if dry_run: return _show(request, place, output_dir, fresh)
