@@ -26,7 +26,7 @@ if TYPE_CHECKING: import pandas as pd
 __all__ = ['PULSE', 'LOST', 'State', 'COLUMNS', 'FIRST', 'ANECDOTAL', 'process_mark', 'is_alive', 'valid_result', 'run_state',
            'peaks', 'run_metrics', 'metric_columns', 'run_row', 'read_runs', 'metric_names', 'write_csv', 'long_table',
            'write_parquet', 'main_effects', 'loss_curve', 'best_run', 'signed', 'effect_sentence', 'study_findings',
-           'summary_lines']
+           'done_words', 'summary_lines']
 
 # %% ../../nbs/ablation/01_results.ipynb #748c0e37
 def process_mark(
@@ -123,7 +123,7 @@ def metric_columns(
     best = peaks(run_metrics(run)[1], result["metrics"], (result.get("training") or {}).get("steps"))
     return {**result["metrics"], **{f"{m}:{k}": v for m, found in best.items() for k, v in found.items()}, **{f"{m}:se": e for m, e in errors.items() if e is not None}}
 
-# %% ../../nbs/ablation/01_results.ipynb #a4870cfc
+# %% ../../nbs/ablation/01_results.ipynb #6bd781e4
 COLUMNS = {
     "run": "folder in runs/", "AXIS": "level, one column per axis", "seed": "of weights and data order", "state": "TODO, RUNNING, DONE, REUSE, FAILED, STALE or PREEMPTED",
     "parameters": "all", "active_parameters": "that one token reads", "tokens": "trained on", "flops": "of the training, from the closed form", "seconds": "of training",
@@ -131,7 +131,7 @@ COLUMNS = {
     "METRIC": "such as docs/bits_per_byte: at the end of the run", "METRIC:peak": "the best over the run, chosen on the evaluation set", "METRIC:peak_step": "where it was",
     "METRIC:degradation": "from peak to end, positive when the end is worse", "METRIC:se": "standard error over items or documents",
     "identity": "equal identity, equal experiment", "data_hash": "of text and tokenizer", "template_hash": "of the notebook's code", "package_hash": "of this package's source", "plan_hash": "of the frozen plan",
-    "git_commit": "of the code", "git_dirty": "whether it had uncommitted changes", "reuse_source": "where a reused result comes from", "reuse_reason": "why it may be used", "reuse_differs": "keys in which it differs; such a row is in no paired test",
+    "git_commit": "of the code", "git_dirty": "whether it had uncommitted changes", "reuse_source": "where a reused result comes from", "reuse_origin": "where it was computed, if its source has taken it over itself", "reuse_reason": "why it may be used", "reuse_differs": "keys in which it differs; such a row is in no paired test",
     "error_kind": "of a run that failed: out of memory, not finite, killed, timeout or code", "error_class": "the exception's name", "error": "its message", "env_device": "cpu, or the GPU's name", "env_threads": "per run", "env_python": "version", "env_torch": "version", "env_transformers": "version", "env_peer_nb": "version"}
 
 def _provenance(cell: Any, plan: Plan, status: dict, made: dict) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _provenance(cell: Any, plan: Plan, status: dict, made: dict) -> dict[str, An
     error = (status.get("error") or {}) if status.get("state") in ("FAILED", "PREEMPTED", "STALE") else {}
     reuse = status if status.get("state") == "REUSE" else {}
     return {"identity": cell.identity, "data_hash": cell.data, "template_hash": plan.template_hash, "package_hash": plan.package_hash,
-            "reuse_source": reuse.get("source"), "reuse_reason": reuse.get("reason"), "reuse_differs": ", ".join(reuse.get("differs") or []) or None,
+            "reuse_source": reuse.get("source"), "reuse_origin": reuse.get("origin") or None, "reuse_reason": reuse.get("reason"), "reuse_differs": ", ".join(reuse.get("differs") or []) or None,
             "error_kind": error.get("kind"), "error_class": error.get("class"), "error": error.get("message"),
             **{f"env_{k}": made.get(k) for k in ("device", "threads", "python", "torch", "transformers", "peer_nb")}}
 
@@ -246,15 +246,16 @@ def loss_curve(
     thin = records[::every] + (records[-1:] if records and (len(records) - 1) % every else [])
     return [t for t, _ in thin], [l for _, l in thin]
 
-# %% ../../nbs/ablation/01_results.ipynb #9f34b767
+# %% ../../nbs/ablation/01_results.ipynb #22a94363
 def best_run(
     rows: pd.DataFrame, # as read_runs gives them
     plan: Plan, # its primary metric decides
 ) -> dict | None: # a row; None while nothing is done
-    "The finished run with the best primary metric"
+    "The finished run with the best primary metric; not one that was taken over with differences"
     import numpy as np
     if plan.metric not in rows: return None
-    done = rows[(rows.state == "DONE") & np.isfinite(rows[plan.metric].astype(float))]
+    differs = rows["reuse_differs"].notna() if "reuse_differs" in rows else np.zeros(len(rows), bool)
+    done = rows[rows.state.isin(["DONE", "REUSE"]) & ~differs & np.isfinite(rows[plan.metric].astype(float))]
     if done.empty: return None
     return done.loc[done[plan.metric].idxmin() if plan.direction == "minimize" else done[plan.metric].idxmax()].to_dict()
 
@@ -299,7 +300,17 @@ def study_findings(
     fill = lambda c: {**c, "metric": c["metric"] or plan.metric, "direction": c["direction"] or (plan.direction if c["metric"] in (None, plan.metric) else better(c["metric"]))}
     return findings(planned, None if now is None else [fill(c) for c in now], rows, plan.axes, Path(folder)/"runs")
 
-# %% ../../nbs/ablation/01_results.ipynb #4aceabf2
+# %% ../../nbs/ablation/01_results.ipynb #32adadf5
+def done_words(
+    rows: pd.DataFrame, # as read_runs gives them
+) -> tuple[int, str]: # runs that are done, what else to say
+    "How many runs are done, and what became of the others"
+    states = rows.state.value_counts()
+    reused = states.get("REUSE", 0)
+    said = f", {'all' if reused == len(rows) else reused} of them taken over from earlier studies" if reused else ""
+    return int(states.get("DONE", 0) + reused), said + "".join(f", {n} {s}" for s, n in states.items() if s not in ("DONE", "REUSE"))
+
+# %% ../../nbs/ablation/01_results.ipynb #c6381344
 ANECDOTAL = "One seed: anecdotal. Another seed may turn small differences round; differences are shown, significance is not claimed."
 
 def summary_lines(
@@ -307,8 +318,8 @@ def summary_lines(
     plan: Plan, # of the study
 ) -> list[str]: # about five
     "The study in a few lines: progress, best run, main effects, failures"
-    states = rows.state.value_counts()
-    lines = [f"{states.get('DONE', 0)} of {len(rows)} runs done" + "".join(f", {n} {s}" for s, n in states.items() if s != "DONE")]
+    done, others = done_words(rows)
+    lines = [f"{done} of {len(rows)} runs done{others}"]
     if best := best_run(rows, plan): lines.append(f"best {plan.metric}: {best[plan.metric]:.4f} by {best['run']}")
     effects = effects_table(rows, plan.axes, plan.metric)
     lines += [line for axis in plan.axes if (line := effect_sentence(axis, effects, plan.metric))]
