@@ -21,8 +21,8 @@ from ..files import read_json
 
 # %% auto #0
 __all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'duration',
-           'estimated_memory', 'reusable', 'pair_spread', 'sight', 'difference', 'Outlook', 'outlook', 'plan_rows',
-           'match_rows', 'totals', 'plan_text']
+           'estimated_memory', 'pair_spread', 'sight', 'difference', 'Outlook', 'outlook', 'plan_rows', 'match_rows',
+           'totals', 'plan_text']
 
 # %% ../../nbs/ablation/09_estimates.ipynb #ed0f3173
 @dataclass(frozen=True)
@@ -123,19 +123,6 @@ def estimated_memory(
     width = 2 if t.bf16 or t.fp16 else 4
     return int(16*counted["total"]/(world_size if t.parallel == "fsdp2" else 1) + width*tokens*values)
 
-# %% ../../nbs/ablation/09_estimates.ipynb #bcd914fc
-def reusable(
-    plan: Plan, # of a new study
-    runs: list[Finished], # of earlier ones
-) -> dict[str, str]: # cell id: where its result is
-    "Cells that were computed before, or that the study declares"
-    known, out = {r.cell.identity: r for r in runs}, {}
-    for cell in plan.cells:
-        declared = next((r for r in plan.study["reuse"] if r["cell"] == cell.levels and r["seed"] in (None, cell.seed)), None)
-        if declared: out[cell.id] = f"{declared['source']} (declared: {declared['reason']})"
-        elif cell.identity in known: out[cell.id] = "/".join(known[cell.identity].folder.parts[-3:])
-    return out
-
 # %% ../../nbs/ablation/09_estimates.ipynb #5401fa22
 def pair_spread(
     runs: list[Finished], # earlier ones
@@ -181,7 +168,7 @@ def difference(
     short = lambda v: text if len(text := str(v)) <= width else text[:width - 1] + "…"
     return ", ".join(f"{k.rpartition('.')[2]}: {short(v)}" for k, v in overrides.items() if v is not None) or "the base itself"
 
-# %% ../../nbs/ablation/09_estimates.ipynb #3715f36f
+# %% ../../nbs/ablation/09_estimates.ipynb #8e91ae8b
 @dataclass
 class Outlook:
     "What is known about the runs of a plan before they start"
@@ -196,12 +183,13 @@ def outlook(
     output_dir: str | Path, # where earlier studies lie
     cpu: bool, # where it will run
     slots: int = 1, # runs at once
+    reuse: dict[str, str] | None = None, # cell id: where its result is, of those that were computed before
 ) -> Outlook:
     "Look at the finished runs of earlier studies"
     runs, stated = finished_runs(output_dir), plan.study["budget"].get("flops_per_second")
     rate = measured_rate(runs, cpu)
     if stated: rate = Rate(stated, stated, stated, rate.overhead if rate else 0.0, 0)
-    return Outlook(rate, reusable(plan, runs), pair_spread(runs, plan.metric), slots)
+    return Outlook(rate, reuse, pair_spread(runs, plan.metric), slots)
 
 # %% ../../nbs/ablation/09_estimates.ipynb #7d363a8f
 PLAN_COLUMNS = ("runs", "seeds", "total", "active", "tokens", "FLOPs", "time", "memory", "reuse", "differs from the base in") # beside the axes

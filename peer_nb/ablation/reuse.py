@@ -77,7 +77,7 @@ def differences(
     else: own = ["configuration: not known there"]
     return own + _code_differences(source, plan, cell) + environment_differences(made, device)
 
-# %% ../../nbs/ablation/13_reuse.ipynb #5d8cd25b
+# %% ../../nbs/ablation/13_reuse.ipynb #d4126014
 @dataclass(frozen=True)
 class Taken:
     "A result that stands for a cell"
@@ -86,6 +86,7 @@ class Taken:
     differs: list[str] = field(default_factory=list) # empty: the same experiment
     origin: str = "" # where it was computed, if the source itself has taken it over
 
+# %% ../../nbs/ablation/13_reuse.ipynb #f4f2c693
 def _declared(plan: Plan, cell: Cell, device: str, where: str) -> Taken | None:
     "What the study says stands for a cell; UserError where there is nothing"
     for n, entry in enumerate(plan.study["reuse"]):
@@ -98,7 +99,7 @@ def _declared(plan: Plan, cell: Cell, device: str, where: str) -> Taken | None:
         return Taken(str(source), entry["reason"], differences(source, plan, cell, device))
     return None
 
-# %% ../../nbs/ablation/13_reuse.ipynb #bd32924f
+# %% ../../nbs/ablation/13_reuse.ipynb #241d0c34
 HASHED = "the same experiment, by hash"
 
 def _by_hash(run: Path, device: str) -> Taken | None: # None: not finished, not valid, or made elsewhere
@@ -111,6 +112,7 @@ def _by_hash(run: Path, device: str) -> Taken | None: # None: not finished, not 
     if not valid_result(result) or environment_differences(result.get("environment") or {}, device): return None
     return Taken(str(run), HASHED, origin=status.get("origin") or status.get("source") or "")
 
+# %% ../../nbs/ablation/13_reuse.ipynb #02a16c6e
 def same_experiments(
     wanted: Iterable[str], # identities of runs
     studies: Iterable[Earlier], # earlier ones, the nearest first

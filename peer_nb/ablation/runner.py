@@ -421,14 +421,13 @@ def _check_use(use: Use, request: Request | None, place: Place, resume: bool = F
     if use.fresh and use.reuse_from: raise UserError("--fresh computes everything, --reuse-from takes runs over: give one of them")
     if resume and use.reuse_from: raise UserError("--reuse-from belongs to a new study; one that is continued has taken over what it could when it began")
 
-# %% ../../nbs/ablation/04_runner.ipynb #d89f97a9
+# %% ../../nbs/ablation/04_runner.ipynb #b2d8fd2e
 def _show(request: Request, place: Place, output_dir: Path, use: Use) -> int:
     "Print the plan of what was asked for, and write nothing"
     made, _, clock = _clocked(request, place, output_dir, use)
     devices = place_devices(place, len(made.cells))
-    seen = outlook(made, output_dir, not devices.visible[0], len(devices.visible))
     there = _reused(made, request, output_dir, "cuda" if devices.visible[0] else "cpu", use)
-    seen.reuse, seen.clock = {run: taken.source for run, taken in there.items()}, clock
+    seen = replace(outlook(made, output_dir, not devices.visible[0], len(devices.visible), {run: taken.source for run, taken in there.items()}), clock=clock)
     print(plan_text(made, seen))
     if there: print("", *taken_lines(there, len(made.cells)), sep="\n")
     return 0

@@ -29,9 +29,9 @@ from ..config import Config, UserError, apply_overrides, flatten, save_config
 from ..files import cache_folder, read_jsonl, sha256_of, write_json
 
 # %% auto #0
-__all__ = ['TIMELESS', 'ENDLESS', 'WARM', 'STEPS', 'SECONDS', 'PATIENCE', 'setup_of', 'machine_of', 'Speed', 'speed_from',
-           'speed_file', 'known_speed', 'keep_speed', 'pilot_config', 'Pilot', 'start_pilot', 'watch_pilots',
-           'stopped_after', 'setups', 'time_setups', 'speed_text', 'Speeds', 'plan_speeds', 'clocked_plan']
+__all__ = ['TIMELESS', 'ENDLESS', 'WARM', 'STEPS', 'SECONDS', 'PATIENCE', 'setup_of', 'machine_of', 'Speed', 'speed_text',
+           'speed_from', 'speed_file', 'known_speed', 'keep_speed', 'pilot_config', 'Pilot', 'start_pilot',
+           'watch_pilots', 'stopped_after', 'setups', 'time_setups', 'Speeds', 'plan_speeds', 'clocked_plan']
 
 # %% ../../nbs/ablation/16_speed.ipynb #3ec88df8
 TIMELESS = (*DURATION, *NOT_IDENTITY, "eval_config", "train_config.seed", "train_config.learning_rate", "train_config.weight_decay", "train_config.adam_beta1", "train_config.adam_beta2",
@@ -43,7 +43,7 @@ def setup_of(
     "What a step's time depends on"
     return sha256_of({k: v for k, v in flatten(config).items() if not any(k == t or k.startswith(t + ".") for t in TIMELESS)})
 
-# %% ../../nbs/ablation/16_speed.ipynb #a0cfe3e8
+# %% ../../nbs/ablation/16_speed.ipynb #58e935dc
 def _processor() -> str:
     "The processor's name"
     with suppress(OSError):
@@ -57,6 +57,7 @@ def _gpu(number: str) -> str:
     except (OSError, subprocess.TimeoutExpired): return "GPU"
     return found.stdout.strip().splitlines()[0] if found.returncode == 0 and found.stdout.strip() else "GPU"
 
+# %% ../../nbs/ablation/16_speed.ipynb #7075c141
 def machine_of(
     devices: Devices, # slots of the study
 ) -> dict[str, Any]: # plain values
@@ -66,7 +67,7 @@ def machine_of(
     except PackageNotFoundError: torch = None
     return dict(device=_gpu(first[0]) if first else _processor(), gpus=devices.world_size if first else 0, threads=devices.threads, at_once=len(devices.visible), torch=torch)
 
-# %% ../../nbs/ablation/16_speed.ipynb #8493315f
+# %% ../../nbs/ablation/16_speed.ipynb #3b830651
 @dataclass(frozen=True)
 class Speed:
     "How fast a configuration trains"
@@ -76,6 +77,14 @@ class Speed:
     error: float | None # relative standard error of the mean; None with a single step
     when: str # date and time
 
+def speed_text(
+    speed: Speed, # of a configuration
+) -> str: # such as 5,230 tokens/s ± 1.2 % (23 steps in 4.1 s)
+    "A speed for people"
+    sure = "" if speed.error is None else f" ± {100*speed.error:.2g} %"
+    return f"{speed.tokens_per_second:,.0f} tokens/s{sure} ({speed.steps} step{'s' if speed.steps != 1 else ''} in {speed.seconds:.1f} s)"
+
+# %% ../../nbs/ablation/16_speed.ipynb #9997901f
 def speed_from(
     lines: list[dict[str, Any]], # of metrics.jsonl, one a step, the last one before the timed steps first
 ) -> Speed:
@@ -86,7 +95,7 @@ def speed_from(
     seconds = rest[-1]["seconds"] - first["seconds"]
     return Speed((rest[-1]["tokens"] - first["tokens"])/max(seconds, 1e-9), len(rest), round(seconds, 3), error, time.strftime("%Y-%m-%d %H:%M:%S%z"))
 
-# %% ../../nbs/ablation/16_speed.ipynb #88592743
+# %% ../../nbs/ablation/16_speed.ipynb #d64a4c04
 def speed_file(
     setup: str, # of `setup_of`
     machine: dict[str, Any], # of `machine_of`
@@ -94,6 +103,7 @@ def speed_file(
     "Where a time is kept"
     return cache_folder()/"speeds"/f"{sha256_of([setup, machine, package_hash()])[:32]}.json"
 
+# %% ../../nbs/ablation/16_speed.ipynb #bc7c8c01
 def known_speed(
     setup: str, # of `setup_of`
     machine: dict[str, Any], # of `machine_of`
@@ -126,7 +136,7 @@ def pilot_config(
                                      "train_config.output_dir": str(out), "train_config.resume_from_checkpoint": None}
     return apply_overrides(config, own | ({"wandb_config": None} if config.wandb_config else {}))
 
-# %% ../../nbs/ablation/16_speed.ipynb #8eb845f0
+# %% ../../nbs/ablation/16_speed.ipynb #2e6c0208
 @dataclass
 class Pilot:
     "A training that is watched"
@@ -141,6 +151,7 @@ class Pilot:
         said = (self.folder/"log.txt").read_text(errors="replace").strip().splitlines()
         return said[-1] if said else f"exit code {self.process.returncode}"
 
+# %% ../../nbs/ablation/16_speed.ipynb #43f4cf04
 def start_pilot(
     config: Config, # of a cell
     folder: Path, # to be made
@@ -211,7 +222,7 @@ def _batches(todo: list[str], at_once: int) -> list[list[str]]:
     "As many side by side as runs will be; the last places are filled up with the first ones again"
     return [(todo[n:n + at_once]*at_once)[:at_once] for n in range(0, len(todo), at_once)]
 
-# %% ../../nbs/ablation/16_speed.ipynb #800e08b0
+# %% ../../nbs/ablation/16_speed.ipynb #6e040590
 def time_setups(
     plan: Plan, # checked, so that a mistake costs no time
     wanted: dict[str, Cell], # setup: a cell that has it
@@ -231,14 +242,7 @@ def time_setups(
             say(f"timed {len(out)} of {len(wanted)}: {named(wanted[setup].levels)}: {speed_text(speed)}")
     return out
 
-def speed_text(
-    speed: Speed, # of a configuration
-) -> str: # such as 5,230 tokens/s ± 1.2 % (23 steps in 4.1 s)
-    "A speed for people"
-    sure = "" if speed.error is None else f" ± {100*speed.error:.2g} %"
-    return f"{speed.tokens_per_second:,.0f} tokens/s{sure} ({speed.steps} step{'s' if speed.steps != 1 else ''} in {speed.seconds:.1f} s)"
-
-# %% ../../nbs/ablation/16_speed.ipynb #60845e77
+# %% ../../nbs/ablation/16_speed.ipynb #5de21f45
 @dataclass
 class Speeds:
     "What is known of a plan's speeds"
@@ -264,6 +268,7 @@ class Speeds:
             of.setdefault(setup[levels], []).append(cell.id)
         return dict(machine=self.machine, measured=[dict(cells=of[s], **asdict(v)) for s, v in self.known.items() if s in of])
 
+# %% ../../nbs/ablation/16_speed.ipynb #0be3545d
 def plan_speeds(
     plan: Plan, # its cells, however long they train
     devices: Devices, # slots of the study

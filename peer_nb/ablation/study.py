@@ -31,14 +31,14 @@ __all__ = ['Design', 'READERS', 'BUILTIN_AXES', 'STUDY_KEYS', 'NOT_IDENTITY', 'T
            'heldout_sets', 'shared_overrides', 'check_owned', 'check_levels', 'cell_overrides', 'planned_tokens',
            'section_hashes', 'identity', 'package_hash', 'find_template', 'template_hash']
 
-# %% ../../nbs/ablation/00_study.ipynb #13a83929
+# %% ../../nbs/ablation/00_study.ipynb #60cea7fe
 @dataclass
 class Budget:
     "How long each run trains"
     tokens: Count | None = None # of every run, or of the first cell where FLOPs are matched; null: as the base says
     matched: Literal["tokens", "flops", "wall_time"] = "tokens" # what all runs get the same amount of
     seconds: Positive | None = None # of training per run, where wall time is matched
-    flops_per_second: Positive | None = None # what the device makes of a run; null: measured on finished runs
+    flops_per_second: Positive | None = None # what the device makes of a run, stated; null: every configuration is timed
 
 @dataclass
 class Primary:
