@@ -16,7 +16,8 @@ export TOKENIZERS_PARALLELISM := false
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 	@echo
-	@echo "TORCH='torch==2.12.0 --index-url URL' chooses another torch; PYTHON=python3.12 another Python."
+	@echo "TORCH='torch==2.12.0 --index-url URL' chooses another torch; PYTHON=python3.12 another Python;"
+	@echo "DEMO_FLAGS=--fresh computes the demo's runs also where an earlier study has them."
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"peer_nb needs Python >= 3.11; $(PYTHON) is {v[0]}.{v[1]}. Choose another: make PYTHON=python3.12")'
@@ -44,7 +45,7 @@ install: $(VENV)/base ## the environment that users need, in .venv
 install-dev: $(VENV)/dev ## the same with what tests and docs need
 
 demo: $(VENV)/base ## a real ablation study on Python's own text, offline, in minutes
-	$(BIN)/peer-ablate --study configs/demo_study.yaml --output-dir $(DEMO) --gpus 0
+	$(BIN)/peer-ablate --study configs/demo_study.yaml --output-dir $(DEMO) --gpus 0 $(DEMO_FLAGS)
 
 test: $(VENV)/dev ## all that CI checks: sync, notebooks, pytest, docs, wheel
 	$(BIN)/python -m pytest tests/test_sync.py -q

@@ -1,5 +1,7 @@
 "Flags of the test suite: what is slow, or needs a GPU, runs when it is asked for."
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -13,6 +15,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.register_of_studies = tempfile.mkdtemp(prefix="studies-")     # neither do tests find a person's studies, nor later studies the tests'
+    os.environ["PEER_NB_REGISTER"] = config.register_of_studies
     if not config.getoption("--gpu"): os.environ.setdefault("TRITON_INTERPRET", "1")    # read when the kernels are imported
     config.addinivalue_line("markers", "slow: a long campaign, run by make test-full")
     config.addinivalue_line("markers", "gpu: needs a CUDA device, run with --gpu")
@@ -24,3 +28,7 @@ def pytest_collection_modifyitems(config, items):
         skip = pytest.mark.skip(reason=reason)
         for item in items:
             if flag in item.keywords: item.add_marker(skip)
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.register_of_studies, ignore_errors=True)

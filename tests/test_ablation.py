@@ -24,6 +24,7 @@ from peer_nb.ablation.plan import load_plan, make_plan, matching
 from peer_nb.ablation.statistics import read_items
 from peer_nb.ablation.study import builtin_axes, load_study
 from peer_nb.config import DataMix, load_config, load_data_mixes
+from peer_nb.evaluation.items import write_hub_shape
 from peer_nb.files import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -361,9 +362,13 @@ def test_a_study_of_every_memory_task(path):
     assert [c.parameters["memory_tables"] > 0 for c in plan.cells[::3]] == [False, True, True]
 
 
-def test_a_template_s_result_is_what_the_lab_reads(tmp_path):
-    "The real notebook on a few steps: recall and its errors among the metrics, items whose mean is the metric, evaluations on the way, usage"
+def test_a_template_s_result_is_what_the_lab_reads(tmp_path, monkeypatch):
+    "The real notebook on a few steps: recall, benchmarks and their errors among the metrics, items whose mean is the metric, evaluations on the way, usage"
     papermill = pytest.importorskip("papermill")
+    pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'peer_nb[eval]'")
+    scenes = [dict(activity_label="Counting", ctx_a=f"{i} stones.", ctx_b="he", endings=[f"takes {c}." for c in "abcd"], label=str(i*7 % 4)) for i in range(10)]
+    write_hub_shape({"default": dict(train=scenes, validation=[*scenes, scenes[0]])}, tmp_path/"items"/"Rowan"/"hellaswag")
+    monkeypatch.setenv("PEER_NB_DATA", str(tmp_path/"items"))
     (tmp_path/"words.jsonl").write_text("".join(json.dumps({"text": f"{a} plus {b} is {a + b}. " * 3}) + "\n" for a in range(12) for b in range(12)))
     task = dict(num_pairs=6, num_known=6, num_novel=4)
     config = dict(model_config=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=257, max_position_embeddings=64, memory_layers=[1],
@@ -372,7 +377,7 @@ def test_a_template_s_result_is_what_the_lab_reads(tmp_path):
                   train_config=dict(max_steps=4, eval_steps=2, logging_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-3),
                   dataset_config=dict(tokenizer_name="bytes", max_seq_length=64, heldout_fraction=0.1,
                                       datasets=[dict(name="words", path=str(tmp_path/"words.jsonl")), dict(name="facts", task="digit_lookup", task_arguments=task, mask="digit_lookup")]),
-                  eval_config=dict(datasets=[dict(name="words", path=str(tmp_path/"words.jsonl"))]))
+                  eval_config=dict(evals=["hellaswag"], datasets=[dict(name="words", path=str(tmp_path/"words.jsonl"))]))
     (tmp_path/"base.yaml").write_text(yaml.safe_dump(config))
     run = tmp_path/"run"
     run.mkdir()
@@ -381,11 +386,13 @@ def test_a_template_s_result_is_what_the_lab_reads(tmp_path):
     result = read_json(run/"result.json")
     assert valid_result(result) and result["usage"]["layers"]["1"]["rows"] == 64 and result["training"]["steps"] == 4
     counted = dict(metric_columns(run, result))
-    for metric in ("words/bits_per_byte", "facts/test_known/exact_match", "facts/test_novel/answer_logprob"):
+    for metric in ("words/bits_per_byte", "facts/test_known/exact_match", "facts/test_novel/answer_logprob", "hellaswag/acc"):
         items = read_items(run, metric)
         assert np.isclose(np.mean([value for value, _ in items.values()]), result["metrics"][metric]) and counted[f"{metric}:se"] == result["standard_errors"][metric]
         assert counted[f"{metric}:peak_step"] in (2, 4)
-    assert len(read_items(run, "facts/test_known/exact_match")) == 6
+    assert len(read_items(run, "facts/test_known/exact_match")) == 6 and "item_scores" not in result["benchmarks"]
+    scored = read_items(run, "hellaswag/acc")
+    assert len(scored) == 11 and len({cluster for _, cluster in scored.values()}) == 10 and {value for value, _ in scored.values()} <= {0.0, 1.0}
     text = "".join(str(o) for c in nbformat.read(run/"notebook.ipynb", 4).cells for o in c.get("outputs", []))
     assert "Asked for what it was taught" in text and "Traceback" not in text
 

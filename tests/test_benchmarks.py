@@ -8,15 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, binomtest
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'peer_nb[eval]'")
 
 from lm_eval.api.model import TemplateLM  # noqa: E402
 
+from peer_nb.ablation.claims import item_evidence  # noqa: E402
+from peer_nb.ablation.statistics import read_items  # noqa: E402
 from peer_nb.config import Config, DatasetConfig, EvalConfig, config_from_dict, to_dict  # noqa: E402
 from peer_nb.data.corpora import load_tokenizer  # noqa: E402
-from peer_nb.evaluation.benchmarks import FEWSHOT_SEED, Answers, ask, benchmark_metrics, load_tasks, prepare, run_benchmarks, run_tasks  # noqa: E402
+from peer_nb.evaluation.benchmarks import FEWSHOT_SEED, Answers, ask, benchmark_metrics, item_scores, load_tasks, prepare, run_benchmarks, run_tasks  # noqa: E402
 from peer_nb.evaluation.command import main  # noqa: E402
 from peer_nb.evaluation.items import write_hub_shape  # noqa: E402
 from peer_nb.files import UserError, read_json, read_jsonl  # noqa: E402
@@ -118,6 +120,34 @@ def test_who_guesses_is_inside_the_binomial_interval(choice_tasks):
         assert low <= acc["value"] * n <= high, (name, acc, chance)
         assert acc["ci"][0] <= acc["value"] <= acc["ci"][1]
         if name in result["tasks"]: assert acc["se"] == pytest.approx((acc["value"]*(1 - acc["value"])/(n - 1))**.5, abs=1e-9)
+
+
+def test_two_models_are_compared_on_the_same_items(choice_tasks, tmp_path):
+    "The lab's evidence for a claim about a benchmark, against scipy's test on lm-eval's own samples; a group's items are its tasks'"
+    import hashlib
+    loaded, keys = choice_tasks
+    right, own = {question: yes for key in keys.values() for question, yes in key.items()}, {}
+    def knows(share, salt):                      # a share of the contexts, and the same wrong answer to the others
+        def reply(context, rest):
+            luck = int(hashlib.sha256(f"{salt}{context}".encode()).hexdigest()[:8], 16) / 2**32
+            return 0.0 if right[context, rest] == (luck < share) else -50.0*len(rest)
+        return reply
+    for run, reply in dict(a=knows(0.9, "a"), b=knows(0.5, "b")).items():
+        result, scored = run_tasks(Scripted(reply), loaded, limit=60)
+        (tmp_path/run).mkdir()
+        (tmp_path/run/"items.jsonl").write_text("".join(json.dumps(i) + "\n" for i in item_scores(result, scored)))
+        own[run] = scored.engine["samples"]
+        for metric, value in benchmark_metrics(result).items():
+            if metric.endswith("_se"): continue
+            values = [v for v, _ in read_items(tmp_path/run, metric).values()]
+            assert sum(values) / len(values) == pytest.approx(value, abs=1e-9), metric
+    mmlu = [name for name in own["a"] if name.startswith("mmlu_")]
+    for metric, tasks in [("hellaswag/acc", ["hellaswag"]), ("truthfulqa_mc1/acc", ["truthfulqa_mc1"]), ("mmlu/acc", mmlu)]:
+        both = [(x["acc"], y["acc"]) for name in tasks for x, y in zip(own["a"][name], own["b"][name], strict=True)]
+        wins, losses = sum(x > y for x, y in both), sum(x < y for x, y in both)
+        found, _, said = item_evidence(tmp_path, [("a", "b", 1)], metric, 1.0, 0.0)
+        assert found.mean == pytest.approx((wins - losses) / len(both)) and found.n == len(both), metric
+        assert found.p == pytest.approx(binomtest(wins, wins + losses).pvalue) and said == f"{wins} only a has right, {losses} only b (McNemar)"
 
 
 def test_half_the_mmlu_subjects_are_said(choice_tasks):

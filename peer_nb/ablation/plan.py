@@ -25,8 +25,8 @@ from ..files import read_json, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['DURATION', 'THRESHOLD', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver', 'matched_tokens',
-           'named', 'default_seeds', 'make_plan', 'Match', 'matching', 'short_number', 'ratio_text', 'text_table',
-           'save_plan', 'load_plan', 'plan_differences', 'code_differences']
+           'wall_seconds', 'named', 'default_seeds', 'make_plan', 'Match', 'matching', 'short_number', 'ratio_text',
+           'text_table', 'save_plan', 'load_plan', 'plan_differences', 'code_differences']
 
 # %% ../../nbs/ablation/07_plan.ipynb #f6e533bf
 def run_id(
@@ -173,30 +173,36 @@ class Resolver:
         sections = {n: getattr(self.start, n) for n in self.names} | {n: s for n, (s, _) in found.items()}
         return validate(Config(**sections), "override"), self.hashes | {n: h for n, (_, h) in found.items()}
 
-# %% ../../nbs/ablation/07_plan.ipynb #abbbce2b
+# %% ../../nbs/ablation/07_plan.ipynb #0cdfeeb6
 DURATION = tuple(f"train_config.{k}" for k in ("max_tokens", "max_steps", "num_train_epochs", "steps_per_epoch"))
 
 def matched_tokens(
     config: Config, # one cell's
-    flops_per_token: float, # of training
-    flops: float, # that the run may spend
+    each: float, # what a token costs: FLOPs of training, or seconds
+    allowance: float, # that the run may spend, of the same
     world_size: int = 1, # GPUs of a run
 ) -> int: # a whole number of steps, at least one
-    "Tokens that a run can train on for so many operations"
+    "Tokens that a run can train on for so many operations, or in so many seconds"
     train = config.train_config
     step = train.per_device_train_batch_size * train.gradient_accumulation_steps * config.dataset_config.max_seq_length * world_size
-    return max(1, round(flops/flops_per_token/step))*step
+    return max(1, round(allowance/each/step))*step
 
-# %% ../../nbs/ablation/07_plan.ipynb #23e60dbc
-def _allowance(plan: Plan, rate: float | None, where: str) -> float | None:
-    "FLOPs that each run may spend; None where tokens are what is matched, or where the first cell will say"
+# %% ../../nbs/ablation/07_plan.ipynb #eb1665b7
+def wall_seconds(
+    plan: Plan, # of any study
+) -> float | None: # None where something else is matched
+    "Seconds of training that every run is given"
+    budget = plan.study.get("budget") or {}
+    return budget.get("seconds") if budget.get("matched") == "wall_time" else None
+
+# %% ../../nbs/ablation/07_plan.ipynb #49cebdec
+def _allowance(plan: Plan, rate: float | None) -> float | None:
+    "FLOPs that each run may spend; None where tokens are what is matched, where the first cell will say, or where no FLOPs per second are known"
     budget = plan.study["budget"]
-    if budget["matched"] != "wall_time": return None
-    if not (speed := budget["flops_per_second"] or rate):
-        raise UserError(f"{at(where, 'budget')}: matched: wall_time needs the speed of the device, and there is no finished run to measure it on; set budget.flops_per_second, or finish a small study in the same output folder first")
+    if budget["matched"] != "wall_time" or not (speed := budget["flops_per_second"] or rate): return None
     return budget["seconds"]*speed
 
-# %% ../../nbs/ablation/07_plan.ipynb #18ad2274
+# %% ../../nbs/ablation/07_plan.ipynb #d688927f
 @dataclass
 class _Planner:
     "What planning many cells remembers"
@@ -208,6 +214,7 @@ class _Planner:
     allowance: float | None # FLOPs of each run; with matched FLOPs the first cell sets it
     prints: dict # dataset section's hash: fingerprint
     seen: dict # identity: levels of the cell that has it
+    speed: Callable[[Config], float | None] = lambda config: None # tokens per second of a configuration, where that is known
 
     def count(self, config: Config) -> tuple[dict, float]: # parameters, training FLOPs per token
         from peer_nb.analysis.parameters import count_parameters
@@ -216,7 +223,12 @@ class _Planner:
 
     def lengthened(self, own: dict, config: Config, each: float) -> dict: # overrides of the duration
         "How long a cell trains where something else than tokens is matched"
-        if self.study.budget.matched == "tokens": return {}
+        matched, seconds = self.study.budget.matched, self.study.budget.seconds
+        if matched == "tokens": return {}
+        if matched == "wall_time" and (per_second := self.speed(config)):
+            return dict.fromkeys(DURATION) | {DURATION[0]: matched_tokens(config, 1/per_second, seconds, self.plan.world_size)}
+        if self.allowance is None and matched == "wall_time":
+            raise UserError(f"{at(self.where, 'budget')}: matched: wall_time needs the speed of every configuration, and nothing tells it: no finished run in the output folder, and no timing; --measure times them now, budget.flops_per_second states a speed")
         if self.allowance is None:
             if (tokens := planned_tokens(config, self.plan.world_size)) is None: raise UserError(f"{at(self.where, 'budget')}: matched: flops needs a number of tokens for the first cell; set budget.tokens")
             self.allowance = each*tokens
@@ -250,7 +262,7 @@ def named(
     "A combination of levels in words"
     return ", ".join(f"{a} {l!r}" for a, l in levels.items())
 
-# %% ../../nbs/ablation/07_plan.ipynb #6594dbf8
+# %% ../../nbs/ablation/07_plan.ipynb #d7d7a6bd
 def default_seeds(
     study: Study, # whose file may leave them out
     base: Config, # with a seed of its own
@@ -267,6 +279,7 @@ def make_plan(
     world_size: int = 1, # GPUs of each run
     fingerprint: Callable[[Config], str] | None = None, # of text and tokenizer; None: data.corpora's
     rate: float | None = None, # FLOPs per second that runs were measured to make
+    speed: Callable[[Config], float | None] = lambda config: None, # tokens per second that a configuration was timed at; None: not known
 ) -> Plan: # frozen
     "Resolve and check every cell before anything runs"
     if fingerprint is None: from peer_nb.data.corpora import data_fingerprint as fingerprint
@@ -275,7 +288,7 @@ def make_plan(
     shared = shared_overrides(base, check_levels(base, study.axes, where), study.budget.tokens)
     plan = Plan(asdict(study), to_dict(base), shared, [], dict(left_out or {}), world_size, str(template), code, package_hash(), "", study.primary.direction)
     plan.metric = _primary_metric(study, plan.start, where)
-    planner = _Planner(plan, study, where, fingerprint, Resolver(plan.start), _allowance(plan, rate, where), {}, {})
+    planner = _Planner(plan, study, where, fingerprint, Resolver(plan.start), _allowance(plan, rate), {}, {}, speed)
     for levels in combinations(study.axes, study.design):
         if why := dropped(levels, study.constraints): plan.left_out[named(levels)] = why; continue
         try: plan.cells += planner.cells(levels, default_seeds(study, base))

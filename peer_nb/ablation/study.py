@@ -31,14 +31,14 @@ __all__ = ['Design', 'READERS', 'BUILTIN_AXES', 'STUDY_KEYS', 'NOT_IDENTITY', 'T
            'heldout_sets', 'shared_overrides', 'check_owned', 'check_levels', 'cell_overrides', 'planned_tokens',
            'section_hashes', 'identity', 'package_hash', 'find_template', 'template_hash']
 
-# %% ../../nbs/ablation/00_study.ipynb #13a83929
+# %% ../../nbs/ablation/00_study.ipynb #60cea7fe
 @dataclass
 class Budget:
     "How long each run trains"
     tokens: Count | None = None # of every run, or of the first cell where FLOPs are matched; null: as the base says
     matched: Literal["tokens", "flops", "wall_time"] = "tokens" # what all runs get the same amount of
     seconds: Positive | None = None # of training per run, where wall time is matched
-    flops_per_second: Positive | None = None # what the device makes of a run; null: measured on finished runs
+    flops_per_second: Positive | None = None # what the device makes of a run, stated; null: every configuration is timed
 
 @dataclass
 class Primary:
@@ -46,7 +46,7 @@ class Primary:
     metric: str | None = None # such as docs/bits_per_byte; null: bits per byte of the first held-out set
     direction: Literal["minimize", "maximize"] = "minimize" # which way is better
 
-# %% ../../nbs/ablation/00_study.ipynb #5b2c7230
+# %% ../../nbs/ablation/00_study.ipynb #f2691feb
 Design = Literal["full", "one_factor", "leave_one_out", "pairs", "list"]
 
 @dataclass
@@ -62,6 +62,7 @@ class Study:
     budget: Budget = field(default_factory=Budget) # how much each run gets
     primary: Primary = field(default_factory=Primary) # what "best" means
     reuse: list[dict[str, Any]] = field(default_factory=list) # earlier runs to take over: {cell: {axis: level}, seed, source: folder, reason: why}
+    reuse_from: list[Text] = field(default_factory=list) # folders of earlier studies, from another machine or user, whose equal runs are taken over
     claims: list[dict[str, Any]] = field(default_factory=list) # what is expected to be found
 
 # %% ../../nbs/ablation/00_study.ipynb #1d8d1393
@@ -163,7 +164,7 @@ def study_from_dict(
         raise ConfigError(file, "seeds", f"{study.seeds} has duplicates; a seed twice is the same run twice")
     return study
 
-# %% ../../nbs/ablation/00_study.ipynb #888066b2
+# %% ../../nbs/ablation/00_study.ipynb #3260def1
 def load_study(
     path: str | Path, # a study file
 ) -> Study: # with the paths in it resolved
@@ -174,6 +175,7 @@ def load_study(
     except ConfigError as e: raise placed(e, read_place(path)) from e
     study.base_config = str(path.parent/study.base_config)
     if study.notebook.endswith(".ipynb"): study.notebook = str(path.parent/study.notebook)
+    study.reuse_from = [str((path.parent/Path(p).expanduser()).resolve()) for p in study.reuse_from]
     return study
 
 # %% ../../nbs/ablation/00_study.ipynb #f8994d40

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 __all__ = ['ALIASES', 'GROUPS', 'FEWSHOT_SEED', 'require_lm_eval', 'names_in', 'task_folders', 'resolve_names', 'family',
            'task_manager', 'point_offline', 'quiet_engine', 'LoadedTasks', 'load_tasks', 'Answers', 'question_keys',
            'Remembering', 'causal_lm', 'prepare', 'cut_prompts', 'Scored', 'ask', 'interval', 'chance_level',
-           'summarize', 'sample_lines', 'run_tasks', 'run_benchmarks', 'check_benchmarks', 'benchmark_metrics']
+           'summarize', 'sample_lines', 'item_scores', 'run_tasks', 'run_benchmarks', 'check_benchmarks',
+           'benchmark_metrics']
 
 # %% ../../nbs/evaluation/07_benchmarks.ipynb #a00c0cd6
 def require_lm_eval() -> Path: # the folder of its tasks
@@ -458,6 +459,34 @@ def sample_lines(
     kept = ("doc_id", "doc_hash", "prompt_hash", "target_hash", "filter", "target")
     return [{key: item[key] for key in kept} | dict(answer=item["filtered_resps"], metrics={m: float(item[m]) if isinstance(item[m], (int, float)) else item[m] for m in item["metrics"]}) for item in items]
 
+# %% ../../nbs/evaluation/07_benchmarks.ipynb #1dae1e58
+def _item_values(name: str, leaves: list[str], metric: str, samples: dict[str, list[dict]]) -> list[dict]: # metric, item, value, perhaps cluster
+    "One metric of a task or a group, item by item"
+    key, _, kept = metric.partition("/")
+    found, seen = [], {}
+    for leaf in leaves:
+        for item in samples[leaf]:
+            if (kept and item["filter"] != kept) or key not in item["metrics"]: continue
+            first = item["doc_hash"][:16] if leaf == name else f"{leaf}/{item['doc_hash'][:16]}"
+            seen[first] = seen.get(first, 0) + 1
+            again = dict(item=f"{first}-{seen[first]}", cluster=first) if seen[first] > 1 else dict(item=first)
+            found.append(dict(metric=f"{name}/{metric}", **again, value=item[key]))
+    return found
+
+def item_scores(
+    result: dict,   # plain data of `run_tasks`
+    scored: Scored, # lm-eval's result
+) -> list[dict]: # metric, item, value, perhaps cluster; the mean over items is the metric
+    "What single items add to the metrics of tasks and groups"
+    out, samples = [], scored.engine.get("samples", {})
+    for name, row in [*result["tasks"].items(), *result["groups"].items()]:
+        for metric, m in row["metrics"].items():
+            items = _item_values(name, row.get("tasks", [name]), metric, samples)
+            if not items or not all(isinstance(i["value"], (bool, int, float)) for i in items): continue
+            for i in items: i["value"] = float(i["value"])
+            if math.isclose(math.fsum(i["value"] for i in items) / len(items), m["value"], rel_tol=1e-9, abs_tol=1e-9): out += items
+    return out
+
 # %% ../../nbs/evaluation/07_benchmarks.ipynb #f2a3f42d
 def run_tasks(
     lm: Any,                           # a model as lm-eval wants it
@@ -477,23 +506,24 @@ def run_tasks(
                   window=window, lm_eval=version("lm_eval"))
     return result, scored
 
-# %% ../../nbs/evaluation/07_benchmarks.ipynb #e6457062
+# %% ../../nbs/evaluation/07_benchmarks.ipynb #34d92bf9
 def run_benchmarks(
     model: Any,               # a causal language model; its mode is restored
     tokenizer: Any,           # the one it was trained with
     cfg: Config,              # eval_config: evals, evals_registry_path, eval_batch_size; dataset_config.max_seq_length is the window
     limit: int | None = None, # items of each task; None: all
     allow_code: bool = False, # run programs that the model writes
-) -> dict: # see `run_tasks`; "tasks" is empty where no benchmark is configured
+) -> dict: # see `run_tasks`, and "item_scores"; "tasks" is empty where no benchmark is configured
     "The benchmarks of a configuration"
     chosen = cfg.eval_config
-    if not chosen.evals: return dict(schema=1, kind="benchmarks", partial=False, tasks={}, groups={}, caveats=[], skipped={})
+    if not chosen.evals: return dict(schema=1, kind="benchmarks", partial=False, tasks={}, groups={}, caveats=[], skipped={}, item_scores=[])
     loaded = load_tasks(chosen.evals, data_root(), chosen.evals_registry_path, allow_code, skip_code=True)
     window, training = cfg.dataset_config.max_seq_length, model.training
     try:
         with autocast_for(cfg.train_config, model.device):
             lm = causal_lm(model, tokenizer, chosen.eval_batch_size, window)
-            return run_tasks(lm, loaded, window, limit=limit)[0]
+            result, scored = run_tasks(lm, loaded, window, limit=limit)
+            return result | dict(item_scores=item_scores(result, scored))
     finally: model.train(training)
 
 def check_benchmarks(
