@@ -44,7 +44,7 @@ summary { cursor:pointer; color:var(--soft); font-size:.875rem }
 .good { color:var(--good) }
 """
 
-# %% ../nbs/03_style.ipynb #b54069f7
+# %% ../nbs/03_style.ipynb #13f0faac
 PARTS = """
 .facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; margin:22px 0 }
 .facts div { background:var(--card); border-radius:10px; padding:12px 14px }
@@ -61,6 +61,13 @@ td.keep { white-space:nowrap }
 table.sort th { cursor:pointer; user-select:none }
 table.sort th[data-way=up]::after { content:" ↑" }
 table.sort th[data-way=down]::after { content:" ↓" }
+@media (max-width:640px) {
+  table.cards, .cards tr, .cards td { display:block }
+  .cards tr:first-child { display:none }
+  .cards tr { border-bottom:1px solid var(--line); padding:10px 0 }
+  .cards td { border:0; padding:3px 0; text-align:left }
+  .cards td[data-head]::before { content:attr(data-head) ": "; color:var(--soft) }
+}
 """
 
 STYLE = VARIABLES + TEXT + PARTS

@@ -130,12 +130,12 @@ def top_part(
     anecdotal = ANECDOTAL if rows.seed.nunique() == 1 else ""
     return render(TOP, plan=plan, compared=compared(plan), facts=facts(rows, plan), found=found, anecdotal=anecdotal)
 
-# %% ../../nbs/ablation/02_report.ipynb #31c356ed
+# %% ../../nbs/ablation/02_report.ipynb #3fc71f71
 CLAIMS = """
 <h2>Claims</h2>
 <p class="soft">Written down before the first run and fixed by the plan's hash; decided only when every planned pair
 of runs is there, by a test that counts all claims (Holm, 5 %).</p>
-<div class="wide"><table>
+<div class="wide"><table class="cards">
 <tr><th>claim</th><th>status</th><th>comparison</th><th>evidence</th>
 <th class="n">pairs</th><th class="n">p after Holm</th></tr>
 {% for f in claims %}
@@ -149,8 +149,8 @@ of runs is there, by a test that counts all claims (Holm, 5 %).</p>
 over items {{ f.noise.items|number }}</small>
 {% endif %}
 {% if f.claim.evidence %}<br><small>{{ f.claim.evidence }}</small>{% endif %}</td>
-<td class="n">{{ f.pairs }} of {{ f.planned }}</td>
-<td class="n">{{ '–' if f.p is none else '%.2g'|format(f.p) }}</td></tr>
+<td class="n" data-head="pairs">{{ f.pairs }} of {{ f.planned }}</td>
+<td class="n" data-head="p after Holm">{{ '–' if f.p is none else '%.2g'|format(f.p) }}</td></tr>
 {% endfor %}
 </table></div>
 """

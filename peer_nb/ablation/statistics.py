@@ -22,7 +22,7 @@ __all__ = ['DONE', 'Comparison', 'hedges', 'compare', 'holm', 'mcnemar', 'wilson
            'noise', 'read_items', 'in_arm', 'usable', 'Contrast', 'contrast', 'table_rows', 'effects_table',
            'interactions', 'power', 'detectable']
 
-# %% ../../nbs/ablation/05_statistics.ipynb #a45856df
+# %% ../../nbs/ablation/05_statistics.ipynb #0b540a3f
 @dataclass(frozen=True)
 class Comparison:
     "A mean paired difference and how sure it is"
@@ -32,7 +32,7 @@ class Comparison:
     p: float | None # two-sided, against `null`; None for fewer than two pairs or no spread
     sd: float | None # of the differences
     n: int # independent differences: seeds, or items
-    effect_size: float | None # mean/sd, corrected for few pairs (Hedges)
+    effect_size: float | None # mean/sd, corrected for few pairs (Hedges); None for fewer than three
     null: float = 0.0 # the difference that is tested against
 
     @property
@@ -48,7 +48,7 @@ def hedges(
     if degrees < 2: return 0.0
     return math.exp(math.lgamma(degrees/2) - math.lgamma((degrees - 1)/2))/math.sqrt(degrees/2)
 
-# %% ../../nbs/ablation/05_statistics.ipynb #536a4314
+# %% ../../nbs/ablation/05_statistics.ipynb #935f9c65
 def compare(
     differences: Iterable[float], # one per seed or item, independent of each other
     null: float = 0.0, # the difference that is tested against
@@ -65,7 +65,7 @@ def compare(
     if sd <= 1e-12*max(1e-300, float(np.abs(d).max())): return Comparison(mean, None, None, None, 0.0, n, None, null)
     error = sd/math.sqrt(n)
     p, half = 2*float(stdtr(n - 1, -abs(mean - null)/error)), float(stdtrit(n - 1, (1 + confidence)/2))*error
-    return Comparison(mean, mean - half, mean + half, p, sd, n, hedges(n - 1)*mean/sd, null)
+    return Comparison(mean, mean - half, mean + half, p, sd, n, hedges(n - 1)*mean/sd if n > 2 else None, null)
 
 # %% ../../nbs/ablation/05_statistics.ipynb #62bd0d48
 def holm(
