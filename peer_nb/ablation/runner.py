@@ -424,7 +424,7 @@ def _show(request: Request, place: Place, output_dir: Path, fresh: bool = False)
     for run, taken in there.items(): print(f"reuse: {run} from {taken.source}: {taken.reason}" + (f"; differs: {'; '.join(taken.differs)}" if taken.differs else ""))
     return 0
 
-# %% ../../nbs/ablation/04_runner.ipynb #aab193b1
+# %% ../../nbs/ablation/04_runner.ipynb #ca851eba
 def run(
     base_config: Path | None = None, # configuration that every run starts from
     study: Path | None = None, # study file with named levels, instead of --axes
@@ -449,7 +449,7 @@ def run(
 ) -> int: # 0 when every run is done, 1 when one is not
     "Run an ablation study, or continue one"
     request = read_request(base_config, study, axes, tokens, custom_datasets, notebook, overrides)
-    place = Place(launcher, gpus, parallel, time, partition, [*slurm], processes)
+    place = Place(launcher, gpus, parallel, time, partition, [*slurm], processes=processes)
     _check_request(request, resume, dry_run, retry_failed, rerun)
     if not resume: check_place(place)
     if dry_run: return _show(request, place, output_dir, fresh)
