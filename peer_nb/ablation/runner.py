@@ -439,7 +439,7 @@ def _show(request: Request, place: Place, output_dir: Path, use: Use) -> int:
     if there: print("", *taken_lines(there, len(made.cells)), sep="\n")
     return 0
 
-# %% ../../nbs/ablation/04_runner.ipynb #52244e4b
+# %% ../../nbs/ablation/04_runner.ipynb #ca851eba
 def run(
     base_config: Path | None = None, # configuration that every run starts from
     study: Path | None = None, # study file with named levels, instead of --axes
