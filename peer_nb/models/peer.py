@@ -7,7 +7,7 @@ __all__ = ['TABLE_GRADIENTS', 'ACTIVATIONS', 'SLOPES', 'MEMORY_KINDS', 'MemoryTa
            'row_order', 'table_gradient', 'ReadValues', 'ReadExperts', 'experts_reference', 'ExpertUsage',
            'MemoryLayer', 'owners_table', 'PEER', 'read_values', 'ProductKeyMemory', 'MemoryPlus']
 
-# %% ../../nbs/models/02_peer.ipynb #810763f9
+# %% ../../nbs/models/02_peer.ipynb #58b7bad8
 from math import log
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .kernels.ops import read_experts, use_kernel, values
+from .kernels.ops import collecting, read_experts, use_kernel, values
 from .product_keys import ByRow, ProductKeyRouter, add_by_row, by_row, fresh, gather_sum, numpy_may, recomputing, sparse_products
 
 # %% ../../nbs/models/02_peer.ipynb #3393c96b
@@ -175,7 +175,7 @@ class ExpertUsage:
         unevenness = log(self.num_experts) - torch.special.entr(share).sum().item()
         return dict(tokens=self.tokens, usage=(share > 0).double().mean().item(), unevenness=unevenness, hot=hot.tolist())
 
-# %% ../../nbs/models/02_peer.ipynb #219f9403
+# %% ../../nbs/models/02_peer.ipynb #6d5f7b39
 class MemoryLayer(ProductKeyRouter):
     "A router with tables; subclasses say what is stored and how it is read"
     table_names: tuple[str, ...] = () # attributes that hold the tables
@@ -185,7 +185,7 @@ class MemoryLayer(ProductKeyRouter):
         *,
         expert_hidden_size: int = 1, # neurons (or value vectors' widths in units of hidden_size) per row
         activation: str = "gelu", # non-linearity of an expert: gelu, relu or silu; memories without experts don't use it
-        table_gradient: str = "dense", # what tables get: dense, sparse; consumed means dense so far
+        table_gradient: str = "dense", # what tables get: dense, sparse; consumed: dense, or no gradient at all where an optimizer collects its factors
         tables_of: "MemoryLayer | None" = None, # use this layer's tables instead of own ones
         **router, # arguments of `ProductKeyRouter`
     ):
@@ -251,7 +251,7 @@ def owners_table(
 
 MemoryLayer.__getattr__ = owners_table
 
-# %% ../../nbs/models/02_peer.ipynb #b1131281
+# %% ../../nbs/models/02_peer.ipynb #5bfb320e
 @patch
 def check_input(self: MemoryLayer,
     hidden_states: Tensor, # as given to `forward`
@@ -279,7 +279,12 @@ def own_tables(self: MemoryLayer) -> bool:
     "Whether all tables are what was built, and not something that was put around them"
     return all(isinstance(getattr(self, name), MemoryTable) for name in self.table_names)
 
-# %% ../../nbs/models/02_peer.ipynb #4c6ccf18
+@patch
+def in_factors(self: MemoryLayer) -> bool:
+    "Whether a fused backward pass hands out the factors of the tables' gradients in place of gradients"
+    return self.table_gradient == "consumed" and collecting()
+
+# %% ../../nbs/models/02_peer.ipynb #cdf43420
 class PEER(MemoryLayer):
     "Parameter-efficient expert retrieval: a mixture of very many, very small experts"
     table_names = ("expert_down", "expert_up")
@@ -298,7 +303,7 @@ class PEER(MemoryLayer):
         "Run the chosen experts and add their outputs by weight"
         h, sparse = self.expert_hidden_size, self.table_gradient == "sparse"
         if self.own_tables() and use_kernel(self.kernel, x, *(t := (self.expert_down.weight, self.expert_up.weight)), width=x.shape[1]):
-            return read_experts(*t, x.to(t[0].dtype), weights, index, self.activation, sparse)
+            return read_experts(*t, x.to(t[0].dtype), weights, index, self.activation, sparse, factors=self.in_factors())
         if h > 1: weights = weights.repeat_interleave(h, -1)                                            # [tokens, P*h]
         if not self.own_tables():
             down, up = (getattr(self, name)(index).view(len(x), -1, self.hidden_size) for name in self.table_names)
@@ -307,7 +312,7 @@ class PEER(MemoryLayer):
         down, up = self.expert_down.weight, self.expert_up.weight
         return ReadExperts.apply(down, up, x.to(down.dtype), weights, index, self.activation, sparse)
 
-# %% ../../nbs/models/02_peer.ipynb #d3c62591
+# %% ../../nbs/models/02_peer.ipynb #e780851d
 def read_values(
     layer: MemoryLayer, # with a table `values`
     weights: Tensor, # [tokens, P]
@@ -316,7 +321,8 @@ def read_values(
     "Weighted sum of each token's values"
     if layer.own_tables():
         table, sparse = layer.values.weight, layer.table_gradient == "sparse"
-        return (values if use_kernel(layer.kernel, table, weights, width=table.shape[1]) else ReadValues.apply)(table, weights, index, sparse)
+        if use_kernel(layer.kernel, table, weights, width=table.shape[1]): return values(table, weights, index, sparse, layer.in_factors())
+        return ReadValues.apply(table, weights, index, sparse)
     rows = layer.values(index)                                                   # [tokens, P, width]
     return torch.einsum('tp,tpd->td', weights.to(rows.dtype), rows)
 

@@ -67,7 +67,7 @@ def planned_steps(
         raise UserError("train_config.num_train_epochs: the data's length is not known: set train_config.steps_per_epoch")
     return max(1, math.ceil(train.num_train_epochs * (train.steps_per_epoch or tokens_per_epoch / per_step)))
 
-# %% ../../nbs/training/00_optim.ipynb #c79d3f92
+# %% ../../nbs/training/00_optim.ipynb #e6401023
 TABLE = re.compile(r"(^|\.)memory\.(values|expert_down|expert_up)(\.|$)")
 KEYS = re.compile(r"(^|\.)memory\.keys$")
 
@@ -94,7 +94,7 @@ def parameter_groups(
     rates = {"matrices": dict(lr=train.learning_rate, weight_decay=train.weight_decay),
              "vectors": dict(lr=train.learning_rate, weight_decay=0.0), "keys": memory, "tables": memory}
     groups = [dict(name=group, params=[p for _, p, g in named if g == group], **keys) for group, keys in rates.items()]
-    groups[-1] |= dict(table_gradient=table_gradient, names=[name for name, _, g in named if g == "tables"])
+    groups[-1] |= dict(table_gradient=table_gradient, names=[name for name, _, g in named if g == "tables"], seed=train.seed)
     return [group for group in groups if group["params"]]
 
 # %% ../../nbs/training/00_optim.ipynb #dbd5095b
