@@ -9,15 +9,16 @@ __all__ = ['KERNELS', 'KERNEL_DTYPES', 'WIDEST_ROW', 'HAS_TRITON', 'INTERPRETED'
            'experts_backward_frozen', 'experts_backward_frozen_shapes', 'experts_factors', 'experts_factors_shapes',
            'keep_for_experts', 'differentiate_experts', 'read_experts', 'values', 'values_shapes', 'values_backward',
            'values_backward_shapes', 'values_factors', 'values_factors_shapes', 'dots', 'dots_shapes',
-           'keep_for_values', 'differentiate_values', 'retrieve', 'retrieve_shapes', 'retrieve_backward',
-           'retrieve_backward_shapes', 'keep_for_retrieve', 'differentiate_retrieve']
+           'keep_for_values', 'differentiate_values', 'sub_key_rows', 'retrieve', 'retrieve_shapes',
+           'retrieve_backward', 'retrieve_backward_shapes', 'keep_for_retrieve', 'differentiate_retrieve']
 
-# %% ../../../nbs/models/07_kernels.ipynb #66918586
+# %% ../../../nbs/models/07_kernels.ipynb #31f9e260
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from math import prod
 from types import ModuleType
 
 import torch
@@ -299,7 +300,22 @@ def differentiate_values(ctx, grad):
 
 values.register_autograd(differentiate_values, setup_context=keep_for_values)
 
-# %% ../../../nbs/models/07_kernels.ipynb #08d7fc35
+# %% ../../../nbs/models/07_kernels.ipynb #cc6e0d06
+def sub_key_rows(
+    index: Tensor, # [tokens, heads, k] row numbers
+    sizes: list[int], # sub-keys per dimension
+    key_sets: int, # as many as heads, or 1 if they are shared
+) -> Tensor: # [tokens, heads, D, k] numbers of the sub-keys in a list of all of them
+    "Which sub-keys make up each row: the digits of its number, and where each set begins"
+    stride, begin, digits = prod(sizes), 0, []
+    for n in sizes:
+        stride //= n
+        digits.append(index // stride % n + begin)
+        begin += n
+    heads = torch.arange(key_sets, device=index.device) * begin
+    return torch.stack(digits, 2) + heads[:, None, None]
+
+# %% ../../../nbs/models/07_kernels.ipynb #f51f9c0d
 @torch.library.custom_op("peer_nb::retrieve", mutates_args=())
 def retrieve(query: Tensor, keys: Tensor, sizes: list[int], k: int) -> tuple[Tensor, Tensor]:
     "Scores [tokens, heads, k] float32, best first, and row numbers"
@@ -315,9 +331,9 @@ def retrieve_shapes(query, keys, sizes, k):
 @torch.library.custom_op("peer_nb::retrieve_backward", mutates_args=())
 def retrieve_backward(grad: Tensor, query: Tensor, keys: Tensor, index: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
     "Gradients of queries and keys"
-    retrieval, rows = kernels("retrieval"), kernels("rows")
+    rows = kernels("rows")
     pieces, flat = query.reshape(-1, keys.shape[2]), keys.flatten(0, 1)                                # [tokens*heads*D, width], [sets*sum of sizes, width]
-    chosen = retrieval.chosen_sub_keys(index, sizes, keys.shape[0])                                    # [tokens*heads*D, k]
+    chosen = sub_key_rows(index, sizes, keys.shape[0]).view(len(pieces), -1)                           # [tokens*heads*D, k]
     weights = grad.unsqueeze(2).expand(-1, -1, len(sizes), -1).reshape(chosen.shape)
     by_key = rows.by_row(pieces, weights, rows.segments(chosen, len(flat)), dtype=keys.dtype)
     return rows.sum_rows(flat, chosen, weights, query.dtype).view(query.shape), by_key.up.view(keys.shape)
