@@ -82,6 +82,7 @@ class PeerConfig:
     query_norm: Literal["layer", "batch", "none"] | None = None # null follows batch_norm_query: layer if true, else none
     shared_keys: bool = False # all retrieval heads use the same sub-keys
     table_gradient: Literal["dense", "sparse", "consumed"] = "dense" # how expert tables receive gradients
+    table_dtype: Literal["float32", "bfloat16"] = "float32" # how expert tables are stored; bfloat16 halves them, and each update is rounded stochastically
     kernel: Literal["auto", "eager", "triton"] = "auto" # how rows are found and read: by fused kernels on a GPU, never by them, always
     log_expert_usage: bool = True # record which experts are used
     log_freq: Count = 1000 # steps between two records of expert usage

@@ -23,7 +23,7 @@ from .table_optim import TableAdamW
 
 # %% auto #0
 __all__ = ['TABLE', 'KEYS', 'DECAY_PART', 'tokens_per_step', 'check_duration', 'planned_steps', 'group_of', 'parameter_groups',
-           'build_optimizer', 'check_table_gradient', 'gradient_values', 'clip_gradients', 'consuming_tables',
+           'build_optimizer', 'check_table_gradient', 'gradient_values', 'length', 'clip_gradients', 'consuming_tables',
            'lower_scale', 'build_schedule']
 
 # %% ../../nbs/training/00_optim.ipynb #7f37266f
@@ -67,7 +67,7 @@ def planned_steps(
         raise UserError("train_config.num_train_epochs: the data's length is not known: set train_config.steps_per_epoch")
     return max(1, math.ceil(train.num_train_epochs * (train.steps_per_epoch or tokens_per_epoch / per_step)))
 
-# %% ../../nbs/training/00_optim.ipynb #e6401023
+# %% ../../nbs/training/00_optim.ipynb #5db8a734
 TABLE = re.compile(r"(^|\.)memory\.(values|expert_down|expert_up)(\.|$)")
 KEYS = re.compile(r"(^|\.)memory\.keys$")
 
@@ -94,6 +94,7 @@ def parameter_groups(
     rates = {"matrices": dict(lr=train.learning_rate, weight_decay=train.weight_decay),
              "vectors": dict(lr=train.learning_rate, weight_decay=0.0), "keys": memory, "tables": memory}
     groups = [dict(name=group, params=[p for _, p, g in named if g == group], **keys) for group, keys in rates.items()]
+    if table_gradient == "dense" and any(p.dtype == torch.bfloat16 for p in groups[-1]["params"]): table_gradient = "rounded"
     groups[-1] |= dict(table_gradient=table_gradient, names=[name for name, _, g in named if g == "tables"], seed=train.seed)
     return [group for group in groups if group["params"]]
 
@@ -118,7 +119,7 @@ def check_table_gradient(
         raise UserError("model_config.peer_config.table_gradient is 'consumed', which keeps moments in eight bits with torchao, "
                         "and torchao is not installed: pip install 'peer_nb[fp8]', or choose dense or sparse")
 
-# %% ../../nbs/training/00_optim.ipynb #fb6ad35b
+# %% ../../nbs/training/00_optim.ipynb #b8bded97
 def gradient_values(
     p: nn.Parameter, # with a gradient, which is coalesced if it is sparse
 ) -> Tensor: # the gradient, or the rows of it that are there
@@ -126,6 +127,13 @@ def gradient_values(
     if not p.grad.is_sparse: return p.grad
     p.grad = p.grad.coalesce()
     return p.grad.values()
+
+def length(
+    gradients: list[Tensor], # of any types, all sharded over processes or none
+) -> Tensor: # scalar
+    "Norm of several gradients together, in float32 at least"
+    if all(g.dtype != torch.bfloat16 for g in gradients): return whole(get_total_norm(gradients))
+    return torch.linalg.vector_norm(torch.stack([whole(torch.linalg.vector_norm(g, dtype=torch.float32)) for g in gradients]))
 
 def clip_gradients(
     optimizer: TableAdamW,  # made by `build_optimizer`
@@ -138,7 +146,7 @@ def clip_gradients(
     norms = []
     for values, limit in (([g for found in groups.values() for g in found], train.max_grad_norm), (memory, train.table_max_grad_norm)):
         if not values: continue
-        norms.append(whole(get_total_norm(values)))
+        norms.append(length(values))
         shrink = (limit / (norms[-1] + 1e-6)).clamp(max=1.0)
         for g in values: g.mul_(shrink)
     consumed = torch.tensor([norm for norm in optimizer.table_norms if math.isfinite(norm)])

@@ -162,13 +162,14 @@ def sharded_as(
     "A part as a part of something sharded as the table is"
     return type(table).from_local(x, table.device_mesh, table.placements, run_check=False) if hasattr(table, "to_local") else x
 
-# %% ../../nbs/training/00b_table_optim.ipynb #706fba94
+# %% ../../nbs/training/00b_table_optim.ipynb #74fec5e9
 def moment_state(
-    table: Tensor, # sharded or not
+    table: Tensor,      # sharded or not
+    eight: bool = True, # False: moments in float32
 ) -> dict: # step, both moments, and a scale per block where they have eight bits
     "No moments yet"
     mine = local(table)
-    small = mine.numel() < 4096 or mine.numel() % BLOCK
+    small = not eight or mine.numel() < 4096 or mine.numel() % BLOCK
     state = dict(step=torch.zeros(()), skipped=0, skipped_in_row=0)
     for name in ("exp_avg", "exp_avg_sq"):
         state[name] = sharded_as(torch.zeros(mine.shape, dtype=torch.float32 if small else torch.uint8, device=mine.device), table)
@@ -262,12 +263,13 @@ def gather_factors(
         return torch.cat([part[:int(n)] for part, n in zip(others, counts)])
     return updates.factored(gathered(grad.index), gathered(grad.numbers), gathered(grad.vectors), rows)
 
-# %% ../../nbs/training/00b_table_optim.ipynb #824e5baf
+# %% ../../nbs/training/00b_table_optim.ipynb #4d7203a5
 log = logging.getLogger("peer_nb")
-RULES = {"sparse": (lazy_state, lazy_adam), "consumed": (moment_state, adamw_8bit)}   # table_gradient -> first state, update
+RULES = {"sparse": (lazy_state, lazy_adam), "consumed": (moment_state, adamw_8bit),   # table_gradient -> first state, update
+         "rounded": (partial(moment_state, eight=False), adamw_8bit)}                  # dense gradients of a table in bfloat16
 
 class TableAdamW(AdamW):
-    "AdamW; groups whose `table_gradient` is sparse or consumed have their own moments and updates"
+    "AdamW; groups whose `table_gradient` is sparse, consumed or rounded have their own moments and updates"
     def __init__(self,
         groups: list[dict],  # as for AdamW, each with all its keys
         **keys,              # of AdamW
@@ -408,7 +410,7 @@ def skipped_tables(self: TableAdamW) -> int: # how often some table was left out
     "Updates that were not made, over the whole run"
     return sum(self.state[table].get("skipped", 0) for table, _, _ in self.tables())
 
-# %% ../../nbs/training/00b_table_optim.ipynb #2d0bb7ef
+# %% ../../nbs/training/00b_table_optim.ipynb #fe0adb17
 def table_memory(
     rows: int,                # of a table
     width: int,               # numbers in a row
@@ -417,10 +419,11 @@ def table_memory(
     at_once: int = 2,         # tables whose gradients one layer makes together: 2 for PEER, 1 for product-key memory
     read: int | None = None,  # rows of a table that a step reads; None: all
     held: int | None = None,  # rows of a table that were ever read; None: all
+    number: int = 4,          # bytes of a weight and of its gradient: 4, or 2 for bfloat16
 ) -> dict[str, int]: # bytes: weights, moments, gradients at their most, total
-    "Memory of expert tables while they are trained, in float32"
+    "Memory of expert tables while they are trained; gradients that are made, as without fused kernels"
     size, read, held = rows * width, rows if read is None else read, rows if held is None else held
     moments = {"dense": 8 * size, "sparse": 8 * held * width + 4 * rows, "consumed": 2 * size + 2 * 4 * size // BLOCK}
-    gradients = {"dense": 4 * size * tables, "sparse": read * (4 * width + 8) * tables, "consumed": 4 * size * at_once}
-    parts = dict(weights=4 * size * tables, moments=moments[table_gradient] * tables, gradients=gradients[table_gradient])
+    gradients = {"dense": number * size * tables, "sparse": read * (number * width + 8) * tables, "consumed": number * size * at_once}
+    parts = dict(weights=number * size * tables, moments=moments[table_gradient] * tables, gradients=gradients[table_gradient])
     return parts | dict(total=sum(parts.values()))
