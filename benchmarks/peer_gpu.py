@@ -90,11 +90,13 @@ def variants(torch, c, compiled):
     from peer_nb.models.kernels.rows import run_experts_reference, sum_rows_reference
     from peer_nb.models.peer import ReadExperts, ReadValues
     if c.get("kind") == "pkm":
-        found = {"fused": lambda t, x, w, i: ops.values(t[0], w, i, False), "eager": lambda t, x, w, i: ReadValues.apply(t[0], w, i, False),
+        found = {"fused": lambda t, x, w, i: ops.values(t[0], w, i, False), "fused, table gradient in factors": lambda t, x, w, i: ops.values(t[0], w, i, False, True),
+                 "eager": lambda t, x, w, i: ReadValues.apply(t[0], w, i, False),
                  "embedding_bag": lambda t, x, w, i: torch.nn.functional.embedding_bag(i, t[0], per_sample_weights=w, mode="sum"),
                  "gathered": lambda t, x, w, i: sum_rows_reference(t[0], i, w)}
     else:
         found = {"fused": lambda t, x, w, i: ops.read_experts(*t, x, w, i, "gelu", by_row_from=float("inf")),
+                 "fused, table gradients in factors": lambda t, x, w, i: ops.read_experts(*t, x, w, i, "gelu", by_row_from=float("inf"), factors=True),
                  "fused, by expert": lambda t, x, w, i: ops.read_experts(*t, x, w, i, "gelu", by_row_from=0.0),
                  "eager": lambda t, x, w, i: ReadExperts.apply(*t, x, w, i, "gelu", False),
                  "gathered": lambda t, x, w, i: run_experts_reference(*t, x, i, w, "gelu"),
@@ -173,6 +175,7 @@ def agreement(torch, calls, reference):
 
 def measure_shape(torch, c, repeats, compiled):
     "All variants at one shape"
+    from peer_nb.models.kernels import ops
     from peer_nb.models.kernels.rows import run_experts_reference, sum_rows_reference
     tables, x, w, index, grad = inputs(torch, c, DEVICE, torch.bfloat16)
     leaves = [t.requires_grad_() for t in (*tables, x, w)]
@@ -192,8 +195,9 @@ def measure_shape(torch, c, repeats, compiled):
 
     def both(f):
         def run():
-            out = f(tables, x, w, index)
-            out.backward(grad)
+            with ops.collect_factors(lambda table, factors: None):
+                out = f(tables, x, w, index)
+                out.backward(grad)
             for leaf in leaves: leaf.grad = None
         return run
 
@@ -327,7 +331,7 @@ def check():
         want = run_experts_reference(*wide[:3], index, wide[3], "gelu") if kind == "peer" else sum_rows_reference(wide[0], index, wide[1])
         expected = [want.detach(), *torch.autograd.grad(want, wide, grad.double())]
         for name, f in variants(torch, c, False).items():
-            if "only" in name: continue
+            if "only" in name or "factors" in name: continue
             out = f(tables, x, w, index)
             got = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
             found[f"{kind}: {name}"] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, expected))

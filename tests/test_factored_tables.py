@@ -62,7 +62,9 @@ def assert_close(a, b, steps, rate):
         s, t = a.optimizer.state[p], b.optimizer.state[q]
         assert s.keys() == t.keys() and s["step"] == t["step"] and s["exp_avg"].dtype == t["exp_avg"].dtype == torch.uint8, name
         for key in ("exp_avg", "exp_avg_sq"):
-            assert (s[key] != t[key]).float().mean() < 0.01, (name, key)
+            assert (s[key] != t[key]).float().mean() < 0.05, (name, key)    # neighbouring codes, where a number lies between two values
+            read = [table_optim.read_moment(u[key], u[key + "_scale"], key == "exp_avg").view(-1, 256) / u[key + "_scale"][:, None] for u in (s, t)]
+            assert (read[0] - read[1]).abs().mean() < 1e-3, (name, key)
             torch.testing.assert_close(s[key + "_scale"], t[key + "_scale"], rtol=1e-2, atol=1e-12, msg=lambda m: f"{name}.{key}: {m}")
 
 
