@@ -2,6 +2,7 @@
 
     python benchmarks/mla_gpu.py            # on a GPU; writes benchmarks/mla_gpu.json
     python benchmarks/mla_gpu.py --check    # without a GPU: both layers agree at tiny shapes; nothing timed
+    python benchmarks/mla_gpu.py --tiny     # without a GPU: the whole measurement at tiny shapes; nothing is kept
 
 The two layers have equal weights, get the same tokens and the same cache of latents, and must give the same output.
 The floor is the time in which the GPU's own copy speed reads every layer's latent and rotary key once, 1,152 bytes a token
@@ -19,7 +20,8 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peer_gpu import Stopwatch, copy_speed, machine    # noqa: E402
+import peer_gpu    # noqa: E402
+from peer_gpu import Stopwatch, copy_speed, forget, machine    # noqa: E402
 
 from peer_nb.models.mla import LatentAttention, rotary_angles    # noqa: E402
 
@@ -71,11 +73,11 @@ def check():
 
 
 @torch.no_grad()
-def measure(batch, context, repeats, bandwidth):
+def measure(shape, batch, context, repeats, bandwidth):
     "Medians of both layers in turns, and the floor"
-    floor = batch * context * (GUIDE["kv_lora_rank"] + GUIDE["qk_rope_head_dim"]) * 2
+    floor = batch * context * (shape["kv_lora_rank"] + shape["qk_rope_head_dim"]) * 2
     found = dict(batch=batch, context=context, floor_bytes=floor, floor_ms=floor / bandwidth / 1e6)
-    calls, watch = steps(GUIDE, batch, context, "cuda", torch.bfloat16), Stopwatch(torch)
+    calls, watch = steps(shape, batch, context, peer_gpu.DEVICE, torch.bfloat16), Stopwatch(torch)
     outputs, samples = {}, {name: [] for name in calls}
     for i in range(-3, repeats):
         for name, f in calls.items():
@@ -85,7 +87,7 @@ def measure(batch, context, repeats, bandwidth):
                 taken = watch(f)
             except torch.OutOfMemoryError as e:
                 samples[name] = f"out of memory: {str(e).splitlines()[0]}"
-                torch.cuda.empty_cache()
+                forget(torch)
                 continue
             if i >= 0: samples[name].append(round(taken, 4))
     if len(outputs) == 2:
@@ -100,18 +102,29 @@ def main():
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"), help="where the results go")
     parser.add_argument("--check", action="store_true", help="compare the layers at tiny shapes on the CPU; nothing timed")
+    parser.add_argument("--tiny", action="store_true", help="the whole measurement at tiny shapes on the CPU; no GPU needed, nothing is kept")
     args = parser.parse_args()
     if args.check: return check()
+    if args.tiny:
+        peer_gpu.DEVICE, args.contexts, args.batches, args.repeats = "cpu", [4, 9], [1, 2], 1
+        for found in run(TINY, args, lambda result: json.dumps(result))["shapes"]: print(f"{found['batch']} × {found['context']}: difference {found['difference']:.1e}")
+        return print("every branch ran; nothing was kept")
     if not torch.cuda.is_available():
-        print("mla_gpu.py: error: no CUDA device is visible to torch. --check needs none.", file=sys.stderr)
+        print("mla_gpu.py: error: no CUDA device is visible to torch. --check and --tiny need none.", file=sys.stderr)
         sys.exit(2)
+    run(GUIDE, args, lambda result: args.out.write_text(json.dumps(result, indent=1) + "\n"))
+
+
+def run(shape, args, save):
+    "All contexts and batches"
     bandwidth = copy_speed(torch)
-    result = dict(schema=1, machine=machine(torch), clock="CUDA events, cold cache, medians of both layers in turns", dtype="bfloat16", layer=GUIDE,
+    result = dict(schema=1, machine=machine(torch), clock="CUDA events, cold cache, medians of both layers in turns", dtype="bfloat16", layer=shape,
                   copy_gb_per_s=bandwidth, shapes=[])
     for context, batch in product(args.contexts, args.batches):
-        result["shapes"].append(measure(batch, context, args.repeats, bandwidth))
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-        torch.cuda.empty_cache()
+        result["shapes"].append(measure(shape, batch, context, args.repeats, bandwidth))
+        save(result)
+        forget(torch)
+    return result
 
 
 if __name__ == "__main__": main()

@@ -230,6 +230,8 @@ def _train_problems(t: TrainConfig, p: PeerConfig) -> Problems:
             yield f"train_config.pretrained_layer_{key}", ("is missing; layers are taken over with a path (where from) "
                 "and a map (what, and where to)")
     table = "model_config.peer_config.table_gradient"
+    if p.table_dtype != "float32" and t.parallel == "fsdp2":
+        yield "model_config.peer_config.table_dtype", f"{p.table_dtype} does not work with train_config.parallel: fsdp2, which wants one type for all weights of a layer; choose float32, or parallel ddp"
     if p.table_gradient != "dense" and t.parallel == "fsdp2":
         yield table, (f"{p.table_gradient} does not work with train_config.parallel: fsdp2, which shards dense "
             "gradients; choose dense, or parallel ddp")

@@ -86,6 +86,8 @@ class PeerConfig:
     query_norm: Literal["layer", "batch", "none"] | None = None
     shared_keys: bool = False # all retrieval heads use the same sub-keys
     table_gradient: Literal["dense", "sparse", "consumed"] = "dense" # how expert tables receive gradients
+    # how expert tables are stored; bfloat16 halves them, and each update is rounded stochastically
+    table_dtype: Literal["float32", "bfloat16"] = "float32"
     # how rows are found and read: by fused kernels on a GPU, never by them, always
     kernel: Literal["auto", "eager", "triton"] = "auto"
     log_expert_usage: bool = True # record which experts are used

@@ -64,6 +64,7 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.peer_config.score": (ROUTER, "expert weights; logits"),
     "model_config.peer_config.query_norm": (ROUTER, "kind of the query's normalisation"),
     "model_config.peer_config.table_gradient": ("models/peer.py", "layout of the tables' gradients"),
+    "model_config.peer_config.table_dtype": ("models/peer.py", "type of the tables' numbers; logits"),
     "model_config.peer_config.kernel": ("models/peer.py", "which operations find and read rows; what is refused"),
     "model_config.peer_config.shared_keys": (MODEL, "first dimension of the keys"),
     "model_config.mla_config.q_lora_rank": ("models/mla.py", "shape of the query projection"),
@@ -183,7 +184,7 @@ CHANGES = {   # key below model_config: overrides that change it and what must c
     "peer_config.num_heads": {"peer_config.num_heads": 4}, "peer_config.expert_hidden_size": {"peer_config.expert_hidden_size": 2},
     "peer_config.query_dim": {"peer_config.query_dim": 32}, "peer_config.batch_norm_query": {"peer_config.batch_norm_query": False},
     "peer_config.activation": {"peer_config.activation": "relu"}, "peer_config.score": {"peer_config.score": "sigmoid"},
-    "peer_config.query_norm": {"peer_config.query_norm": "batch"}, "peer_config.shared_keys": {"peer_config.shared_keys": True},
+    "peer_config.query_norm": {"peer_config.query_norm": "batch"}, "peer_config.table_dtype": {"peer_config.table_dtype": "bfloat16"}, "peer_config.shared_keys": {"peer_config.shared_keys": True},
     "mla_config.q_lora_rank": {"mla_config.q_lora_rank": 16}, "mla_config.kv_lora_rank": {"mla_config.kv_lora_rank": 8},
     "mla_config.qk_rope_head_dim": {"mla_config.qk_rope_head_dim": 4}, "mla_config.v_head_dim": {"mla_config.v_head_dim": 8},
     "mla_config.qk_nope_head_dim": {"mla_config.qk_nope_head_dim": 16}, "mla_config.rope_theta": {"mla_config.rope_theta": 10.0},
@@ -422,7 +423,7 @@ def test_contradictions(key, tmp_path):
 
 @pytest.mark.parametrize("changes", [
     {"model_config.peer_config.num_experts_per_tok": 1}, {"model_config.peer_config.query_norm": "batch", "model_config.peer_config.batch_norm_query": False},
-    {"model_config.peer_config.table_gradient": "sparse", "train_config.parallel": "fsdp2"},
+    {"model_config.peer_config.table_gradient": "sparse", "train_config.parallel": "fsdp2"}, {"model_config.peer_config.table_dtype": "bfloat16", "train_config.parallel": "fsdp2"},
     {"model_config.peer_config.table_gradient": "consumed", "train_config.parallel": "fsdp2"}, {"train_config.fp8": True, "train_config.bf16": True}])
 def test_more_contradictions(changes):
     with pytest.raises(ConfigError): apply_overrides(Config(), changes)

@@ -156,7 +156,7 @@ def test_fast_plain_sparse_and_dense_agree(kind, options, plain):
     assert_same(gradients(fresh, x, g, mask), a, rtol=1e-4, atol=1e-5)
 
 
-def test_consumed_means_dense_so_far():
+def test_consumed_is_dense_where_nobody_collects():
     x, g = torch.randn(9, 12), torch.randn(9, 12)
     assert_same(gradients(layer_of(table_gradient="consumed"), x, g), gradients(layer_of(), x, g), rtol=0, atol=0)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'TABLE_STATES', 'rows_read', 'attention_activations', 'mlp_activations', 'memory_activations',
            'saved_activations', 'StepMemory', 'size_text', 'loss_bytes', 'backward_peak', 'table_gradient_bytes',
-           'estimate_memory', 'memory_table', 'memory_text']
+           'number_bytes', 'factor_bytes', 'estimate_memory', 'memory_table', 'memory_text']
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #5b948299
 from dataclasses import asdict, dataclass, replace
@@ -75,13 +75,13 @@ def saved_activations(
     layers = [attention_activations(c, width) + mask + (memory_activations if n in memories else mlp_activations)(c, width) for n in range(c.num_hidden_layers)]
     return layers + [(8 + width) * c.hidden_size + (0 if c.loss_chunk_size else 4 * c.vocab_size)]
 
-# %% ../../nbs/analysis/01_step_memory.ipynb #2255fa66
+# %% ../../nbs/analysis/01_step_memory.ipynb #3fb5c4af
 @dataclass
 class StepMemory:
     "Bytes that one process needs for a training step"
     table_gradient: str # dense, sparse or consumed
     tokens: int # of one batch
-    weights: int # float32
+    weights: int # float32, tables as they are stored
     half_copies: int # weights of linear layers in half precision, under autocast
     optimizer: int # both moments
     gradients: int # the most that exist at once
@@ -104,7 +104,7 @@ def size_text(
         n /= 1000
     return f"{n:.3g} TB"
 
-# %% ../../nbs/analysis/01_step_memory.ipynb #005c1cc9
+# %% ../../nbs/analysis/01_step_memory.ipynb #7bc28fd1
 def loss_bytes(
     c: ModelConfig, # the model
     tokens: int, # of one batch
@@ -119,27 +119,44 @@ def backward_peak(
     gradients: list[int], # bytes of each layer's dense parameters, the embedding's added to the first, the head's last
     tables: list[int], # bytes of each layer's table gradients; the head's is 0
     transient: list[int], # bytes that exist only while a layer's gradient is computed
-    consumed: bool, # whether a table's gradient is freed at once
+    freed: bool, # whether a table's gradient is freed at once
 ) -> int: # bytes
     "The largest sum of activations still kept and gradients made so far"
     best = made = 0
     for layer in reversed(range(len(activations))):
-        made += gradients[layer] + (0 if consumed else tables[layer])
-        best = max(best, sum(activations[:layer + 1]) + made + transient[layer] + (tables[layer] if consumed else 0))
+        made += gradients[layer] + (0 if freed else tables[layer])
+        best = max(best, sum(activations[:layer + 1]) + made + transient[layer] + (tables[layer] if freed else 0))
     return best
 
-# %% ../../nbs/analysis/01_step_memory.ipynb #5af78609
+# %% ../../nbs/analysis/01_step_memory.ipynb #9d29eccf
 def table_gradient_bytes(
     c: ModelConfig, # the model
     kind: str, # dense, sparse or consumed
     tokens: int, # of one batch
 ) -> int: # of one layer
     "What the gradients of one layer's tables take"
-    row = (2 if c.memory_kind == "peer" else 1) * c.peer_config.expert_hidden_size * c.hidden_size
-    if kind != "sparse": return 4 * row * prod(c.peer_config.product_key_dim)
-    return rows_read(c, tokens) * (4 * row + 8)
+    row = (2 if c.memory_kind == "peer" else 1) * c.peer_config.expert_hidden_size * c.hidden_size * number_bytes(c)
+    if kind != "sparse": return row * prod(c.peer_config.product_key_dim)
+    return rows_read(c, tokens) * (row + 8)
 
-# %% ../../nbs/analysis/01_step_memory.ipynb #3d361daa
+def number_bytes(
+    c: ModelConfig, # the model
+) -> int: # 4 or 2
+    "Bytes of a number of a table"
+    return 2 if c.peer_config.table_dtype == "bfloat16" else 4
+
+# %% ../../nbs/analysis/01_step_memory.ipynb #74ac2827
+def factor_bytes(
+    c: ModelConfig, # the model
+    tokens: int, # of one batch
+) -> int: # of one layer
+    "What the factors of the gradients of one layer's tables take"
+    p, peer = c.peer_config, c.memory_kind == "peer"
+    rows, pairs, row = prod(p.product_key_dim), tokens * p.num_heads * p.num_experts_per_tok, p.expert_hidden_size * c.hidden_size
+    vectors, numbers = (c.hidden_size, p.expert_hidden_size) if peer else (row, 1)
+    return (2 if peer else 1) * (number_bytes(c) * tokens * vectors + 4 * pairs * numbers) + 24 * rows + 4 * rows * row // BLOCK
+
+# %% ../../nbs/analysis/01_step_memory.ipynb #5e96654b
 def _worst(
     step: StepMemory, # weights and states filled in
     kept: list[int], # activations, as in `backward_peak`
@@ -148,19 +165,19 @@ def _worst(
     transient: list[int], # as there
     loss: int, # `loss_bytes`
     batches: int, # of one step
+    freed: bool = False, # whether a table's gradient is freed at once
 ) -> StepMemory: # complete
     "Compare the moments of a step"
-    consumed = step.table_gradient == "consumed"
-    gradients = sum(dense) + (max(tables) if consumed else sum(tables))
+    gradients = sum(dense) + (max(tables) if freed else sum(tables))
     before = gradients if batches > 1 else 0                      # of earlier batches; a new one is added layer by layer
     again = max(d + t for d, t in zip(dense, tables)) + max(transient)
     moments = {"the loss": before + sum(kept) + loss, "the update": gradients,
-               "the backward pass": before + sum(kept) + again if before else backward_peak(kept, dense, tables, transient, consumed)}
+               "the backward pass": before + sum(kept) + again if before else backward_peak(kept, dense, tables, transient, freed)}
     moment = max(moments, key=moments.get)
     return replace(step, gradients=gradients, activations=sum(kept) + loss, moment=moment,
                    peak=step.weights + step.half_copies + step.optimizer + moments[moment])
 
-# %% ../../nbs/analysis/01_step_memory.ipynb #b21cf773
+# %% ../../nbs/analysis/01_step_memory.ipynb #30b53e5a
 def estimate_memory(
     cfg: Config, # the run: model, batch, accumulation, precision, checkpointing
     table_gradient: str | None = None, # dense, sparse or consumed; None: the configuration's
@@ -177,16 +194,17 @@ def estimate_memory(
     kept = [n - again for n, again in zip(full, recomputed)]
     dense = [4 * (r["total"] - r["memory_tables"]) for r in rows[1:]]
     dense[0] += 4 * rows[0]["total"]
-    memories, one = memory_layer_numbers(c), table_gradient_bytes(c, kind, tokens)
-    holders = memories[-1:] if c.share_memory else memories            # a shared table's gradient begins with the last reader,
+    factored = kind == "consumed" and gpu and c.peer_config.kernel != "eager"
+    memories, one = memory_layer_numbers(c), factor_bytes(c, tokens) if factored else table_gradient_bytes(c, kind, tokens)
+    holders = memories[-1:] if c.share_memory and not factored else memories   # a shared table's gradient begins with the last reader,
     added = one + (one // 2 if c.memory_kind == "peer" else one)       # and each further one is added to it, a table at a time
     tables = [one if n in holders else 0 for n in range(c.num_hidden_layers)] + [0]
     pairs = tokens * c.peer_config.num_heads * c.peer_config.num_experts_per_tok * (c.peer_config.expert_hidden_size if c.memory_kind == "peer" else 1)
     transient = [again + (36 * pairs + (0 if n in holders else added) if n in memories else 0) for n, again in enumerate(recomputed)]
     states = round(8 * (count.total - count.memory_tables) + TABLE_STATES[kind] * count.memory_tables)
     copies = 2 * (count.attention + count.dense_mlp + c.vocab_size*c.hidden_size) if width == 2 else 0
-    step = StepMemory(kind, tokens, 4 * count.total, copies, states, 0, 0, 0, "")
-    return _worst(step, kept, dense, tables, transient, loss_bytes(c, tokens), train.gradient_accumulation_steps)
+    step = StepMemory(kind, tokens, 4 * count.total - (4 - number_bytes(c)) * count.memory_tables, copies, states, 0, 0, 0, "")
+    return _worst(step, kept, dense, tables, transient, loss_bytes(c, tokens), train.gradient_accumulation_steps, kind == "consumed" and not (factored and c.share_memory))
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #f0b45c49
 def memory_table(

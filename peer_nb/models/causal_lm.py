@@ -28,7 +28,7 @@ from .mla import LatentAttention, RMSNorm, RopeScaling, is_plain_linear, rotary_
 from .peer import MEMORY_KINDS, MemoryTable
 from .product_keys import ProductKeyRouter, check_router
 
-# %% ../../nbs/models/03_causal_lm.ipynb #b95f4a7d
+# %% ../../nbs/models/03_causal_lm.ipynb #303d6edb
 @dataclass
 class PeerOptions:
     "The `peer_config` section: the memory layers"
@@ -43,7 +43,8 @@ class PeerOptions:
     score: str = "softmax" # softmax, sigmoid or relu
     query_norm: str | None = None # layer, batch, none; null follows `batch_norm_query`
     shared_keys: bool = False # one set of keys for all heads
-    table_gradient: str = "dense" # how tables receive gradients: dense, sparse; consumed is dense for a layer
+    table_gradient: str = "dense" # how tables receive gradients: dense, sparse, or consumed in the backward pass
+    table_dtype: str = "float32" # how tables are stored: float32 or bfloat16
     kernel: str = "auto" # fused kernels: auto (on a GPU), eager (never) or triton (always)
     log_expert_usage: bool = True # for the training loop
     log_freq: int = 1000 # for the training loop
@@ -53,7 +54,7 @@ class PeerOptions:
         "What a memory layer's constructor takes"
         norm = self.query_norm or ("layer" if self.batch_norm_query else "none")
         names = ("num_experts", "num_experts_per_tok", "num_heads", "expert_hidden_size", "product_key_dim",
-            "query_dim", "activation", "score", "shared_keys", "table_gradient", "kernel")
+            "query_dim", "activation", "score", "shared_keys", "table_gradient", "table_dtype", "kernel")
         return {name: getattr(self, name) for name in names} | {"query_norm": norm}
 
 # %% ../../nbs/models/03_causal_lm.ipynb #4e52707f

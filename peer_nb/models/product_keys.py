@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SPARE', 'BLOCK', 'TINY', 'SCORES', 'FEW', 'staircase', 'product_top_k', 'brute_force_top_k', 'pack', 'sorted_places',
            'group_size', 'sorted_top', 'merge_top', 'search', 'numpy_may', 'gather_sum', 'ByRow', 'by_row', 'fresh',
-           'sparse_products', 'add_by_row', 'Retrieve', 'sub_key_rows', 'recomputing', 'SumOverProcesses',
-           'data_parallel', 'moments', 'QueryBatchNorm', 'check_router', 'ProductKeyRouter']
+           'sparse_products', 'add_by_row', 'Retrieve', 'recomputing', 'SumOverProcesses', 'data_parallel', 'moments',
+           'QueryBatchNorm', 'check_router', 'ProductKeyRouter']
 
-# %% ../../nbs/models/01_product_keys.ipynb #f0541b05
+# %% ../../nbs/models/01_product_keys.ipynb #4fed1b75
 import warnings
 from functools import lru_cache
 from math import isqrt, prod
@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from numpy import ndarray
 from torch import Tensor, nn
 
-from .kernels.ops import KERNELS, retrieve, use_kernel
+from .kernels.ops import KERNELS, retrieve, sub_key_rows, use_kernel
 
 # %% ../../nbs/models/01_product_keys.ipynb #0e2f7bf6
 @lru_cache(maxsize=None)
@@ -239,21 +239,6 @@ class Retrieve(torch.autograd.Function):
         flat = keys.flatten(0, 1)                                                  # [heads*sum of sizes, width]
         grad_keys = add_by_row(by_row(rows, len(flat)), grad, pieces) if ctx.needs_input_grad[1] else torch.zeros_like(flat)
         return gather_sum(flat, rows, grad).view_as(query), grad_keys.view_as(keys), None, None
-
-# %% ../../nbs/models/01_product_keys.ipynb #656db3b4
-def sub_key_rows(
-    index: Tensor, # [tokens, heads, k] row numbers
-    sizes: list[int], # sub-keys per dimension
-    key_sets: int, # as many as heads, or 1 if they are shared
-) -> Tensor: # [tokens, heads, D, k] numbers of the sub-keys in a list of all of them
-    "Which sub-keys make up each row: the digits of its number, and where each set begins"
-    stride, begin, digits = prod(sizes), 0, []
-    for n in sizes:
-        stride //= n
-        digits.append(index // stride % n + begin)
-        begin += n
-    heads = torch.arange(key_sets, device=index.device) * begin
-    return torch.stack(digits, 2) + heads[:, None, None]
 
 # %% ../../nbs/models/01_product_keys.ipynb #52f27f9a
 def recomputing() -> bool:

@@ -23,7 +23,7 @@ from .table_optim import TableAdamW
 
 # %% auto #0
 __all__ = ['TABLE', 'KEYS', 'DECAY_PART', 'tokens_per_step', 'check_duration', 'planned_steps', 'group_of', 'parameter_groups',
-           'build_optimizer', 'check_table_gradient', 'gradient_values', 'clip_gradients', 'consuming_tables',
+           'build_optimizer', 'check_table_gradient', 'gradient_values', 'length', 'clip_gradients', 'consuming_tables',
            'lower_scale', 'build_schedule']
 
 # %% ../../nbs/training/00_optim.ipynb #7f37266f
@@ -68,7 +68,7 @@ def planned_steps(
                         "set train_config.steps_per_epoch")
     return max(1, math.ceil(train.num_train_epochs * (train.steps_per_epoch or tokens_per_epoch / per_step)))
 
-# %% ../../nbs/training/00_optim.ipynb #cf03b485
+# %% ../../nbs/training/00_optim.ipynb #5db8a734
 TABLE = re.compile(r"(^|\.)memory\.(values|expert_down|expert_up)(\.|$)")
 KEYS = re.compile(r"(^|\.)memory\.keys$")
 
@@ -98,7 +98,9 @@ def parameter_groups(
     for name, p in model.named_parameters():
         if p.requires_grad: sorted_in[group_of(name, p, id(p) in embeddings)].append((name, p))
     groups = [dict(name=group, params=[p for _, p in sorted_in[group]], **keys) for group, keys in rates.items()]
-    groups[-1] |= dict(table_gradient=table_gradient, names=[name for name, _ in sorted_in["tables"]])
+    names, tables = [name for name, _ in sorted_in["tables"]], groups[-1]["params"]
+    if table_gradient == "dense" and any(p.dtype == torch.bfloat16 for p in tables): table_gradient = "rounded"
+    groups[-1] |= dict(table_gradient=table_gradient, names=names, seed=train.seed)
     return [group for group in groups if group["params"]]
 
 # %% ../../nbs/training/00_optim.ipynb #dbd5095b
@@ -122,7 +124,7 @@ def check_table_gradient(
         raise UserError("model_config.peer_config.table_gradient is 'consumed', which keeps moments in eight bits with "
                         "torchao, and torchao is not installed: pip install 'peer_nb[fp8]', or choose dense or sparse")
 
-# %% ../../nbs/training/00_optim.ipynb #fb6ad35b
+# %% ../../nbs/training/00_optim.ipynb #b8bded97
 def gradient_values(
     p: nn.Parameter, # with a gradient, which is coalesced if it is sparse
 ) -> Tensor: # the gradient, or the rows of it that are there
@@ -130,6 +132,13 @@ def gradient_values(
     if not p.grad.is_sparse: return p.grad
     p.grad = p.grad.coalesce()
     return p.grad.values()
+
+def length(
+    gradients: list[Tensor], # of any types, all sharded over processes or none
+) -> Tensor: # scalar
+    "Norm of several gradients together, in float32 at least"
+    if all(g.dtype != torch.bfloat16 for g in gradients): return whole(get_total_norm(gradients))
+    return torch.linalg.vector_norm(torch.stack([whole(torch.linalg.vector_norm(g, dtype=torch.float32)) for g in gradients]))
 
 def clip_gradients(
     optimizer: TableAdamW,  # made by `build_optimizer`
@@ -144,7 +153,7 @@ def clip_gradients(
     norms = []
     for values, limit in ((rest, train.max_grad_norm), (memory, train.table_max_grad_norm)):
         if not values: continue
-        norms.append(whole(get_total_norm(values)))
+        norms.append(length(values))
         shrink = (limit / (norms[-1] + 1e-6)).clamp(max=1.0)
         for g in values: g.mul_(shrink)
     consumed = torch.tensor([norm for norm in optimizer.table_norms if math.isfinite(norm)])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'packed', 'score_of', 'place_of', 'ordered', 'keep_best', 'best_of_set', 'merge_sets', 'retrieve_kernel',
-           'rank_pairs', 'retrieve', 'chosen_sub_keys']
+           'rank_pairs', 'retrieve']
 
 # %% ../../../nbs/models/04_retrieval_kernel.ipynb #4a5c61d2
 from functools import lru_cache
@@ -147,18 +147,3 @@ def retrieve(
     retrieve_kernel[(triton.cdiv(tokens, 16), heads)](query.contiguous(), keys, ranks, scores, rows, tokens, heads, width, stride, k,
         SIZES=tuple(sizes), K=K, CANDIDATES=candidates, TOKENS=16, COLUMNS=64, CHUNK=chunk, WIDEN=query.device.type == "cpu", num_warps=4)
     return scores, rows
-
-# %% ../../../nbs/models/04_retrieval_kernel.ipynb #3779512f
-def chosen_sub_keys(
-    index: Tensor, # [tokens, heads, k] row numbers
-    sizes: list[int], # sub-keys per dimension
-    key_sets: int, # as many as heads, or 1 if they are shared
-) -> Tensor: # [tokens*heads*D, k] their numbers in a list of all sub-keys of all sets
-    "The digits of each row number, and where each set of sub-keys begins"
-    stride, begin, digits = prod(sizes), 0, []
-    for n in sizes:
-        stride //= n
-        digits.append(index // stride % n + begin)
-        begin += n
-    heads = torch.arange(key_sets, device=index.device) * begin
-    return (torch.stack(digits, 2) + heads[:, None, None]).view(-1, index.shape[-1])
