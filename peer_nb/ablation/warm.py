@@ -130,7 +130,7 @@ def main():
     except BaseException: traceback.print_exc()
     finally: leave(code)
 
-# %% ../../nbs/ablation/16_warm.ipynb #d36b5850
+# %% ../../nbs/ablation/16_warm.ipynb #a3251ea4
 @dataclass(eq=False)
 class Host:
     "A server, seen from the runner"
@@ -142,7 +142,7 @@ class Host:
     ready: bool = False # its imports are done
     died: bool = False # by itself, or by somebody's hand
     why: str = "" # it must not be forked, or is there no more
-    jobs: dict[int, Forked] = field(default_factory=dict) # under way
+    jobs: dict[int, Any] = field(default_factory=dict) # number: Forked, under way
 
     def send(self, order: dict, *files: int):
         try: socket.send_fds(self.channel, [json.dumps(order).encode()], files)
