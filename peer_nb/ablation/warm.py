@@ -130,7 +130,7 @@ def main():
     except BaseException: traceback.print_exc()
     finally: leave(code)
 
-# %% ../../nbs/ablation/16_warm.ipynb #d36b5850
+# %% ../../nbs/ablation/16_warm.ipynb #a3251ea4
 @dataclass(eq=False)
 class Host:
     "A server, seen from the runner"
@@ -142,7 +142,7 @@ class Host:
     ready: bool = False # its imports are done
     died: bool = False # by itself, or by somebody's hand
     why: str = "" # it must not be forked, or is there no more
-    jobs: dict[int, Forked] = field(default_factory=dict) # under way
+    jobs: dict[int, Any] = field(default_factory=dict) # number: Forked, under way
 
     def send(self, order: dict, *files: int):
         try: socket.send_fds(self.channel, [json.dumps(order).encode()], files)
@@ -161,13 +161,13 @@ class Host:
             if job.pid is not None: job.returncode = -signal.SIGKILL
         self.jobs.clear()
 
-# %% ../../nbs/ablation/16_warm.ipynb #dda873e8
+# %% ../../nbs/ablation/16_warm.ipynb #32c7b855
 def listen(
     host: Host, # that may have something to say
 ):
     "Take what the server has said since the last time"
     while host.open:
-        try: text = host.channel.recv(1 << 16)
+        try: text = host.channel.recv(1 << 16, socket.MSG_DONTWAIT)
         except BlockingIOError: return
         except OSError: text = b""
         if not text: return host.lost()
@@ -230,7 +230,7 @@ def stamp() -> tuple: # equal for equal code
     places = {sysconfig.get_path(p) for p in ("purelib", "platlib")}
     return package_hash(), *(os.stat(p).st_mtime_ns for p in sorted(places) if os.path.isdir(p))
 
-# %% ../../nbs/ablation/16_warm.ipynb #b919d326
+# %% ../../nbs/ablation/16_warm.ipynb #68300aa6
 def start_host(
     template: str, # the notebook of the runs
     environment: dict[str, str], # of the process
@@ -242,7 +242,6 @@ def start_host(
     with theirs:
         process = subprocess.Popen([sys.executable, "-c", code, str(theirs.fileno()), str(os.getpid()), template], stdin=subprocess.DEVNULL, stdout=words, stderr=words,
                                    pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
-    ours.setblocking(False)
     return Host(process, ours, stamp, words)
 
 # %% ../../nbs/ablation/16_warm.ipynb #43fc15bd
