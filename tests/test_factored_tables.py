@@ -207,6 +207,19 @@ def test_what_the_optimizer_cannot_know_is_refused():
     assert not optimizer.factors
 
 
+@pytest.mark.parametrize("kind", ["peer", "pkm"])
+def test_an_empty_batch_is_a_gradient_of_zeros(kind):
+    "As without kernels: moments decay, weights too"
+    ends = []
+    for kernel in ("triton", "eager"):
+        model, params, optimizer = layers_of(kernel, kind=kind)
+        for tokens in (2, 0):
+            with optimizer.consuming(1.0): model(torch.ones(1, tokens, 256)).sum().backward()
+        ends.append((params[0].detach(), optimizer.table_norms))
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=0, atol=5e-4)
+    assert ends[0][1] == ends[1][1] == [0.0] * len(ends[0][1])
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_frozen_table_stays(frozen):
     model, params, optimizer = layers_of("triton")

@@ -333,7 +333,7 @@ def retrieve_backward(grad: Tensor, query: Tensor, keys: Tensor, index: Tensor, 
     "Gradients of queries and keys"
     rows = kernels("rows")
     pieces, flat = query.reshape(-1, keys.shape[2]), keys.flatten(0, 1)                                # [tokens*heads*D, width], [sets*sum of sizes, width]
-    chosen = sub_key_rows(index, sizes, keys.shape[0]).view(len(pieces), -1)                           # [tokens*heads*D, k]
+    chosen = sub_key_rows(index, sizes, keys.shape[0]).flatten(0, 2)                                   # [tokens*heads*D, k]
     weights = grad.unsqueeze(2).expand(-1, -1, len(sizes), -1).reshape(chosen.shape)
     by_key = rows.by_row(pieces, weights, rows.segments(chosen, len(flat)), dtype=keys.dtype)
     return rows.sum_rows(flat, chosen, weights, query.dtype).view(query.shape), by_key.up.view(keys.shape)
