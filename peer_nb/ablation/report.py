@@ -141,7 +141,8 @@ of runs is there, by a test that counts all claims (Holm, 5 %).</p>
 {% for f in claims %}
 <tr><td class="say">{{ f.claim.name }}
 {% if f.origin != 'planned' %}<br><small class="off">{{ f.origin }}</small>{% endif %}</td>
-<td><span class="chip {{ f.status }}">{{ f.status }}</span></td>
+<td><span class="chip {{ f.status }}">{{ f.status }}</span>
+{% if f.claim.test == 'items' %}<br><small>over items only</small>{% endif %}</td>
 <td class="say">{{ f.claim|arms }}</td>
 <td class="say">{{ f.said }}
 {% if f.noise and f.noise.items is not none %}
