@@ -209,7 +209,7 @@ def test_a_second_study_takes_over_what_the_first_has(undisturbed, tmp_path):
     "Equal runs by hash, a declared one with its differences; the latter is in no paired test"
     work, folder = undisturbed
     study = yaml.safe_load((work/"study.yaml").read_text())
-    study |= dict(name="second", seeds=[1, 7], reuse=[dict(cell={"heads": "two"}, seed=7, source=str(next(folder.glob("runs/002*"))), reason="too dear to make again")])
+    study |= dict(name="second", seeds=[1, 7], reuse=[dict(cell={"heads": "two"}, seed=7, source=str(next(folder.glob("runs/003*"))), reason="too dear to make again")])
     (work/"second.yaml").write_text(yaml.safe_dump(study))
     code, out = ended(launch("--study", work/"second.yaml", "--output-dir", work/"out", "--gpus", 0, FAKE_STEP=0))
     second = next(f for f in (work/"out").iterdir() if f.name.startswith("second"))
