@@ -61,7 +61,8 @@ def choose_devices(
     threads: int | None = None, # of each run; None: what the slots leave
 ) -> Devices:
     "Slots for runs; a UserError where the machine has not what was asked for"
-    if gpus < 0 or (parallel is not None and parallel < 1): raise UserError(f"--gpus {gpus}, --parallel {parallel}: GPUs cannot be negative, and at least one run must go at a time")
+    if gpus < 0: raise UserError(f"--gpus {gpus}: the number of GPUs of each run; 0 means the CPU")
+    if parallel is not None and parallel < 1: raise UserError(f"--parallel {parallel}: at least one run must go at a time")
     found = gpu_devices() if found is None else found
     if not found or gpus == 0:
         slots = min(parallel or max(1, _cores() // (threads or 1)), max(runs, 1))
@@ -82,7 +83,8 @@ def cpu_processes(
     threads: int | None = None, # of each process; None: what the slots leave
 ) -> Devices:
     "Slots for runs of several processes on the CPU"
-    if processes < 1 or (parallel is not None and parallel < 1): raise UserError(f"--processes {processes}, --parallel {parallel}: a run needs at least one process, and at least one run must go at a time")
+    if processes < 1: raise UserError(f"--processes {processes}: a run needs at least one process")
+    if parallel is not None and parallel < 1: raise UserError(f"--parallel {parallel}: at least one run must go at a time")
     slots = min(parallel or max(1, _cores() // (processes*(threads or 1))), max(runs, 1))
     threads = threads or max(1, _cores() // (slots*processes))
     return Devices(processes, [[]]*slots, threads, f"on the CPU, {slots} at a time of {processes} process{'es'[:2*(processes > 1)]} with {threads} thread{'s'[:threads > 1]} each", processes)
