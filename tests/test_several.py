@@ -86,7 +86,7 @@ def test_a_rank_a_wrapper_and_a_signal(tmp_path):
     keys = dict(train_config__save_steps=10, train_config__eval_steps=100, train_config__save_total_limit=1, train_config__parallel="fsdp2", wandb_config=None)
     whole = run_study(tmp_path/"whole", study(tmp_path/"a", 40, [1, 2, 3], **keys), "--processes", 2, "--parallel", 1)
     out = tmp_path/"out"
-    process = launch(*study(tmp_path/"a", 40, [1, 2, 3], **keys), "--output-dir", out, "--processes", 2, "--parallel", 1)
+    process = launch(*study(tmp_path/"a", 40, [1, 2, 3], **keys), "--output-dir", out, "--processes", 2, "--parallel", 1, "--fresh")   # not the runs of the whole study
     folder = until(lambda: [*out.glob("*/plan.json")], 120)[0].parent
     asked, rank, wrapper = (folder/"runs"/c.id for c in load_plan(folder/"plan.json").cells)
     until(lambda: at_step(asked, 12), 300)
