@@ -48,6 +48,10 @@ class Devices:
     line: str # for the person
     processes: int = 0 # of each run, all on the CPU, as asked for; 0: the run goes by its GPUs
 
+def _check_parallel(parallel: int | None):
+    "Refuse a study that never runs anything"
+    if parallel is not None and parallel < 1: raise UserError(f"--parallel {parallel}: at least one run must go at a time")
+
 def _cores() -> int:
     "Cores that this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -62,7 +66,7 @@ def choose_devices(
 ) -> Devices:
     "Slots for runs; a UserError where the machine has not what was asked for"
     if gpus < 0: raise UserError(f"--gpus {gpus}: the number of GPUs of each run; 0 means the CPU")
-    if parallel is not None and parallel < 1: raise UserError(f"--parallel {parallel}: at least one run must go at a time")
+    _check_parallel(parallel)
     found = gpu_devices() if found is None else found
     if not found or gpus == 0:
         slots = min(parallel or max(1, _cores() // (threads or 1)), max(runs, 1))
@@ -84,7 +88,7 @@ def cpu_processes(
 ) -> Devices:
     "Slots for runs of several processes on the CPU"
     if processes < 1: raise UserError(f"--processes {processes}: a run needs at least one process")
-    if parallel is not None and parallel < 1: raise UserError(f"--parallel {parallel}: at least one run must go at a time")
+    _check_parallel(parallel)
     slots = min(parallel or max(1, _cores() // (processes*(threads or 1))), max(runs, 1))
     threads = threads or max(1, _cores() // (slots*processes))
     return Devices(processes, [[]]*slots, threads, f"on the CPU, {slots} at a time of {processes} process{'es'[:2*(processes > 1)]} with {threads} thread{'s'[:threads > 1]} each", processes)

@@ -30,8 +30,9 @@ from ..files import cache_folder, read_jsonl, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['TIMELESS', 'ENDLESS', 'WARM', 'STEPS', 'SECONDS', 'PATIENCE', 'setup_of', 'machine_of', 'Speed', 'speed_text',
-           'speed_from', 'speed_file', 'known_speed', 'keep_speed', 'pilot_config', 'Pilot', 'start_pilot',
-           'watch_pilots', 'stopped_after', 'setups', 'time_setups', 'Speeds', 'plan_speeds', 'clocked_plan']
+           'speed_from', 'speed_file', 'known_speed', 'keep_speed', 'pilot_config', 'Pilot', 'pilot_words',
+           'start_pilot', 'watch_pilots', 'stopped_after', 'setups', 'time_setups', 'Speeds', 'plan_speeds',
+           'clocked_plan']
 
 # %% ../../nbs/ablation/19_speed.ipynb #3ec88df8
 TIMELESS = (*DURATION, *NOT_IDENTITY, "eval_config", "train_config.seed", "train_config.learning_rate", "train_config.weight_decay", "train_config.adam_beta1", "train_config.adam_beta2",
@@ -65,7 +66,8 @@ def machine_of(
     first = devices.visible[0]
     try: torch = version("torch").partition("+")[0]
     except PackageNotFoundError: torch = None
-    return dict(device=_gpu(first[0]) if first else _processor(), gpus=devices.world_size if first else 0, threads=devices.threads, at_once=len(devices.visible), torch=torch)
+    return dict(device=_gpu(first[0]) if first else _processor(), gpus=devices.world_size if first else 0, processes=devices.processes,
+                threads=devices.threads, at_once=len(devices.visible), torch=torch)
 
 # %% ../../nbs/ablation/19_speed.ipynb #3b830651
 @dataclass(frozen=True)
@@ -152,6 +154,14 @@ class Pilot:
         return said[-1] if said else f"exit code {self.process.returncode}"
 
 # %% ../../nbs/ablation/19_speed.ipynb #43f4cf04
+def pilot_words(
+    file: Path, # its configuration
+    devices: Devices, # of the study
+) -> list[str]: # of `peer-train`
+    "The command line of a training with as many processes as a run has"
+    several = {"--processes": devices.processes, "--gpus": 0 if devices.processes or devices.world_size == 1 else devices.world_size}
+    return ["--config", str(file), *(word for option, n in several.items() if n for word in (option, str(n)))]
+
 def start_pilot(
     config: Config, # of a cell
     folder: Path, # to be made
@@ -162,10 +172,9 @@ def start_pilot(
     folder.mkdir()
     save_config(pilot_config(config, folder), folder/"config.yaml")
     code = "import sys; from peer_nb.files import die_with_parent; die_with_parent(int(sys.argv[1])); from peer_nb.training.loop import main; sys.exit(main(sys.argv[2:]))"
-    words = ["--config", str(folder/"config.yaml"), *(["--gpus", str(devices.world_size)] if devices.world_size > 1 else [])]
     with open(folder/"log.txt", "wb") as log:
-        process = subprocess.Popen([sys.executable, "-c", code, str(os.getpid()), *words], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                   env={**os.environ, **environment(devices.threads, visible)}, start_new_session=True)
+        process = subprocess.Popen([sys.executable, "-c", code, str(os.getpid()), *pilot_words(folder/"config.yaml", devices)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                   env={**os.environ, **environment(devices.threads, visible, devices.processes)}, start_new_session=True)
     return Pilot(folder, process)
 
 # %% ../../nbs/ablation/19_speed.ipynb #fc273a4a

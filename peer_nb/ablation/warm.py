@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .spare_kernel import fork_spare, leave, preload, without_grammar
+from .spare_kernel import fork_spare, leave, preload
 from .study import package_hash
 from ..files import die_with_parent
 

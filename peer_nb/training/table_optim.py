@@ -26,8 +26,9 @@ if TYPE_CHECKING: from peer_nb.models.kernels.updates import FactoredGradient
 
 # %% auto #0
 __all__ = ['PART', 'BLOCK', 'log', 'RULES', 'MAX_SKIPPED', 'lazy_state', 'find_slots', 'with_room', 'rounding_seed', 'rounded',
-           'lazy_adam', 'gather_sparse', 'quantisation', 'code_values', 'local', 'sharded_as', 'moment_state',
-           'read_moment', 'write_moment', 'adamw_8bit', 'adamw_factors', 'gather_factors', 'TableAdamW', 'table_memory']
+           'lazy_adam', 'gather_rows', 'gather_sparse', 'quantisation', 'code_values', 'local', 'sharded_as',
+           'moment_state', 'read_moment', 'write_moment', 'adamw_8bit', 'adamw_factors', 'gather_factors', 'TableAdamW',
+           'table_memory']
 
 # %% ../../nbs/training/00b_table_optim.ipynb #3abd068f
 def lazy_state(
@@ -109,15 +110,14 @@ def lazy_adam(
         table[rows] = rounded(table[rows].float() * keep - size * m / (v.sqrt() + group["eps"]), table.dtype, generator)
 
 # %% ../../nbs/training/00b_table_optim.ipynb #ab970173
-def gather_sparse(
-    grad: Tensor,                            # sparse by row; another one in each process
-    group: dist.ProcessGroup | None = None,  # processes that sum; None: all
-) -> Tensor: # coalesced, the same in all of them
-    "Sum of sparse gradients over processes"
-    grad = grad.coalesce()
-    rows, values = grad.indices()[0], grad.values()
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device), group=group)
+def gather_rows(
+    *parts: Tensor,                          # equally long; another length in each process
+    group: dist.ProcessGroup | None = None,  # processes that get all of them; None: all
+) -> list[Tensor]: # the same in all of them
+    "Tensors of all processes, one after the other"
+    size, device = dist.get_world_size(group), parts[0].device
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(size)]
+    dist.all_gather(counts, torch.tensor([len(parts[0])], device=device), group=group)
     longest = max(int(n) for n in counts)
     def gathered(mine: Tensor) -> Tensor:
         padded = mine.new_zeros(longest, *mine.shape[1:])
@@ -125,7 +125,16 @@ def gather_sparse(
         others = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(others, padded, group=group)
         return torch.cat([part[:int(n)] for part, n in zip(others, counts)])
-    return torch.sparse_coo_tensor(gathered(rows)[None], gathered(values), grad.shape).coalesce()
+    return [gathered(mine) for mine in parts]
+
+def gather_sparse(
+    grad: Tensor,                            # sparse by row; another one in each process
+    group: dist.ProcessGroup | None = None,  # processes that sum; None: all
+) -> Tensor: # coalesced, the same in all of them
+    "Sum of sparse gradients over processes"
+    grad = grad.coalesce()
+    rows, values = gather_rows(grad.indices()[0], grad.values(), group=group)
+    return torch.sparse_coo_tensor(rows[None], values, grad.shape).coalesce()
 
 # %% ../../nbs/training/00b_table_optim.ipynb #0cbb92fc
 BLOCK = 256   # numbers that share a scale
@@ -251,17 +260,7 @@ def gather_factors(
     group: dist.ProcessGroup | None = None,  # processes that sum; None: all
 ) -> FactoredGradient: # the same in all of them
     "Sum of factored gradients over processes"
-    updates, size = kernels("updates"), dist.get_world_size(group)
-    counts = [torch.zeros(1, dtype=torch.int64, device=grad.index.device) for _ in range(size)]
-    dist.all_gather(counts, torch.tensor([len(grad.index)], device=grad.index.device), group=group)
-    longest = max(int(n) for n in counts)
-    def gathered(mine: Tensor) -> Tensor:
-        padded = mine.new_zeros(longest, mine.shape[1])
-        padded[:len(mine)] = mine
-        others = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(others, padded, group=group)
-        return torch.cat([part[:int(n)] for part, n in zip(others, counts)])
-    return updates.factored(gathered(grad.index), gathered(grad.numbers), gathered(grad.vectors), rows)
+    return kernels("updates").factored(*gather_rows(grad.index, grad.numbers, grad.vectors, group=group), rows)
 
 # %% ../../nbs/training/00b_table_optim.ipynb #4d7203a5
 log = logging.getLogger("peer_nb")
