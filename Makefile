@@ -11,7 +11,7 @@ DEMO   := demo_results
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-full export pages readme docs clean
+.PHONY: help install install-dev demo test test-full renumber export pages readme docs clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ test: $(VENV)/dev ## all that CI checks: sync, notebooks, pytest, docs, wheel
 
 test-full: TEST_FLAGS += --slow
 test-full: test ## the same with the long campaigns
+
+renumber: $(VENV)/dev ## number the pages of each room in reading order, follow with links and sidebar
+	$(BIN)/python tests/house.py
 
 export: $(VENV)/dev ## write the package from the notebooks, clean the notebooks
 	$(BIN)/nbdev_export

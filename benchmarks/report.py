@@ -39,9 +39,9 @@ def machine() -> dict:
 
 def planning(seeds: int) -> dict:
     "Plan about 10,000 runs"
-    from peer_nb.ablation.estimates import Outlook, plan_text
-    from peer_nb.ablation.plan import make_plan
-    from peer_nb.ablation.study import Budget, Study
+    from peer_nb.running.estimates import Outlook, plan_text
+    from peer_nb.study.plan import make_plan
+    from peer_nb.study.study import Budget, Study
     from peer_nb.config import load_config
     base = load_config(ROOT/"configs"/"demo.yaml")
     sizes = (10, 10, 10, 10) if seeds == 1 else (10, 10, 6, 6)
@@ -59,8 +59,8 @@ def planning(seeds: int) -> dict:
 def made_up(folder: Path):
     "A study of 1,000 finished runs"
     import numpy as np
-    from peer_nb.ablation.plan import make_plan, save_plan
-    from peer_nb.ablation.study import study_from_dict
+    from peer_nb.study.plan import make_plan, save_plan
+    from peer_nb.study.study import study_from_dict
     from peer_nb.config import load_config
     from peer_nb.files import write_json
     axes = {"rate": {f"{10**n:g}": {"train_config.learning_rate": 1e-4*10**n} for n in range(2)} | {"5": {"train_config.learning_rate": 5e-4}, "50": {"train_config.learning_rate": 5e-3}, "2": {"train_config.learning_rate": 2e-4}},
@@ -86,7 +86,7 @@ def made_up(folder: Path):
 
 def report(folder: Path) -> dict:
     "Everything that `peer-ablate report` does"
-    from peer_nb.ablation.runner import main
+    from peer_nb.running.command import main
     begin, cpu = time.perf_counter(), time.process_time()
     assert main(["report", str(folder)]) == 0
     spent = dict(cpu_seconds=time.process_time() - cpu, wall_seconds=time.perf_counter() - begin)

@@ -33,7 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WORK = ("train(cfg, resume", "layer.collect_usage()", "samples = []")
-STATUS = "import sys; from peer_nb.ablation.runner import main; sys.exit(main())"
+STATUS = "import sys; from peer_nb.running.command import main; sys.exit(main())"
 
 
 def machine() -> dict:
@@ -58,7 +58,7 @@ def work_of(notebook: Path) -> float:
 
 def timed_template(path: Path) -> Path:
     "The demo's notebook, whose working cells note their processor time"
-    from peer_nb.ablation.study import find_template
+    from peer_nb.study.study import find_template
     book = json.loads(Path(find_template("train_and_evaluate")).read_text())
     for cell in book["cells"]:
         source = "".join(cell["source"])
@@ -92,7 +92,7 @@ def memory(pids: list[int]) -> dict[str, float]:
 
 def timed(folder: Path, cell, warm) -> dict:
     "Start a run and take its time"
-    from peer_nb.ablation.launch import choose_devices, start
+    from peer_nb.running.local import choose_devices, start
     begin, cpu = time.perf_counter(), children()
     process = start(folder, cell, choose_devices(0, 1, 1, []), [], None, warm).process
     code = process.wait()
@@ -105,7 +105,7 @@ def timed(folder: Path, cell, warm) -> dict:
 
 def watched(folder: Path, cell, warm) -> dict:
     "Start a run and take its memory"
-    from peer_nb.ablation.launch import choose_devices, start
+    from peer_nb.running.local import choose_devices, start
     process, most = start(folder, cell, choose_devices(0, 1, 1, []), [], None, warm).process, {}
     while process.poll() is None:
         time.sleep(0.1)
@@ -117,9 +117,9 @@ def watched(folder: Path, cell, warm) -> dict:
 
 def overheads(folder: Path, runs: int) -> dict:
     "Runs of a study, one at a time, cold and warm: the time of each, then the memory of one more"
-    from peer_nb.ablation.plan import make_plan, save_plan
-    from peer_nb.ablation.warm import Warm
-    from peer_nb.ablation.study import Budget, Study
+    from peer_nb.study.plan import make_plan, save_plan
+    from peer_nb.running.warm import Warm
+    from peer_nb.study.study import Budget, Study
     from peer_nb.config import apply_overrides, load_config
     base = apply_overrides(load_config(ROOT/"configs"/"demo.yaml"), {"eval_config.max_tokens": 2000, "dataset_config.tokenizer_name": "bytes", "model_config.vocab_size": 257})
     levels = {f"{n}": {"train_config.learning_rate": 1e-4*(n + 1)} for n in range(2*runs + 2)}
@@ -140,8 +140,8 @@ def overheads(folder: Path, runs: int) -> dict:
 
 def large_study(folder: Path, runs: int):
     "A study of many runs, as a runner would have left it half way"
-    from peer_nb.ablation.plan import make_plan, save_plan
-    from peer_nb.ablation.study import Budget, Study
+    from peer_nb.study.plan import make_plan, save_plan
+    from peer_nb.study.study import Budget, Study
     from peer_nb.config import load_config
     axes = {a: {f"{a} {n}": {f"train_config.{k}": s*(n + 1)} for n in range(100)} for a, k, s in [("rate", "learning_rate", 1e-4), ("decay", "weight_decay", 1e-3)]}
     plan = make_plan(Study("large", "demo.yaml", axes, seeds=[*range(1, runs//10_000 + 1)] or [1], budget=Budget(400_000)), load_config(ROOT/"configs"/"demo.yaml"), fingerprint=lambda config: "text")

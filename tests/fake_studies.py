@@ -62,7 +62,7 @@ def server_of(runner: int) -> int | None:
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try: parent, words = int(entry.read_text().rpartition(")")[2].split()[1]), (entry.parent/"cmdline").read_bytes()
         except (OSError, ValueError): continue
-        if parent == runner and b"ablation.warm" in words: return int(entry.parent.name)
+        if parent == runner and b"running.warm" in words: return int(entry.parent.name)
 
 
 def until(what, seconds: float = 240, pause: float = 0.05):

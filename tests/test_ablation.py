@@ -16,20 +16,20 @@ import pandas as pd
 import pytest
 import yaml
 
-from peer_nb.ablation import launch as launching
-from peer_nb.ablation import runner
-from peer_nb.ablation.report import write_report
-from peer_nb.ablation.results import main_effects, metric_columns, read_runs, run_state, valid_result
-from peer_nb.ablation.plan import load_plan, make_plan, matching
-from peer_nb.ablation.statistics import read_items
-from peer_nb.ablation.study import builtin_axes, load_study
+from peer_nb.running import local as launching
+from peer_nb.running import command as runner
+from peer_nb.findings.study_page import write_report
+from peer_nb.findings.results import main_effects, metric_columns, read_runs, run_state, valid_result
+from peer_nb.study.plan import load_plan, make_plan, matching
+from peer_nb.findings.effects import read_items
+from peer_nb.study.study import builtin_axes, load_study
 from peer_nb.config import DataMix, load_config, load_data_mixes
 from peer_nb.evaluation.items import write_hub_shape
 from peer_nb.files import read_json
 
 ROOT = Path(__file__).parent.parent
 EVIL = "<script>alert(1)</script>"
-COMMAND = [sys.executable, "-c", "import sys; from peer_nb.ablation.runner import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from peer_nb.running.command import main; sys.exit(main())"]
 
 TEMPLATE = ['''
 config_path: str = ""

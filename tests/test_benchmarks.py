@@ -14,8 +14,8 @@ pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'pee
 
 from lm_eval.api.model import TemplateLM  # noqa: E402
 
-from peer_nb.ablation.claims import item_evidence  # noqa: E402
-from peer_nb.ablation.statistics import read_items  # noqa: E402
+from peer_nb.study.claims import item_evidence  # noqa: E402
+from peer_nb.findings.effects import read_items  # noqa: E402
 from peer_nb.config import Config, DatasetConfig, EvalConfig, config_from_dict, to_dict  # noqa: E402
 from peer_nb.data.corpora import load_tokenizer  # noqa: E402
 from peer_nb.evaluation.benchmarks import FEWSHOT_SEED, Answers, ask, benchmark_metrics, item_scores, load_tasks, prepare, run_benchmarks, run_tasks  # noqa: E402

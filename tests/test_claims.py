@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from peer_nb.ablation.claims import ALPHA, evaluate_claims, read_claims
-from peer_nb.ablation.estimates import estimated_memory, sight
-from peer_nb.ablation.plan import load_plan, make_plan, save_plan
-from peer_nb.ablation.results import COLUMNS, read_runs, study_findings, write_csv, write_parquet
-from peer_nb.ablation.statistics import compare, contrast, effects_table, holm, interactions, power
-from peer_nb.ablation.study import combinations, load_study
+from peer_nb.study.claims import ALPHA, evaluate_claims, read_claims
+from peer_nb.running.estimates import estimated_memory, sight
+from peer_nb.study.plan import load_plan, make_plan, save_plan
+from peer_nb.findings.results import COLUMNS, read_runs, study_findings, write_csv, write_parquet
+from peer_nb.findings.effects import compare, contrast, effects_table, holm, interactions, power
+from peer_nb.study.study import combinations, load_study
 from peer_nb.config import config_from_dict
 from peer_nb.files import write_json
 

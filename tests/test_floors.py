@@ -1,16 +1,17 @@
 "Imports go down the house or sideways without a circle, never up."
 import ast
+import json
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import house
 import pytest
 
 PACKAGE = Path(__file__).parent.parent/"peer_nb"
-FLOORS = {"schema": 0, "config": 0, "cli": 0, "files": 0, "style": 0, "models": 1, "data": 1, "tasks": 1, "evaluation": 2,
-          "analysis": 2, "training": 3, "bridge": 4, "ablation": 4}
+FLOORS = house.floors()
 MODEL_NEEDS = {"torch", "numpy", "transformers", "fastcore"}
-LAB_CALLS = {"schema", "config", "cli", "files", "style", "ablation", "analysis.parameters", "analysis.step_memory",
-             "data.corpora"}
+LAB = ("study", "findings", "running")
+LAB_CALLS = {*LAB, *(name for name, floor in FLOORS.items() if floor == 0), "analysis.parameters", "analysis.step_memory", "data.corpora"}
 
 
 def imports(source: str, module: str) -> list[str]:
@@ -67,12 +68,36 @@ def test_models_can_be_copied_to_any_gpu_machine():
 
 def test_the_lab_knows_configurations_and_files_only():
     for module, names in MODULES.items():
-        if not module.startswith("ablation."): continue
+        if module.partition(".")[0] not in LAB: continue
         foreign = {n for n in inside(names, MODULES) if n not in LAB_CALLS and n.split(".")[0] not in LAB_CALLS and n != "__version__"}
         assert not foreign, f"{module} imports {foreign}"
 
 
 def test_the_test_sees_an_import_that_goes_up():
-    names = imports("def f():\n    from peer_nb.training.loop import train\nfrom ..ablation import study", "peer_nb.models.mla")
-    assert set(names) == {"peer_nb.ablation.study", "peer_nb.training.loop.train"}
-    assert inside(names, ["training.loop", "ablation.study"]) == {"training.loop", "ablation.study"}
+    names = imports("def f():\n    from peer_nb.training.loop import train\nfrom ..study import plan", "peer_nb.models.mla")
+    assert set(names) == {"peer_nb.study.plan", "peer_nb.training.loop.train"}
+    assert inside(names, ["training.loop", "study.plan"]) == {"training.loop", "study.plan"}
+
+
+def test_pages_are_read_in_the_order_of_their_numbers():
+    wrong = {old.name: new.name for old, new in house.renamed().items()}
+    assert not wrong, f"a page imports a later one of its room, or numbers have gaps: {wrong}; run make renumber"
+    quarto = (house.ROOT/"_quarto.yml").read_text()
+    assert house.with_sidebar(quarto, house.sidebar()) == quarto, "the sidebar is not that of the pages; run make renumber"
+
+
+def test_a_page_that_imports_a_later_one_moves_and_its_links_follow(tmp_path):
+    def page(name, module, *needs):
+        cells = [f"#| default_exp {module}", "#| export\n" + "\n".join(f"from peer_nb.{m} import x" for m in needs)]
+        path = tmp_path/"nbs"/name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(cells=[dict(cell_type="code", source=[c]) for c in cells])))
+    page("room/00_a.ipynb", "room.a", "room.b", "files")
+    page("room/03_b.ipynb", "room.b")
+    page("00_files.ipynb", "files")
+    (tmp_path/"nbs"/"house.yaml").write_text("ground: {title: Ground, floor: 0}\nroom: {title: Room, floor: 1}\n")
+    new = {old.name: to.name for old, to in house.renamed(tmp_path).items()}
+    assert new == {"03_b.ipynb": "00_b.ipynb", "00_a.ipynb": "01_a.ipynb"}
+    text = house.relink("[a](room/00_a.ipynb#x) [f](00_files.ipynb)", tmp_path/"nbs"/"index.ipynb", house.renamed(tmp_path))
+    assert text == "[a](room/01_a.ipynb#x) [f](00_files.ipynb)"
+    assert house.floors(tmp_path) == {"files": 0, "room": 1}

@@ -11,10 +11,10 @@ import yaml
 from fake_studies import ended, fake_study, launch
 from test_ablation import call
 
-from peer_nb.ablation import runner
-from peer_nb.ablation.plan import load_plan, make_plan
-from peer_nb.ablation.register import earlier_studies, registered, remember
-from peer_nb.ablation.reuse import taken_over
+from peer_nb.running import command as runner
+from peer_nb.study.plan import load_plan, make_plan
+from peer_nb.running.register import earlier_studies, registered, remember
+from peer_nb.running.reuse import taken_over
 from peer_nb.files import read_json, write_json
 
 
@@ -189,7 +189,7 @@ def test_plans_are_opened_only_where_a_run_may_be(own_register, tmp_path, comput
         (other/"plan.json").write_text("not read")
         (own_register/f"{n:032x}.json").write_text(json.dumps(dict(schema=1, folder=str(other), runs=f"{n:016x}")))
     opened = []
-    monkeypatch.setattr("peer_nb.ablation.reuse.load_plan", lambda path: opened.append(path) or load_plan(path))
+    monkeypatch.setattr("peer_nb.running.reuse.load_plan", lambda path: opened.append(path) or load_plan(path))
     assert len(taken_over(plan, earlier_studies(tmp_path/"new"), "cpu")) == 1 and opened == [folder/"plan.json"]
     assert len(registered()) == 301
 

@@ -14,11 +14,11 @@ import yaml
 
 from fake_studies import ended, fake_study, launch, server_of, until
 from test_ablation import BASE, STUDY, write_study
-from peer_nb.ablation import runner
-from peer_nb.ablation.plan import load_plan
-from peer_nb.ablation.results import process_mark, run_state
-from peer_nb.ablation.study import load_study
-from peer_nb.ablation.watch import look_at
+from peer_nb.running import command as runner
+from peer_nb.study.plan import load_plan
+from peer_nb.findings.results import process_mark, run_state
+from peer_nb.study.study import load_study
+from peer_nb.running.watch import look_at
 from peer_nb.files import read_json, read_jsonl, write_json
 
 VICTIMS = ("runner", "server", "wrapper", "kernel")

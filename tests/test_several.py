@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from fake_studies import ended, launch, until
-from peer_nb.ablation.plan import load_plan
-from peer_nb.ablation.results import process_mark, run_state
+from peer_nb.study.plan import load_plan
+from peer_nb.findings.results import process_mark, run_state
 from peer_nb.files import read_json, read_jsonl
 from peer_nb.models.causal_lm import PeerMLAForCausalLM
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from peer_nb.ablation.results import run_state
+from peer_nb.findings.results import run_state
 from peer_nb.files import read_json, read_jsonl, write_json
 
 sys.path.insert(0, str(Path(__file__).parent/"slurm"))

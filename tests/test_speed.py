@@ -12,8 +12,8 @@ import yaml
 from fake_studies import TEMPLATE, launch, until
 from test_ablation import BASE, STUDY, call, write_study
 
-from peer_nb.ablation import speed
-from peer_nb.ablation.plan import load_plan
+from peer_nb.running import speed
+from peer_nb.study.plan import load_plan
 from peer_nb.files import read_json
 
 AXES = {"heads": {"four": {}, "two": {"model_config.peer_config.num_heads": 2}}}

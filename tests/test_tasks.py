@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from peer_nb.config import DatasetEntry, UserError
-from peer_nb.tasks.command import RULES, main, task_command, tokenization_report
+from peer_nb.data.command import RULES, main, task_command, tokenization_report
 from peer_nb.tasks.hashhop import DIFFICULTIES, LegacyHashHop, chains_in
 from peer_nb.tasks.synthetic_qa import exposure_order
 from peer_nb.tasks.writing import TASKS, generate, write_task
 
 SMALL = dict(synthetic_qa=dict(num_pairs=200), digit_lookup=dict(num_pairs=60, num_novel=20, num_known=30), two_hop=dict(num_entities=80, num_novel=8, num_novel_ood=8),
              hashhop=dict(num_samples=24, num_eval=4, n_chars=200, num_queries=2, alphabets=["letters", "hex"], lengths=[4, 6]))
-COMMAND = "import sys; from peer_nb.tasks.command import main; sys.exit(main())"
+COMMAND = "import sys; from peer_nb.data.command import main; sys.exit(main())"
 
 
 def child(code: str, *args, **env):
@@ -175,7 +175,7 @@ def test_the_documented_command(tmp_path, capsys):
 
 
 def test_help_starts_without_torch():
-    done = child("import sys\nfrom peer_nb.tasks.command import main\nfor t in ('', 'synthetic_qa', 'hashhop'): main([*t.split(), '--help'])\nassert not {'torch', 'transformers', 'datasets', 'pyarrow', 'pandas'} & set(sys.modules)")
+    done = child("import sys\nfrom peer_nb.data.command import main\nfor t in ('', 'synthetic_qa', 'hashhop'): main([*t.split(), '--help'])\nassert not {'torch', 'transformers', 'datasets', 'pyarrow', 'pandas'} & set(sys.modules)")
     assert done.returncode == 0, done.stderr
     assert "--num-pairs N" in done.stdout and "--chain-of-thought" in done.stdout
 

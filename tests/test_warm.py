@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from fake_studies import ended, fake_study, launch, server_of, until
 from test_ablation import BASE, write_study
-from peer_nb.ablation.launch import Local, choose_devices, start
-from peer_nb.ablation.plan import load_plan, make_plan, save_plan
-from peer_nb.ablation.results import process_mark, run_state
-from peer_nb.ablation.study import Budget, Study
-from peer_nb.ablation.warm import Warm
+from peer_nb.running.local import Local, choose_devices, start
+from peer_nb.study.plan import load_plan, make_plan, save_plan
+from peer_nb.findings.results import process_mark, run_state
+from peer_nb.study.study import Budget, Study
+from peer_nb.running.warm import Warm
 from peer_nb.config import load_config
 from peer_nb.files import read_json
 
@@ -160,7 +160,7 @@ def test_changed_code_gets_a_server_of_its_own(idle, monkeypatch):
     folder, cells, warm = idle
     jobs = [start(folder, cells[0], choose_devices(0, 1, 1, [], 1), [], None, warm)]
     until(lambda: jobs[0].process.poll() is not None or jobs[0].process.pid)
-    monkeypatch.setattr("peer_nb.ablation.warm.stamp", lambda: ("changed",))
+    monkeypatch.setattr("peer_nb.running.warm.stamp", lambda: ("changed",))
     jobs.append(start(folder, cells[1], choose_devices(0, 1, 1, [], 1), [], None, warm))
     assert len(warm.hosts) == 2 and warm.hosts[0].stamp != warm.hosts[1].stamp
     assert [j.process.wait(300) for j in jobs] == [0, 0]
@@ -169,7 +169,7 @@ def test_changed_code_gets_a_server_of_its_own(idle, monkeypatch):
 
 THREAD = """
 import sys, threading, time
-if any("ablation.warm" in w for w in sys.orig_argv): threading.Thread(target=time.sleep, args=[99], daemon=True).start()
+if any("running.warm" in w for w in sys.orig_argv): threading.Thread(target=time.sleep, args=[99], daemon=True).start()
 """
 
 

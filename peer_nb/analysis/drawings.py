@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .pages import SCALE, facts_html, figure_html, new_figure, note_html, number_text, table_html
 from .step_memory import size_text
 from .usage_statistics import lifts
-from ..style import COLOURS, GREY
+from ..page import COLOURS, GREY
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 

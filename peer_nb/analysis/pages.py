@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import UserError
 from ..files import read_json, writable_folder, write_atomic, write_json
-from ..style import COLOURS, GREY
-from ..style import STYLE as COMMON
+from ..page import COLOURS, GREY
+from ..page import STYLE as COMMON
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
