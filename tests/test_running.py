@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from fake_studies import ended, fake_study, launch, server_of, until
+from fake_studies import ended, fake_study, launch, until
 from test_ablation import BASE, STUDY, write_study
 from peer_nb.running import command as runner
 from peer_nb.study.plan import load_plan
@@ -21,7 +21,7 @@ from peer_nb.study.study import load_study
 from peer_nb.running.watch import look_at
 from peer_nb.files import read_json, read_jsonl, write_json
 
-VICTIMS = ("runner", "server", "wrapper", "kernel")
+VICTIMS = ("runner", "run")
 REPORT = Path(__file__).parent/"kill_report.json"
 NUMBERS = ["run", "heads", "seed", "state", "words/bits_per_byte", "words/loss", "tokens", "parameters"]
 
@@ -43,21 +43,19 @@ def undisturbed(tmp_path_factory):
     return work, the_folder(work)
 
 
-def wrappers_and_kernels(folder: Path) -> tuple[list[int], list[int]]:
-    "Processes that are alive and work on the study"
-    wrappers = [s["pid"] for p in folder.glob("runs/*/status.json") if (s := read_json(p)) and s["state"] == "RUNNING" and process_mark(s["pid"])]
-    kernels = [b["pid"] for b in read_jsonl(folder/"begun.jsonl") if process_mark(b["pid"])]
-    return wrappers, kernels
+def alive(folder: Path) -> list[int]:
+    "Processes that work on the study"
+    noted = [s["pid"] for p in folder.glob("runs/*/status.json") if (s := read_json(p)) and s["state"] == "RUNNING"] + [b["pid"] for b in read_jsonl(folder/"begun.jsonl")]
+    return [pid for pid in {*noted} if process_mark(pid)]
 
 
-def kill_one(folder: Path, process: subprocess.Popen, victim: str) -> str:
-    "kill -9 of a runner, of the process that runs are forked from, of a wrapper or a kernel; who it was"
-    wrappers, kernels = wrappers_and_kernels(folder)
-    pids = {"runner": [process.pid], "server": [p for p in [server_of(process.pid)] if p], "wrapper": wrappers, "kernel": kernels}[victim]
-    if not pids or process.poll() is not None: return ""
+def kill_one(folder: Path, process: subprocess.Popen, victim: str) -> bool:
+    "kill -9 of the runner or of a run; whether there was one"
+    pids = [process.pid] if victim == "runner" else alive(folder)
+    if not pids or process.poll() is not None: return False
     try: os.kill(random.choice(pids), signal.SIGKILL)
-    except ProcessLookupError: return ""
-    return victim
+    except ProcessLookupError: return False
+    return True
 
 
 def whole(path: Path, runs: int) -> bool:
@@ -77,15 +75,15 @@ class Campaign:
         self.work, self.rng, self.pause, self.hits, self.misses, self.done = work, random.Random(seed), pause, [], 0, {}
         self.words = ["--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--resume", "--retry-failed"]
 
-    def round(self, victim: str, *more: str):
-        process = launch(*self.words, *more, FAKE_STEP=self.pause)
+    def round(self, victim: str):
+        process = launch(*self.words, FAKE_STEP=self.pause)
         until(lambda: [*(self.work/"out").glob("*/plan.json")] or process.poll() is not None, 120)
         folder = self.folder = the_folder(self.work)
         before = sum(starts(folder).values())
         if victim != "runner": until(lambda: sum(starts(folder).values()) > before or process.poll() is not None, 120)
         delay = self.rng.uniform(0, 6 if victim == "runner" else 2.5)
         time.sleep(delay)
-        if kill_one(folder, process, victim): self.hits.append(dict(victim=victim, start="cold" if more else "warm", after=round(delay, 2), runs_done=len(self.done)))
+        if kill_one(folder, process, victim): self.hits.append(dict(victim=victim, after=round(delay, 2), runs_done=len(self.done)))
         else: self.misses += 1
         if process.poll() is None and victim != "runner": process.send_signal(signal.SIGINT)
         ended(process)
@@ -93,15 +91,15 @@ class Campaign:
 
     def check(self):
         "Nothing lives on, the table is whole, and what was done has not begun again"
-        until(lambda: wrappers_and_kernels(self.folder) == ([], []), 30)
+        until(lambda: not alive(self.folder), 30)
         plan, count = load_plan(self.folder/"plan.json"), starts(self.folder)
         assert whole(self.folder/"ablation_results.csv", len(plan.cells))
         assert {r: count[r] for r in self.done} == self.done, "a run that was done was made again"
         self.done = {c.id: count[c.id] for c in plan.cells if run_state(self.folder/"runs"/c.id) == "DONE"}
-        while len(plan.cells) - len(self.done) < 2: self.forget(self.rng.choice([*self.done]))
+        if len(self.done) == len(plan.cells): self.forget(self.rng.choice([*self.done]))
 
     def forget(self, run: str):
-        "Kills are left, and less than the two runs that a server is started for: make one anew"
+        "Kills are left, and no run to be killed: make one anew"
         runner.set_aside(self.folder, load_plan(self.folder/"plan.json"), [run])
         del self.done[run]
 
@@ -116,12 +114,12 @@ class Campaign:
         assert ended(launch(*self.words))[0] == 0 and starts(self.folder) == count
 
 
-def test_killed_at_four_instants(undisturbed, tmp_path):
-    "kill -9 of the runner, of the process that runs are forked from, of a wrapper, of a kernel: a later --resume ends with the undisturbed table"
+def test_killed_at_three_instants(undisturbed, tmp_path):
+    "kill -9 of the runner and of runs: a later --resume ends with the undisturbed table"
     campaign = Campaign(fake_study(tmp_path, seeds=[1, 2]), seed=1, pause=0.2)
-    for victim in VICTIMS: campaign.round(victim)
+    for victim in ("run", "runner", "run"): campaign.round(victim)
     campaign.finish(undisturbed[1])
-    assert campaign.hits and campaign.misses < 3
+    assert campaign.hits and campaign.misses < 2
 
 
 @pytest.mark.slow
@@ -129,7 +127,7 @@ def test_killed_at_thirty_instants(undisturbed, tmp_path):
     campaign = Campaign(fake_study(tmp_path, seeds=[1, 2]), seed=2, pause=0.2)
     for n in range(90):
         if len(campaign.hits) >= 30: break
-        campaign.round(VICTIMS[n % 4], *(["--cold"] if n % 8 > 3 and n % 4 != 1 else []))   # every other four rounds without a server
+        campaign.round(VICTIMS[n % 2])
     campaign.finish(undisturbed[1])
     assert len(campaign.hits) >= 30 and {h["victim"] for h in campaign.hits} == {*VICTIMS}
     write_json(REPORT, dict(kills=len(campaign.hits), of={v: sum(h["victim"] == v for h in campaign.hits) for v in VICTIMS}, nobody_there=campaign.misses,
@@ -138,7 +136,7 @@ def test_killed_at_thirty_instants(undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_the_real_trainer_is_killed_and_goes_on_to_the_bit(tmp_path):
-    "kill -9 of a kernel that trains, once it has saved: the resumed run has the undisturbed run's numbers, every digit"
+    "kill -9 of a run that trains, once it has saved: the resumed run has the undisturbed run's numbers, every digit"
     base = json.loads(json.dumps(BASE)) | dict(eval_config=dict(max_tokens=500, eval_batch_size=4))
     base["train_config"] |= dict(max_tokens=64*300, save_steps=50, logging_steps=50, eval_steps=150, save_total_limit=1)
     base["model_config"]["vocab_size"] = 257
