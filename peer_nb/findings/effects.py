@@ -8,18 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import read_jsonl
+from ..study.run import FINISHED
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
 # %% auto #0
-__all__ = ['DONE', 'Comparison', 'hedges', 'compare', 'holm', 'mcnemar', 'wilson', 'cluster_means', 'bootstrap_interval', 'Noise',
-           'noise', 'read_items', 'in_arm', 'usable', 'Contrast', 'contrast', 'table_rows', 'effects_table',
+__all__ = ['Comparison', 'hedges', 'compare', 'holm', 'mcnemar', 'wilson', 'cluster_means', 'bootstrap_interval', 'Noise',
+           'noise', 'in_arm', 'usable', 'counted', 'Contrast', 'contrast', 'table_rows', 'effects_table',
            'interactions', 'power', 'detectable']
 
 # %% ../../nbs/findings/00_effects.ipynb #0b540a3f
@@ -151,18 +150,7 @@ def noise(
     seeds, items = error(d.mean(1)), error(cluster_means(d.mean(0), clusters))
     return Noise(seeds, items, None if seeds is None or items is None else math.hypot(seeds, items))
 
-# %% ../../nbs/findings/00_effects.ipynb #3bf3bf3d
-def read_items(
-    run: str | Path, # folder of a run
-    metric: str, # such as mmlu/acc
-) -> dict[str, tuple[float, str]]: # item: value, cluster
-    "The scores of single items; empty where the run has none"
-    lines = (r for r in read_jsonl(Path(run)/"items.jsonl") if r.get("metric") == metric)
-    return {str(r["item"]): (float(r["value"]), str(r.get("cluster", r["item"]))) for r in lines}
-
 # %% ../../nbs/findings/00_effects.ipynb #65df7f72
-DONE = ("DONE", "REUSE")
-
 def in_arm(
     row: dict[str, Any], # of the table of runs
     arm: dict[str, str | list[str]], # axis: level, or several
@@ -174,10 +162,18 @@ def usable(
     row: dict[str, Any], # of the table of runs
     metric: str, # a column
 ) -> bool:
-    "Whether a run can be paired: finished, finite, and if it was taken over, under the same conditions"
+    "Whether a run counts: finished, finite, and if it was taken over, under the same conditions"
     value, differs = row.get(metric), row.get("reuse_differs")
     same = not (isinstance(differs, str) and differs)
-    return row["state"] in DONE and same and value is not None and math.isfinite(value)
+    return row["state"] in FINISHED and same and value is not None and math.isfinite(value)
+
+# %% ../../nbs/findings/00_effects.ipynb #4a89b77e
+def counted(
+    rows: pd.DataFrame, # of a study's runs
+    metric: str, # a column; may be missing
+) -> pd.DataFrame: # some of the rows
+    "The runs that count, in means, differences and figures alike"
+    return rows[[usable(row, metric) for row in rows.to_dict("records")]]
 
 # %% ../../nbs/findings/00_effects.ipynb #288062e6
 @dataclass(frozen=True)
@@ -209,7 +205,7 @@ def contrast(
     keys, seeds, pairs, lost = [k for k in first if k in second], {}, [], []
     for key in keys:
         bad = [r for r in (first[key], second[key]) if not usable(r, metric)]
-        lost += [r["run"] for r in bad if r["state"] in (*DONE, "FAILED")]
+        lost += [r["run"] for r in bad if r["state"] in (*FINISHED, "FAILED")]
         if bad: continue
         seeds.setdefault(key[-1], []).append(first[key][metric] - second[key][metric])
         pairs.append((first[key]["run"], second[key]["run"], key[-1]))
@@ -217,32 +213,40 @@ def contrast(
 
 # %% ../../nbs/findings/00_effects.ipynb #8da078da
 def table_rows(
-    rows: pd.DataFrame, # as read_runs gives them
+    rows: pd.DataFrame, # of a study's runs
 ) -> list[dict[str, Any]]: # one per run
     "A table as plain records"
     return rows.to_dict("records")
 
+# %% ../../nbs/findings/00_effects.ipynb #335a60cf
+def _against(records: list[dict], axes: dict, metric: str, axis: str, level: str, first: str) -> dict[str, Any]:
+    "A level against the first of its axis"
+    if level == first: return {"against": "", **asdict(compare([])), "seeds": 0, "pairs": 0, "planned": 0}
+    c = contrast(records, axes, metric, {axis: level}, {axis: first})
+    found = compare(c.seeds.values())
+    return {"against": first, **asdict(found), "seeds": found.n, "pairs": len(c.pairs), "planned": c.planned}
+
 # %% ../../nbs/findings/00_effects.ipynb #95598822
 def effects_table(
-    rows: pd.DataFrame, # as read_runs gives them
+    rows: pd.DataFrame, # of a study's runs
     axes: dict[str, list[str]], # axis: levels, the reference first
     metric: str, # a column
-) -> pd.DataFrame: # one row per level but the first: difference, interval, p, p after Holm, effect size
+) -> pd.DataFrame: # one row per level: its mean, and but for the first: difference, interval, p, p after Holm, effect size
     "Main effects with intervals over seeds"
     import pandas as pd
     records, out = table_rows(rows), []
-    for axis, (first, *levels) in axes.items():
+    for axis, levels in axes.items():
         for level in levels:
-            c = contrast(records, axes, metric, {axis: level}, {axis: first})
-            found = compare(c.seeds.values())
-            out.append({"axis": axis, "level": level, "against": first, **asdict(found),
-                        "seeds": found.n, "pairs": len(c.pairs), "planned": c.planned})
-    for row, p in zip(out, holm(r["p"] for r in out)): row["p_holm"] = p
-    return pd.DataFrame(out)
+            own = [r[metric] for r in records if r[axis] == level and usable(r, metric)]
+            out.append({"axis": axis, "level": level, "level_mean": sum(own)/len(own) if own else math.nan, "runs": len(own),
+                        **_against(records, axes, metric, axis, level, levels[0])})
+    asked = [row for row in out if row["against"]]
+    for row, p in zip(asked, holm(r["p"] for r in asked)): row["p_holm"] = p
+    return pd.DataFrame(out, columns=[*out[0], "p_holm"])
 
 # %% ../../nbs/findings/00_effects.ipynb #cc4dd1da
 def interactions(
-    rows: pd.DataFrame, # as read_runs gives them
+    rows: pd.DataFrame, # of a study's runs
     axes: dict[str, list[str]], # axis: levels, the reference first
     metric: str, # a column
 ) -> list[dict[str, Any]]: # one per pair of levels of two axes
