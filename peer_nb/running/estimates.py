@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from ..study.plan import Cell, Match, Plan, load_plan, matching, ratio_text, short_number, text_table, wall_seconds
 from ..findings.results import run_state
-from ..findings.effects import detectable
+from ..stats import detectable
 from ..config import Config, UserError
 from ..files import read_json
 
