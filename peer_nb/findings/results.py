@@ -28,7 +28,7 @@ if TYPE_CHECKING: import pandas as pd
 __all__ = ['COLUMNS', 'FIRST', 'StudyRuns', 'load_runs', 'peaks', 'metric_columns', 'run_row', 'metric_names', 'long_table',
            'check_axes', 'loss_curve']
 
-# %% ../../nbs/findings/01_results.ipynb #2469e8da
+# %% ../../nbs/findings/01_results.ipynb #e6e2d163
 class StudyRuns:
     "The plan of a study and all its runs"
     def __init__(self,
@@ -45,7 +45,7 @@ class StudyRuns:
     @cached_property
     def rows(self) -> pd.DataFrame: return self._rows()
 
-# %% ../../nbs/findings/01_results.ipynb #41ee826b
+# %% ../../nbs/findings/01_results.ipynb #0dcad9d6
 def _there(folder: Path) -> set[str]:
     "The runs that have a folder"
     return {e.name for e in os.scandir(folder/RUNS)} if (folder/RUNS).is_dir() else set()
@@ -116,7 +116,7 @@ COLUMNS = {
 FIRST = ("run", "seed", "state", "parameters", "active_parameters", "tokens", "flops", "seconds", "run_seconds",
          "tokens_per_second", "peak_memory_bytes")
 
-# %% ../../nbs/findings/01_results.ipynb #cc4ba2a8
+# %% ../../nbs/findings/01_results.ipynb #79eeb480
 def _provenance(run: Run, result: Result, cell: Cell, plan: Plan) -> dict[str, Any]:
     "Where a row comes from"
     error, reuse = run.error, run.status if run.state == "REUSE" else Status("TODO")
@@ -129,7 +129,7 @@ def _provenance(run: Run, result: Result, cell: Cell, plan: Plan) -> dict[str, A
             **{f"env_{k}": made.get(k) for k in environment},
             "git_commit": git.get("commit"), "git_dirty": git.get("dirty"), "plan_hash": plan.hash}
 
-# %% ../../nbs/findings/01_results.ipynb #d02cb74b
+# %% ../../nbs/findings/01_results.ipynb #923ad755
 def run_row(
     run: Run, # one of the study's
     cell: Cell, # as it was planned
@@ -167,7 +167,7 @@ def write_csv(self: StudyRuns) -> Path: # ablation_results.csv
     "Write the table of all runs"
     return write_atomic(self.folder/"ablation_results.csv", self.rows.to_csv(index=False))
 
-# %% ../../nbs/findings/01_results.ipynb #95f5ee93
+# %% ../../nbs/findings/01_results.ipynb #93ee29ea
 def long_table(
     rows: pd.DataFrame, # of a study's runs
     axes: dict[str, list[str]], # of the study
@@ -187,7 +187,7 @@ def write_parquet(self: StudyRuns) -> Path: # ablation_results.parquet
     long_table(self.rows, self.plan.axes).to_parquet(buffer, index=False)
     return write_atomic(self.folder/"ablation_results.parquet", buffer.getvalue())
 
-# %% ../../nbs/findings/01_results.ipynb #a9918030
+# %% ../../nbs/findings/01_results.ipynb #bb95daae
 def check_axes(
     axes: Iterable[str], # of a study
     where: str, # study file, for messages

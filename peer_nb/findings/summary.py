@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..formats import signed
 from ..study.plan import THRESHOLD, Plan, wall_seconds
 from ..study.run import FINISHED
 from .effects import counted, effects_table
@@ -14,8 +15,7 @@ from .effects import counted, effects_table
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['ANECDOTAL', 'best_run', 'signed', 'effect_sentence', 'wall_time_rows', 'wall_time_sentence', 'done_words',
-           'summary_lines']
+__all__ = ['ANECDOTAL', 'best_run', 'effect_sentence', 'wall_time_rows', 'wall_time_sentence', 'done_words', 'summary_lines']
 
 # %% ../../nbs/findings/03_summary.ipynb #22a94363
 def best_run(
@@ -27,14 +27,6 @@ def best_run(
     if done.empty: return None
     values = done[plan.metric].astype(float)
     return done.loc[values.idxmin() if plan.direction == "minimize" else values.idxmax()].to_dict()
-
-# %% ../../nbs/findings/03_summary.ipynb #4a993c8d
-def signed(
-    value: float, # a difference
-    digits: int = 3, # after the point
-) -> str: # such as −0.042
-    "A number with its sign, a real minus"
-    return f"{value:+.{digits}f}".replace("-", "−")
 
 # %% ../../nbs/findings/03_summary.ipynb #2a0e4d41
 def _how_sure(e: Any) -> str:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..study.claims import better, claim_edits, is_number, read_claims
 from ..study.plan import Plan
 from ..study.run import FINISHED, STUDY, Run
-from .effects import Comparison, Contrast, Noise, cluster_means, compare, contrast, holm, in_arm
-from .effects import mcnemar, noise, table_rows, usable
+from .effects import Contrast, contrast, in_arm, table_rows, usable
+from ..stats import Comparison, Noise, cluster_means, compare, holm, mcnemar, noise
 from .results import StudyRuns
 from ..config import UserError, read_yaml
 
