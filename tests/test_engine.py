@@ -18,7 +18,7 @@ from test_ablation import BASE, write_study
 from peer_nb.children import start_child
 from peer_nb.config import load_config
 from peer_nb.files import read_json, write_json
-from peer_nb.findings.results import run_state
+from peer_nb.study.run import Run
 from peer_nb.running.local import environment
 from peer_nb.running.wrapper import start_run
 from peer_nb.study.plan import load_plan, make_plan, save_plan
@@ -101,7 +101,7 @@ def real_study(work: Path) -> tuple[Path, Path]:
     (work/"words.txt").write_text("".join(f"{n} and {n} is {2*n}\n\n" for n in range(600)))
     plan = make_plan(Study("real", str(work/"base.yaml"), {"rate": {"own": {}, "high": {"train_config.learning_rate": 0.02}}}, notebook="train_and_evaluate", budget=Budget(640), seeds=[1]), load_config(work/"base.yaml"))
     (work/"study"/"runs").mkdir(parents=True)
-    save_plan(plan, work/"study"/"plan.json")
+    save_plan(plan, work/"study")
     return work/"study", work/"study"/"runs"/plan.cells[0].id
 
 
@@ -115,7 +115,7 @@ def test_a_run_gives_the_numbers_of_a_plain_notebook(tmp_path):
     given = {k: given[k] for k in ("config_path", "run_dir", "levels", "overrides", "resume")}
     made = Path(shutil.move(run, tmp_path/"made"))
     run.mkdir()
-    start_child(PLAIN, load_plan(folder/"plan.json").template, run/"notebook.ipynb", json.dumps(given), environment=environment(1, []), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait(300)
+    start_child(PLAIN, load_plan(folder).template, run/"notebook.ipynb", json.dumps(given), environment=environment(1, []), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait(300)
     results = [read_json(p/"result.json") for p in (made, run)]
     for r in results: r["training"] = {k: v for k, v in r["training"].items() if k in ("steps", "tokens", "final_train_loss", "skipped_steps")}
     assert results[0] == results[1]
@@ -172,8 +172,8 @@ def test_other_code_or_text_than_was_planned_is_not_run(tmp_path):
     (work/"template.ipynb").write_text(text[work/"template.ipynb"].replace("2*total", "3*total"))
     code, out = ended(process)
     folder, = (work/"out").iterdir()
-    runs = [folder/"runs"/c.id for c in load_plan(folder/"plan.json").cells]
-    assert code == 1 and [run_state(r) for r in runs] == ["DONE", "FAILED", "FAILED", "FAILED"], out
+    runs = [folder/"runs"/c.id for c in load_plan(folder).cells]
+    assert code == 1 and [Run(r).state for r in runs] == ["DONE", "FAILED", "FAILED", "FAILED"], out
     said = [read_json(r/"status.json")["error"]["message"] for r in runs[1:]]
     assert all("the template's code changed since the study was planned; text or tokenizer of 1 runs changed" in text for text in said)
     for path, before in text.items(): path.write_text(before)
@@ -221,6 +221,6 @@ def test_a_run_that_the_system_kills_for_want_of_memory(tmp_path):
         said = subprocess.run([*map(str, command)], capture_output=True, text=True)
         run, = (work/"out").glob("*/runs/001*")
         assert said.returncode == 1 and "out of memory" in said.stdout, said.stdout + said.stderr
-        assert read_json(run/"status.json")["error"]["kind"] == "out of memory" and run_state(run) == "FAILED"
+        assert read_json(run/"status.json")["error"]["kind"] == "out of memory" and Run(run).state == "FAILED"
         assert "before" in (run/"report.html").read_text()
     finally: group.rmdir()
