@@ -101,7 +101,7 @@ def launch(*words, **environment) -> subprocess.Popen:
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 

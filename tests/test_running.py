@@ -162,17 +162,17 @@ def test_the_real_trainer_is_killed_and_goes_on_to_the_bit(tmp_path):
 
 
 ENDINGS = {"asks": "import os; os._exit(75)", "torchrun": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; sys.exit(75)'], check=True)", "memory": "raise MemoryError('out')",
-           "diverged": "raise FloatingPointError('the loss is not finite')", "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "slow": "import time; time.sleep(60)"}
+           "diverged": "raise FloatingPointError('the loss is not finite')", "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"}
 
 
 @pytest.fixture(scope="module")
 def endings(tmp_path_factory):
-    "A study whose runs end in six ways, with a time limit"
+    "A study whose runs end in five ways"
     work = fake_study(tmp_path_factory.mktemp("endings"), seeds=[1], axes={"ends": {name: {"train_config.learning_rate": 0.001*(n + 1)} for n, name in enumerate(ENDINGS)}})
     book = json.loads((work/"template.ipynb").read_text())
     book["cells"][2]["source"] = f"ENDINGS = {ENDINGS!r}\nif not resume: exec(ENDINGS[levels['ends']])\n" + "".join(book["cells"][2]["source"])
     (work/"template.ipynb").write_text(json.dumps(book))
-    said = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--time", 0.3))
+    said = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0))
     return work, the_folder(work), said
 
 
@@ -181,26 +181,36 @@ def test_every_way_to_end_has_its_state_and_kind(endings):
     cells = load_plan(folder).cells
     status = {c.levels["ends"]: read_json(folder/"runs"/c.id/"status.json") for c in cells}
     assert code == 1 and {e: (s["state"], s.get("error", {}).get("kind")) for e, s in status.items()} == {
-        "asks": ("DONE", None), "torchrun": ("DONE", None), "memory": ("FAILED", "out of memory"), "diverged": ("FAILED", "not finite"), "killed": ("STALE", "killed"), "slow": ("FAILED", "timeout")}, out
-    assert [status[e]["attempt"] for e in ENDINGS] == [2, 2, 1, 1, 1, 1] and out.count("; it has saved, and goes on (1 of 3 times)") == 2, out   # exit code 75 asks for another start
+        "asks": ("DONE", None), "torchrun": ("DONE", None), "memory": ("FAILED", "out of memory"), "diverged": ("FAILED", "not finite"), "killed": ("STALE", "killed")}, out
+    assert [status[e]["attempt"] for e in ENDINGS] == [2, 2, 1, 1, 1] and out.count("; it has saved, and goes on (1 of 3 times)") == 2, out   # exit code 75 asks for another start
     rows = pd.read_csv(folder/"ablation_results.csv").set_index("ends")
     assert rows.error_kind.dropna().to_dict() == {e: s["error"]["kind"] for e, s in status.items() if "error" in s}
     assert "FAILED" in out and "out of memory, MemoryError" in out
-    assert look_at(load_runs(folder)).counts == {"DONE": 2, "FAILED": 3, "STALE": 1}
+    assert look_at(load_runs(folder)).counts == {"DONE": 2, "FAILED": 2, "STALE": 1}
+
+
+def test_a_run_that_takes_too_long(tmp_path):
+    "It is stopped at its limit, wherever it is, and FAILED: timeout; --retry-failed goes on"
+    work = fake_study(tmp_path, seeds=[1], axes={"heads": {"four": {}}})
+    code, out = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--time", 0.1, FAKE_STEP=60))
+    status = read_json(next(the_folder(work).glob("runs/*/status.json")))
+    assert code == 1 and "Timeout: ran longer than its time limit" in out and (status["state"], status["error"]["kind"]) == ("FAILED", "timeout"), out
+    code, out = ended(launch("--resume", "--retry-failed", "--output-dir", work/"out", "--time", 10, FAKE_STEP=0))
+    assert code == 0, out
 
 
 def test_what_is_taken_up_by_itself_and_what_on_request(endings):
     "--resume takes up what was killed; --retry-failed the rest; --rerun makes anew; DONE is left alone"
     work, folder, _ = endings
     code, out = ended(launch("--resume", "--output-dir", work/"out"))
-    assert code == 1 and "1 of 6 runs to do" in out and look_at(load_runs(folder)).counts == {"DONE": 3, "FAILED": 3}, out
+    assert code == 1 and "1 of 5 runs to do" in out and look_at(load_runs(folder)).counts == {"DONE": 3, "FAILED": 2}, out
     code, out = ended(launch("--resume", "--retry-failed", "--output-dir", work/"out"))
-    assert code == 0 and "3 of 6 runs to do" in out, out
+    assert code == 0 and "2 of 5 runs to do" in out, out
     before = {p.parent.name: read_json(p) for p in folder.glob("runs/*/status.json")}
     assert {s["attempt"] for s in before.values()} == {2}
     code, out = ended(launch("--resume", "--rerun", 3, "--output-dir", work/"out"))
     after = {p.parent.name: read_json(p) for p in folder.glob("runs/*/status.json")}
-    assert "1 of 6 runs to do" in out and [r for r in before if before[r] != after[r]] == [load_plan(folder).cells[2].id], out
+    assert "1 of 5 runs to do" in out and [r for r in before if before[r] != after[r]] == [load_plan(folder).cells[2].id], out
     assert len([*(folder/"earlier").iterdir()]) == 1 and after[load_plan(folder).cells[2].id]["error"]["kind"] == "out of memory"
 
 

@@ -194,9 +194,10 @@ def parameters_for(
     given = dict(config_path=str(run.study/BASE), run_dir=str(run.folder), levels=cell.levels, overrides=own)
     return json.loads(json.dumps({**given, "resume": resume}))
 
-# %% ../../nbs/running/01_wrapper.ipynb #2f871c14
+# %% ../../nbs/running/01_wrapper.ipynb #5149d74f
 def _report(run: Run, plan: Plan, cell: Cell, status: Status) -> dict:
     "Draw the run's page; an error is logged and kept"
+    sys.modules.setdefault("rfc3987_syntax", None)   # see the engine: seconds, also for who only draws
     from peer_nb.findings.run_page import run_report
     try: run_report(run, plan.study["name"], cell, status)
     except Exception as e:
@@ -284,7 +285,7 @@ def start_run(
         streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         return start_child(BOOT, run.folder.resolve(), environment=environment, **streams, **options)
 
-# %% ../../nbs/running/01_wrapper.ipynb #673ca43c
+# %% ../../nbs/running/01_wrapper.ipynb #d42091ff
 def settle(
     run: Run, # read anew
     process: subprocess.Popen, # has ended
@@ -293,8 +294,9 @@ def settle(
 ):
     "Write how a run ended whose process could not"
     silent = run.status.state == "RUNNING" and run.status.pid == process.pid
-    if not silent and not (late and run.status.state == "PREEMPTED"): return
+    if not silent and not (late and run.state not in (*FINISHED, "FAILED")): return
+    began = datetime.fromisoformat(run.status.started or _now())
     status = replace(run.status, **death(process.returncode, late, memory_kills() > kills))
-    seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(run.status.started)).total_seconds()
-    said = _report(run, *_planned(run), status) | dict(ended=_now(), seconds=round(seconds, 1))
-    run.write_status(**vars(status) | said)
+    said = _report(run, *_planned(run), status)
+    seconds = (datetime.now(timezone.utc) - began).total_seconds()
+    run.write_status(**vars(status) | said | dict(ended=_now(), seconds=round(seconds, 1)))

@@ -431,7 +431,10 @@ def template_hash(
     source = lambda c: "".join(c["source"])
     tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
     if not tagged: raise UserError(f"{path}: no code cell is tagged `parameters`, so the template cannot be told what to run")
-    names = {t.id for n in ast.walk(ast.parse(source(tagged[0]))) for t in [getattr(n, "target", None), *getattr(n, "targets", [])] if isinstance(t, ast.Name)}
+    plain = "\n".join(line for line in source(tagged[0]).splitlines() if not line.lstrip().startswith(("%", "!")))   # without magics
+    try: tree = ast.parse(plain)
+    except SyntaxError as e: raise UserError(f"{path}: the parameters cell is no Python: {e}") from e
+    names = {t.id for n in ast.walk(tree) for t in [getattr(n, "target", None), *getattr(n, "targets", [])] if isinstance(t, ast.Name)}
     if missing := [p for p in TEMPLATE_PARAMETERS if p not in names]:
         raise UserError(f"{path}: the parameters cell lacks {', '.join(missing)}; it must define {', '.join(TEMPLATE_PARAMETERS)}")
     return sha256_of([source(c) for c in cells])
