@@ -12,30 +12,17 @@ from typing import Any
 
 from fastprogress.fastprogress import progress_bar
 
-from ..cli import make_main
+from ..cli import check_least, make_main
 from .benchmarks import Answers, LoadedTasks, Scored, causal_lm, load_tasks, run_tasks, sample_lines
 from .items import data_root as items_root
+from .loading import choose_window, claim_answers, load_model, model_fingerprint
 from .page import benchmark_page
-from .perplexity import load_checkpoint_model, model_fingerprint, perplexity
+from .perplexity_command import perplexity
 from .recall_command import recall
-from ..files import UserError, folder_lock, read_json, writable_folder, write_atomic, write_json
+from ..files import folder_lock, writable_folder, write_atomic, write_json
 
 # %% auto #0
-__all__ = ['COMMANDS', 'main', 'claim_folder', 'write_results', 'scores_lines', 'AskProgress', 'benchmark']
-
-# %% ../../nbs/evaluation/10_command.ipynb #03c983b5
-def claim_folder(
-    folder: Path,            # of results
-    identity: dict[str, Any], # what decides an answer
-):
-    "Say whose answers a folder holds, or refuse when they are another's"
-    known = read_json(folder/"identity.json")
-    if known is None: write_json(folder/"identity.json", identity)
-    elif known != identity:
-        changed = [key for key in identity if known.get(key) != identity[key]]
-        other = "; ".join(f"{key} ({known.get(key)} there, {identity.get(key)} now)" for key in changed)[:300]
-        raise UserError(f"{folder}: holds the answers of another run: {other}. "
-            f"Choose another --output, or delete {folder/'answers.jsonl'} and {folder/'identity.json'}")
+__all__ = ['COMMANDS', 'main', 'write_results', 'scores_lines', 'AskProgress', 'benchmark']
 
 # %% ../../nbs/evaluation/10_command.ipynb #36a07309
 def write_results(
@@ -97,7 +84,8 @@ def _benchmark(
 ) -> int: # exit code
     "Ask, write, show"
     lm = causal_lm(model, tokenizer, batch_size, window)
-    claim_folder(folder, dict(model=model_fingerprint(model, tokenizer), window=window, dtype=str(model.dtype)))
+    identity = dict(model=model_fingerprint(model, tokenizer), window=window, dtype=str(model.dtype))
+    claim_answers(folder/"identity.json", identity, [folder/"answers.jsonl"])
     answers = Answers(folder/"answers.jsonl")
     if answers.known: print(f"{len(answers.known):,} answers are there already")
     asking = dict(answers=answers, block=4*batch_size, progress=AskProgress())
@@ -137,9 +125,11 @@ def benchmark(
       peer-eval benchmark output/checkpoint-1000 mmlu --data-root ~/benchmark_data --fewshot 5
       peer-eval benchmark output/checkpoint-1000 humaneval --allow-code-execution
     """
+    check_least(1, limit=limit, window=window, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    check_least(0, fewshot=fewshot)
     loaded = load_tasks(tasks, items_root(data_root), registry, allow_code_execution)
-    model, tokenizer = load_checkpoint_model(checkpoint)
-    window = window or model.config.max_position_embeddings
+    model, tokenizer = load_model(checkpoint)
+    window = choose_window(model, window)
     options = dict(num_fewshot=fewshot, max_new_tokens=max_new_tokens, limit=limit)
     with folder_lock(writable_folder(output)) as folder:
         return _benchmark(model, tokenizer, loaded, folder, checkpoint, window, batch_size, options)

@@ -5,11 +5,8 @@
 # %% ../../nbs/evaluation/09_recall_command.ipynb #4d7d8331
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
 import platform
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -24,8 +21,9 @@ from fastcore.basics import patch
 from torch import nn
 
 from .. import __version__
+from ..cli import check_least
 from ..config import load_config
-from .perplexity import load_checkpoint_model
+from .loading import claim_answers, files_fingerprint, load_model
 from .recall import FLAT, Question, answer_batches, encode_questions, read_questions, start_of, walk
 from .recall_page import (
     add_kinds, answer_pool, by_group, calibration, chances, count_kinds, number, recall_page)
@@ -33,46 +31,8 @@ from ..files import (
     UserError, append_jsonl, folder_lock, read_json, read_jsonl, sha256_of, writable_folder, write_atomic, write_json)
 
 # %% auto #0
-__all__ = ['SCHEMA', 'MissingWeights', 'open_checkpoint', 'trained_start', 'weights_print', 'Processes', 'claim_folder',
-           'read_answers', 'watched', 'flat_metrics', 'result_of', 'environment', 'results_table', 'Asked',
-           'answer_all', 'finish', 'run_recall', 'check_numbers', 'recall']
-
-# %% ../../nbs/evaluation/09_recall_command.ipynb #6b7e1f82
-class MissingWeights(logging.Handler):
-    "Listens to transformers for weights that it had to make up"
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        "Keep the names out of a loading report"
-        said = record.getMessage()
-        if "newly initialized" in said: self.names += re.findall(r"^(\S+)\s*\|\s*MISSING", said, re.M) or ["some"]
-
-    def __enter__(self) -> MissingWeights:
-        logging.getLogger("transformers").addHandler(self)
-        return self
-
-    def __exit__(self, *_) -> None: logging.getLogger("transformers").removeHandler(self)
-
-# %% ../../nbs/evaluation/09_recall_command.ipynb #60e40184
-def open_checkpoint(
-    checkpoint: str, # folder that `from_pretrained` can read
-) -> tuple[nn.Module, Any]: # model in evaluation mode, tokenizer
-    "A model and its tokenizer, or a sentence about what is wrong with the folder"
-    from safetensors import SafetensorError
-    try:
-        with MissingWeights() as missing: model, tokenizer = load_checkpoint_model(checkpoint)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"{checkpoint}: not a causal language model with its tokenizer, or broken: {reason}") from e
-    if missing.names:
-        raise UserError(f"{checkpoint}: lacks {len(missing.names)} of the model's weights, such as {missing.names[0]}: "
-            "another model's, or not written to its end")
-    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
-        raise UserError(f"{checkpoint}: holds a {type(model).__name__}, which predicts no tokens; "
-            "recall needs a causal language model")
-    return model, tokenizer
+__all__ = ['SCHEMA', 'trained_start', 'Processes', 'read_answers', 'watched', 'flat_metrics', 'result_of', 'environment',
+           'results_table', 'Asked', 'answer_all', 'finish', 'run_recall', 'recall']
 
 # %% ../../nbs/evaluation/09_recall_command.ipynb #tstart1c
 def trained_start(
@@ -81,23 +41,6 @@ def trained_start(
     "What came before a document when a checkpoint was trained"
     kept = checkpoint/"trainer_state"/"config.yaml"
     return start_of(load_config(kept).dataset_config.packing if kept.is_file() else "rows")
-
-# %% ../../nbs/evaluation/09_recall_command.ipynb #9a958124
-def weights_print(
-    checkpoint: str, # folder
-    blocks: int = 64, # read from each file
-) -> str: # 64 hexadecimal digits
-    "A fingerprint of a checkpoint from samples of its files: seconds for any size"
-    digest = hashlib.sha256()
-    for file in sorted(p for p in Path(checkpoint).iterdir() if p.suffix in (".safetensors", ".bin", ".json")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as handle:
-            for i in range(blocks):
-                handle.seek(max(0, size - 65536)*i//(blocks - 1))
-                digest.update(handle.read(65536))
-                if size <= 65536: break
-    return digest.hexdigest()
 
 # %% ../../nbs/evaluation/09_recall_command.ipynb #a6f69835
 @dataclass(frozen=True)
@@ -145,22 +88,6 @@ def wait(self: Processes) -> None:
 def close(self: Processes) -> None:
     "Take leave of the others"
     if self.world > 1: torch.distributed.destroy_process_group()
-
-# %% ../../nbs/evaluation/09_recall_command.ipynb #ad0fbbed
-def claim_folder(
-    folder: Path, # of the results
-    identity: dict[str, Any], # of the run
-    force: bool, # forget what is there
-) -> None:
-    "Take a folder for a run, or continue one"
-    before = read_json(folder/"run.json")
-    if force or before is None:
-        for old in folder.glob("items-*.jsonl"): old.unlink()
-        write_json(folder/"run.json", identity)
-    elif before != identity:
-        changed = [name for name in identity | before if before.get(name) != identity.get(name)]
-        raise UserError(f"{folder}: holds the answers of another run, with different {', '.join(changed)}; "
-            "choose another --output, or --force to begin again")
 
 # %% ../../nbs/evaluation/09_recall_command.ipynb #6ef1697b
 def read_answers(folder: Path, order: dict[str, int]) -> list[dict]: # in the order of the questions
@@ -285,7 +212,7 @@ class Asked:
     def identity(self, checkpoint: str) -> dict[str, Any]: # plain values
         "What two starts must have in common"
         texts = [[q.id, q.prompt, q.answer] for q in self.questions]
-        return dict(weights=weights_print(checkpoint), questions=sha256_of(texts), **self.settings)
+        return dict(weights=files_fingerprint(checkpoint), questions=sha256_of(texts), **self.settings)
 
     def find(self, name: str) -> Question:
         "A question by its id"
@@ -350,8 +277,9 @@ def run_recall(
     "Ask, keep, summarise"
     folder = us.decided(lambda: writable_folder(output))
     with folder_lock(folder) if us.rank == 0 else nullcontext():
-        us.decided(lambda: claim_folder(folder, asked.identity(checkpoint), force))
-        model, tokenizer = open_checkpoint(checkpoint)
+        answers = folder.glob("items-*.jsonl")
+        us.decided(lambda: claim_answers(folder/"run.json", asked.identity(checkpoint), answers, force))
+        model, tokenizer = load_model(checkpoint)
         result = None
         try:
             answer_all(asked, model, tokenizer, folder, us, batch_tokens)
@@ -360,12 +288,6 @@ def run_recall(
             if us.rank == 0: result = finish(asked, checkpoint, model, tokenizer, folder, us.world)
         if us.rank == 0: print(f"{results_table(result['groups'])}\n\n{folder/'index.html'}")
     return 0
-
-# %% ../../nbs/evaluation/09_recall_command.ipynb #14a89f55
-def check_numbers(**given: tuple[int, int]) -> None: # name -> value, the least that it may be
-    "Refuse numbers that are too small"
-    for name, (value, least) in given.items():
-        if value < least: raise UserError(f"--{name} {value}: must be at least {least}")
 
 # %% ../../nbs/evaluation/09_recall_command.ipynb #455ff730
 def recall(
@@ -389,7 +311,8 @@ def recall(
     Writes recall.json, index.html and every answer as a line of JSON. Interrupted, it keeps what is answered; the
     same command goes on.
     Several GPUs: torchrun --nproc_per_node 8 $(which peer-eval) recall CHECKPOINT DATA"""
-    check_numbers(top=(top, 0), limit=(1 if limit is None else limit, 1), batch_tokens=(batch_tokens, 1))
+    check_least(1, limit=limit, batch_tokens=batch_tokens)
+    check_least(0, top=top)
     if not (Path(checkpoint)/"config.json").is_file():
         raise UserError(f"{checkpoint}: not a checkpoint folder (it has no config.json)")
     task, questions = read_questions(data, splits, limit)
@@ -397,7 +320,7 @@ def recall(
     asked = Asked(task, questions, Path(data), dict(mode=mode, start=start, top=(top or -1) if logits else 0))
     if show is not None:
         question = asked.find(show)
-        print(walk(*open_checkpoint(checkpoint), question, start=start))
+        print(walk(*load_model(checkpoint), question, start=start))
         return 0
     output = output or f"recall-{Path(checkpoint).resolve().name}-{Path(data).resolve().name}"
     us = Processes.from_environment()
