@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..config import Config, TrainConfig, UserError
-from .parallel import ALONE, Processes, whole
+from ..processes import ALONE, Processes
+from .parallel import whole
 from .table_optim import TableAdamW
 
 # %% auto #0
