@@ -21,13 +21,13 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..cli import make_main
-from ..config import Config, UserError, apply_overrides, diff_configs, load_config, to_dict
+from ..config import Config, apply_overrides, diff_configs, load_config, to_dict
 from ..data.corpora import data_manifest, load_tokenizer
 from ..data.packing import build_dataloader, differences
 from ..evaluation.benchmarks import benchmark_metrics, run_benchmarks
 from ..evaluation.perplexity import DocumentScore, TextScore, evaluate_heldout
 from ..evaluation.task_recall import ask_tasks, check_tasks, recall_metrics
-from ..files import folder_lock, read_jsonl, writable_folder, write_json
+from ..files import UserError, folder_lock, read_jsonl, writable_folder, write_json
 from .checkpoints import FREE, latest_checkpoint, load_checkpoint, remove_folder
 from .checkpoints import rng_state, save_checkpoint, set_rng_state
 from .freezing import freeze_model_layers

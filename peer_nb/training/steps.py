@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..config import TrainConfig, UserError
+from ..config import TrainConfig
+from ..files import UserError
 from ..evaluation.perplexity import autocast_for
 from .checkpoints import latest_checkpoint, remove_folder
 from ..processes import ALONE, Processes
