@@ -16,11 +16,11 @@ import pytest
 import torch
 from children import Child, in_child
 
-from peer_nb.config import (Config, DatasetConfig, DatasetEntry, EvalConfig, MLAConfig, ModelConfig, PeerConfig, TrainConfig, UserError, apply_overrides, load_config,
+from peer_nb.config import (Config, DatasetConfig, DatasetEntry, EvalConfig, MLAConfig, ModelConfig, PeerConfig, TrainConfig, apply_overrides, load_config,
                             save_config)
 from peer_nb.data.corpora import data_fingerprint
 from peer_nb.evaluation.command import main as peer_eval
-from peer_nb.files import folder_lock, read_json, read_jsonl, write_json
+from peer_nb.files import UserError, folder_lock, read_json, read_jsonl, write_json
 from peer_nb.training import checkpoints
 from peer_nb.training.checkpoints import check_seal, latest_checkpoint
 from peer_nb.training.loop import Trainer, main, train

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..study.plan import Cell
 from .wrapper import memory_kills, settle, start_run
 from ..study.run import Run
-from ..config import UserError
+from ..files import UserError
 
 # %% auto #0
 __all__ = ['AGAIN', 'PAUSE', 'GRACE', 'gpu_devices', 'Devices', 'choose_devices', 'cpu_processes', 'environment', 'Job', 'start',

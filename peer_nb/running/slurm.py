@@ -22,8 +22,7 @@ from ..study.plan import Cell, Plan
 from ..children import on_signals
 from .wrapper import memory_kills, settle, start_run
 from ..study.run import FINISHED, Run
-from ..config import UserError
-from ..files import read_json, sha256_of, write_json
+from ..files import UserError, read_json, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['WAITING', 'ALIVE', 'TRIES', 'slurm_options', 'OnNode', 'requeue', 'Seen', 'read_squeue', 'ask', 'largest_array',

@@ -20,8 +20,8 @@ from .places import at
 from .run import PLAN
 from .study import Study, cell_overrides, check_levels, combinations, dropped, find_template, identity
 from .study import package_hash, planned_tokens, section_hashes, shared_overrides, template_hash
-from ..config import Config, ConfigError, UserError, apply_overrides, config_from_dict, diff_configs, to_dict, validate
-from ..files import read_json, sha256_of, write_json
+from ..config import Config, ConfigError, apply_overrides, config_from_dict, diff_configs, to_dict, validate
+from ..files import UserError, read_json, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['DURATION', 'THRESHOLD', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver', 'matched_tokens',

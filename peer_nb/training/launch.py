@@ -14,8 +14,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -23,22 +22,21 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..config import Config, UserError, apply_overrides, save_config
-from ..files import die_with_parent, read_json, read_jsonl, write_json
+from ..children import on_signals, start_child
+from ..config import Config, apply_overrides, save_config
+from ..files import UserError, read_json, read_jsonl, write_json
 
 # %% auto #0
-__all__ = ['LAUNCHER', 'ERROR', 'STOPPED', 'REFUSED', 'STOP_SIGNALS', 'GRACE', 'ENTRY', 'as_rank', 'Rank', 'rank_environment',
-           'start_rank', 'cause', 'why', 'collected_signals', 'Ranks', 'run_ranks', 'how_many', 'train_in_processes',
-           'Follower', 'Launched', 'launch']
+__all__ = ['ERROR', 'STOPPED', 'REFUSED', 'STOP_SIGNALS', 'GRACE', 'ENTRY', 'as_rank', 'Rank', 'rank_environment', 'start_rank',
+           'cause', 'why', 'Ranks', 'run_ranks', 'how_many', 'train_in_processes', 'Follower', 'Launched', 'launch']
 
 # %% ../../nbs/training/08_launch.ipynb #5efb02f1
-LAUNCHER, ERROR = "PEER_NB_LAUNCHER", "PEER_NB_ERROR"   # environment: who started this rank, where its traceback goes
+ERROR = "PEER_NB_ERROR"   # environment: where a rank's traceback goes
 
 def as_rank(
     entry: str, # module:function; the function takes a command line and gives an exit code
 ) -> None:
     "Be a rank: run an entry point with this process's arguments, and exit"
-    die_with_parent(int(os.environ[LAUNCHER]))
     module, name = entry.split(":")
     try: code = getattr(import_module(module), name)(sys.argv[1:])
     except SystemExit as stop: code = stop.code
@@ -84,9 +82,9 @@ def start_rank(
     error = place/f"rank-{number}.json"
     code = f"from peer_nb.training.launch import as_rank; as_rank({entry!r})"
     output = None if shown else subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", code, *words], env=os.environ | extra | {LAUNCHER: str(os.getpid()), ERROR: str(error)},
-                               stdin=subprocess.DEVNULL, stdout=output, stderr=None if shown else subprocess.STDOUT, text=True,
-                               errors="replace", start_new_session=True)
+    streams = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=None if shown else subprocess.STDOUT)
+    process = start_child(code, *words, environment=extra | {ERROR: str(error)}, **streams, text=True, errors="replace",
+                          start_new_session=True)
     rank = Rank(number, process, error, deque(maxlen=200))
     if not shown: threading.Thread(target=lambda: rank.said.extend(process.stdout), daemon=True).start()
     return rank
@@ -121,17 +119,7 @@ def why(
     return said.strip()
 
 # %% ../../nbs/training/08_launch.ipynb #d5f8e510
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
-
-@contextmanager
-def collected_signals() -> Iterator[list[int]]: # numbers, as they come in
-    "Collect signals instead of dying of them; only the main thread can"
-    received: list[int] = []
-    here = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in here}
-    try: yield received
-    finally:
-        for number, handler in before.items(): signal.signal(number, handler)
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 # %% ../../nbs/training/08_launch.ipynb #b18ef308
 GRACE = 3.0   # seconds
@@ -205,7 +193,7 @@ def watch(self: Ranks,
 @patch
 def result(self: Ranks) -> tuple[int, str]: # exit code, what to tell the user
     "How the run ended, once all are over"
-    stops = {-n for n in STOP_SIGNALS} if self.asked else set()
+    stops = {-getattr(signal, n) for n in STOP_SIGNALS} if self.asked else set()
     if failed := [rank for rank in self.blamed if rank.process.returncode not in stops]:
         rank = cause(failed, self.seen)
         code = rank.process.returncode
@@ -224,7 +212,8 @@ def run_ranks(
 ) -> tuple[int, str]: # exit code: 0, 75 after a stop, 2 for a mistake, else what the failed rank had; what to tell the user
     "Run a function in several processes that are one run"
     from torch.distributed import TCPStore   # a rank imports this module too, and may not need torch
-    with tempfile.TemporaryDirectory() as place, collected_signals() as signals:
+    signals: list[int] = []   # as they come in
+    with tempfile.TemporaryDirectory() as place, on_signals(STOP_SIGNALS, signals.append):
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         start = lambda n: start_rank(entry, words, n, Path(place), rank_environment(n, size, store.port, cpu), shown and n == 0)
         ranks = Ranks([start(n) for n in range(size)], {})
