@@ -19,6 +19,7 @@ from .pages import number_text, read_result, result_of, write_result
 from .parameters import cache_numbers, count_parameters, layer_rows, weight_bytes
 from .step_memory import memory_table, memory_text
 from ..formats import size_text
+from ..children import on_signals
 from ..cli import make_main
 from ..config import Config, DatasetEntry, ModelConfig, config_from_dict, load_config, load_data_mixes
 from ..data.corpora import documents, eval_entries
@@ -253,18 +254,14 @@ class Stop:
     def __init__(self): self.asked = False
 
     def __enter__(self):
-        import signal
-        import threading
-        def remember(number, frame):
+        def remember(_):
             if self.asked: raise KeyboardInterrupt
             self.asked = True
-        here = threading.current_thread() is threading.main_thread()    # only there signals can be caught
-        self.before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)} if here else {}
+        self.listening = on_signals(("SIGINT", "SIGTERM", "SIGHUP"), remember)
+        self.listening.__enter__()
         return self
 
-    def __exit__(self, *_):
-        import signal
-        for number, handler in self.before.items(): signal.signal(number, handler)
+    def __exit__(self, *error): self.listening.__exit__(*error)
 
 # %% ../../nbs/analysis/08_command.ipynb #82ea73ae
 class Lines:

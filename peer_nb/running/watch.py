@@ -220,5 +220,5 @@ def follow(
         if screen.live: screen.draw(live_lines(table))
         elif table.counts != before: screen.say(summary(table))
         before = table.counts
-        if table.over: return table
+        if table.over or getattr(sys.stdout, "gone", False): return table   # nobody reads it any more
         time.sleep(every)
