@@ -13,7 +13,8 @@ from peer_nb.study.claims import ALPHA, evaluate_claims, read_claims
 from peer_nb.running.estimates import estimated_memory, sight
 from peer_nb.study.plan import load_plan, make_plan, save_plan
 from peer_nb.findings.results import COLUMNS, read_runs, study_findings, write_csv, write_parquet
-from peer_nb.findings.effects import compare, contrast, effects_table, holm, interactions, power
+from peer_nb.findings.effects import contrast, effects_table, interactions
+from peer_nb.stats import compare, holm, power
 from peer_nb.study.study import combinations, load_study
 from peer_nb.config import config_from_dict
 from peer_nb.files import write_json

@@ -21,7 +21,7 @@ from peer_nb.data.corpora import data_fingerprint, data_manifest, documents, loa
 from peer_nb.data.packing import Mix, StreamingRows, build_dataloader, tokenised
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from peer_nb.data.command import main as task_main
-from peer_nb.training.loop import accumulate_gradient
+from peer_nb.training.steps import accumulate_gradient
 
 LIBRARY = [DatasetEntry("docs", "python:docs"), DatasetEntry("stdlib", "python:stdlib")]
 

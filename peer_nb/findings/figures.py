@@ -5,7 +5,6 @@
 # %% ../../nbs/findings/02_figures.ipynb #eb6d82fc
 from __future__ import annotations
 
-import html
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..study.plan import Plan
 from .results import loss_curve
 from ..files import read_json
+from ..charts import Dot, dots_figure, new_figure, safe
+from ..formats import signed
 from ..page import COLOURS, GREY
 
 if TYPE_CHECKING:
@@ -20,34 +21,14 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['MANY', 'AXIS', 'LAYOUT', 'COSTS', 'USAGE', 'safe', 'new_figure', 'metric_range', 'effect_lines', 'level_means',
-           'effect_figure', 'interval_figure', 'level_colours', 'interaction_figure', 'cost_points', 'front',
-           'equal_cost', 'cost_figure', 'fallen', 'peak_figure', 'curves', 'bands', 'loss_figure', 'band_lines',
-           'recolouring', 'static_effects', 'static_losses', 'static_intervals', 'static_costs', 'usages',
-           'usage_points', 'usage_figure', 'static_usage']
+__all__ = ['MANY', 'COSTS', 'USAGE', 'metric_range', 'effect_lines', 'level_means', 'effect_figure', 'interval_figure',
+           'level_colours', 'interaction_figure', 'cost_points', 'front', 'equal_cost', 'cost_figure', 'fallen',
+           'peak_figure', 'curves', 'bands', 'loss_figure', 'band_lines', 'recolouring', 'static_effects',
+           'static_losses', 'static_intervals', 'static_costs', 'usages', 'usage_points', 'usage_figure',
+           'static_usage']
 
 # %% ../../nbs/findings/02_figures.ipynb #98beac04
 MANY = 50 # runs; more are drawn as bands
-AXIS = dict(gridcolor="rgba(139,145,155,.25)", zeroline=False, automargin=True, title=dict(font=dict(size=13)))
-LAYOUT = dict(margin=dict(l=56, r=12, t=36, b=44), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
-              font=dict(family="system-ui, sans-serif", size=13, color=GREY), xaxis=AXIS, yaxis=AXIS,
-              legend=dict(orientation="h", y=-0.22, x=0), template={})
-
-def safe(
-    text: Any, # a name from a person's file
-) -> str: # HTML
-    "Text in which a browser finds no markup"
-    return html.escape(str(text))
-
-def new_figure(
-    height: int, # pixels
-    title: str = "", # HTML
-    **layout, # plotly's own
-) -> go.Figure: # empty
-    "A figure in the page's style"
-    import plotly.graph_objects as go
-    if title: layout["title"] = dict(text=title, x=0.02, font=dict(size=14))
-    return go.Figure(layout=dict(LAYOUT, height=height, **layout))
 
 # %% ../../nbs/findings/02_figures.ipynb #e993fd9f
 def metric_range(
@@ -96,7 +77,7 @@ def effect_figure(
     means = level_means(lines, levels)
     gap = [(None, None, None)]
     points = [p for line in lines for p in line + gap]
-    figure = new_figure(300, f"<b>{safe(axis)}</b>", showlegend=False)
+    figure = new_figure(height=300, title=axis, showlegend=False)
     figure.add_scatter(
         x=[None if x is None else safe(x) for x, _, _ in points], y=[y for _, y, _ in points],
         text=[run for _, _, run in points], mode="lines+markers", line=dict(color=GREY, width=1),
@@ -117,17 +98,8 @@ def interval_figure(
 ) -> go.Figure: # interactive
     "Differences to the first level with their intervals"
     shown = effects[effects.pairs > 0] if len(effects) else effects
-    levels = list(shown.itertuples())
-    wide = [0.0 if e.low is None or e.low != e.low else e.high - e.mean for e in levels]
-    figure = new_figure(90 + 34*len(shown), showlegend=False)
-    figure.add_scatter(
-        x=[e.mean for e in levels], y=[safe(f"{e.axis}: {e.level}") for e in levels], mode="markers",
-        error_x=dict(type="data", array=wide, thickness=2, width=5, color=COLOURS[0]),
-        marker=dict(size=9, symbol="diamond", color=COLOURS[0]), hovertemplate="%{y}<br>%{x:+.4f}<extra></extra>")
-    figure.add_vline(x=0, line=dict(color=GREY, width=1, dash="dot"))
-    figure.update_xaxes(title_text="difference to the first level")
-    figure.update_yaxes(autorange="reversed", type="category", automargin=True)
-    return figure
+    dots = [Dot(f"{e.axis}: {e.level}", e.mean, e.low, e.high, note=signed(e.mean, 4)) for e in shown.itertuples()]
+    return dots_figure(dots, "difference to the first level", zero=0)
 
 # %% ../../nbs/findings/02_figures.ipynb #1d6612cc
 def level_colours(
@@ -148,7 +120,7 @@ def interaction_figure(
     "Means of one axis for each level of another"
     done = rows[rows.state.isin(["DONE", "REUSE"]) & rows[metric].notna()]
     means = done.assign(value=done[metric].astype(float)).groupby([by, x])["value"].mean()
-    figure = new_figure(320, f"<b>{safe(x)}</b> by {safe(by)}")
+    figure = new_figure(title=f"{x} by {by}")
     for level, colour in level_colours(plan, by).items():
         points = [(l, means[level, l]) for l in plan.axes[x] if (level, l) in means.index]
         figure.add_scatter(
@@ -222,7 +194,7 @@ def cost_figure(
     best = front(points, direction)
     costs = [p["cost"] for p in points]
     above, below = [p["high"] - p["value"] for p in points], [p["value"] - p["low"] for p in points]
-    figure = new_figure(340, showlegend=False)
+    figure = new_figure(COSTS[cost], metric, 340, showlegend=False)
     figure.add_scatter(
         x=costs, y=[p["value"] for p in points], mode="markers", marker=dict(size=9, color=COLOURS[0]),
         error_y=dict(type="data", symmetric=False, array=above, arrayminus=below, color=GREY, thickness=1, width=0),
@@ -231,8 +203,7 @@ def cost_figure(
         x=[p["cost"] for p in best], y=[p["value"] for p in best], mode="lines",
         line=dict(color=COLOURS[1], width=2, shape="hv"), hoverinfo="skip")
     wide = len(set(costs)) > 1 and max(costs) > 4*min(costs)
-    figure.update_xaxes(title_text=COSTS[cost], type="log" if wide else "linear", exponentformat="SI")
-    figure.update_yaxes(title_text=safe(metric))
+    figure.update_xaxes(type="log" if wide else "linear", exponentformat="SI")
     return figure
 
 # %% ../../nbs/findings/02_figures.ipynb #0b90a720
@@ -254,7 +225,7 @@ def peak_figure(
     "Final value against peak, one point per run"
     peak, axis = f"{metric}:peak", next(iter(plan.axes))
     done = rows[rows[metric].notna() & rows[peak].notna()]
-    figure = new_figure(360)
+    figure = new_figure("peak, chosen on the evaluation set", f"final {metric}", 360)
     for level, colour in level_colours(plan, axis).items():
         own = done[done[axis] == level]
         said = [f"{safe(run)}, peak at step {step}" for run, step in zip(own.run, own[f"{peak}_step"])]
@@ -265,8 +236,6 @@ def peak_figure(
     ends = [float(min(both)), float(max(both))] if both else []
     figure.add_scatter(
         x=ends, y=ends, mode="lines", line=dict(color=GREY, width=1, dash="dot"), showlegend=False, hoverinfo="skip")
-    figure.update_xaxes(title_text="peak, chosen on the evaluation set")
-    figure.update_yaxes(title_text=f"final {safe(metric)}")
     return figure
 
 # %% ../../nbs/findings/02_figures.ipynb #7795f9dc
@@ -301,9 +270,8 @@ def loss_figure(
     axis: str, # whose levels give the colours
 ) -> go.Figure: # interactive
     "Training loss against tokens: a line per run, or for many runs a band per level"
-    figure, seen, colours = new_figure(420, hovermode="closest"), set(), level_colours(plan, axis)
-    figure.update_xaxes(title_text="tokens")
-    figure.update_yaxes(title_text="training loss, nats per token")
+    figure = new_figure("tokens", "training loss, nats per token", 420, hovermode="closest")
+    seen, colours = set(), level_colours(plan, axis)
     if len(plan.cells) > MANY: return band_lines(figure, read, plan, axis)
     for cell in plan.cells:
         (tokens, loss), level = read[cell.id], cell.levels[axis]
@@ -478,7 +446,7 @@ def usage_figure(
     what: str = "used", # one of USAGE
 ) -> go.Figure: # interactive
     "Expert usage by layer, a line per level"
-    figure, colours = new_figure(320, f"<b>{safe(axis)}</b>"), level_colours(plan, axis)
+    figure, colours = new_figure(title=axis), level_colours(plan, axis)
     for level, found in usage_points(read, plan, axis, what).items():
         above, below = [high - mean for _, mean, _, high in found], [mean - low for _, mean, low, _ in found]
         figure.add_scatter(

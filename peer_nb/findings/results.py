@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..study.claims import Finding, better, findings, read_claims
 from ..study.places import at
-from ..study.plan import THRESHOLD, Plan, load_plan, short_number, wall_seconds
+from ..formats import short_number, signed
+from ..study.plan import THRESHOLD, Plan, load_plan, wall_seconds
 from .effects import effects_table
 from ..config import UserError, read_yaml
 from ..files import read_json, read_jsonl, write_atomic
@@ -27,8 +28,8 @@ if TYPE_CHECKING: import pandas as pd
 # %% auto #0
 __all__ = ['PULSE', 'LOST', 'State', 'COLUMNS', 'FIRST', 'ANECDOTAL', 'process_mark', 'is_alive', 'valid_result', 'run_state',
            'peaks', 'run_metrics', 'metric_columns', 'run_row', 'read_runs', 'metric_names', 'write_csv', 'long_table',
-           'check_axes', 'write_parquet', 'main_effects', 'loss_curve', 'best_run', 'signed', 'effect_sentence',
-           'study_findings', 'wall_time_rows', 'wall_time_sentence', 'done_words', 'summary_lines']
+           'check_axes', 'write_parquet', 'main_effects', 'loss_curve', 'best_run', 'effect_sentence', 'study_findings',
+           'wall_time_rows', 'wall_time_sentence', 'done_words', 'summary_lines']
 
 # %% ../../nbs/findings/01_results.ipynb #748c0e37
 def process_mark(
@@ -270,14 +271,6 @@ def best_run(
     done = rows[rows.state.isin(["DONE", "REUSE"]) & ~differs & np.isfinite(rows[plan.metric].astype(float))]
     if done.empty: return None
     return done.loc[done[plan.metric].idxmin() if plan.direction == "minimize" else done[plan.metric].idxmax()].to_dict()
-
-# %% ../../nbs/findings/01_results.ipynb #4a993c8d
-def signed(
-    value: float, # a difference
-    digits: int = 3, # after the point
-) -> str: # such as −0.042
-    "A number with its sign, a real minus"
-    return f"{value:+.{digits}f}".replace("-", "−")
 
 # %% ../../nbs/findings/01_results.ipynb #2a0e4d41
 def effect_sentence(

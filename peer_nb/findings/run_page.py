@@ -5,165 +5,18 @@
 # %% ../../nbs/findings/03_run_page.ipynb #31573100
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from pathlib import Path
 from typing import Any
 
-from ..study.plan import Cell, ratio_text, short_number
-from .results import signed
-from ..files import write_atomic
-from ..page import STYLE as COMMON
+from markupsafe import Markup
+
+from ..page import figure_html, render, write_page
+from ..study.plan import Cell
 
 # %% auto #0
-__all__ = ['STYLE', 'SCRIPT', 'SHELL', 'FILTERS', 'PLOT', 'FOLDED', 'PLOTLY_MIME', 'TAGS', 'PLAIN', 'RUN', 'decimals',
-           'claim_text', 'render', 'page', 'figure_html', 'write_plotly', 'notebook_html', 'code_style', 'run_report']
-
-# %% ../../nbs/findings/03_run_page.ipynb #39b3e59c
-STYLE = COMMON + """
-.charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(320px,100%),1fr)); gap:8px 18px }
-.charts>div, .chart { min-width:0 }
-.tabs { display:flex; flex-wrap:wrap; gap:6px; margin:8px 0 }
-.tabs button { font:inherit; font-size:.85rem; padding:4px 12px; border:1px solid var(--line); border-radius:99px;
-  background:none; color:var(--ink); cursor:pointer }
-.tabs button[aria-pressed=true] { background:var(--accent); border-color:var(--accent); color:var(--back) }
-.chip { display:inline-block; padding:1px 9px; border-radius:99px; font-size:.78rem; font-weight:600;
-  border:1px solid currentColor; white-space:nowrap }
-.SUPPORTED { color:var(--good) }
-.REFUTED { color:var(--bad) }
-.INCONCLUSIVE, .PARTIAL { color:var(--off) }
-.TODO { color:var(--soft) }
-td.say { min-width:11rem; max-width:30rem; white-space:normal }
-.cell { margin:12px 0; min-width:0 }
-.output_area { overflow-x:auto }
-.output_area img, .cell img { max-width:100%; height:auto }
-.output_png img { background:#fff; border-radius:6px }
-.output_error pre, .output_stderr pre { color:var(--soft) }
-.anchor-link { display:none }
-.rendered_html h1 { font-size:1.4rem; margin-top:24px }
-.rendered_html h2 { margin-top:32px }
-blockquote { margin:8px 0; color:var(--soft) }
-"""
-
-# %% ../../nbs/findings/03_run_page.ipynb #da34cc8f
-SCRIPT = """
-const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-function paint() {
-  if (!window.Plotly) return;
-  document.querySelectorAll('.js-plotly-plot').forEach(plot => {
-    const to = {'font.color': css('--soft'), 'title.font.color': css('--ink'),
-                paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)'};
-    const axes = Object.keys(plot._fullLayout).filter(k => /^[xy]axis\\d*$/.test(k));
-    axes.forEach(k => { to[k + '.gridcolor'] = to[k + '.linecolor'] = css('--line'); });
-    Plotly.Plots.resize(plot);   // it was drawn before its neighbours took their share of the row
-    Plotly.relayout(plot, to);
-  });
-}
-addEventListener('load', paint);
-matchMedia('(prefers-color-scheme: dark)').addEventListener('change', paint);
-function sortable(cell) {
-  const text = cell.dataset.v, number = parseFloat(text);
-  if (text === '') return null;
-  return isNaN(number) || !/^-?[\\d.]/.test(text) ? text : number;
-}
-function sortBy(head) {
-  const heads = [...head.parentNode.children], column = heads.indexOf(head), body = head.closest('table').tBodies[0];
-  const way = head.dataset.way === 'up' ? 'down' : 'up', sign = way === 'up' ? 1 : -1;
-  heads.forEach(h => delete h.dataset.way);
-  head.dataset.way = way;
-  const compare = (a, b) => a === null ? 1 : b === null ? -1 : (a < b ? -1 : a > b ? 1 : 0) * sign;
-  const value = row => sortable(row.children[column]);
-  [...body.rows].sort((a, b) => compare(value(a), value(b))).forEach(row => body.append(row));
-}
-document.querySelectorAll('table.sort th').forEach(head => head.addEventListener('click', () => sortBy(head)));
-"""
-
-# %% ../../nbs/findings/03_run_page.ipynb #e71909cc
-SHELL = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title><link rel="icon" href="data:,">
-<style>{{ style|safe }}</style>
-{% if plotly %}
-<script src="{{ plotly }}"></script>
-{% endif %}
-</head>
-<body><main>
-{{ body|safe }}
-</main><script>{{ script|safe }}</script></body>
-</html>
-"""
-
-def decimals(
-    value: float | None, # a score
-    digits: int = 4, # after the point
-) -> str: # for a table
-    "A number with all its digits in place; – for none"
-    return "–" if value is None or value != value else f"{value:.{digits}f}"
-
-# %% ../../nbs/findings/03_run_page.ipynb #7e497c53
-def _arm(
-    arm: dict[str, Any] | float, # levels of axes, or a number
-) -> str:
-    "One side of a claim"
-    if not isinstance(arm, dict): return f"{arm:g}"
-    return ", ".join(f"{axis} {' or '.join(l) if isinstance(l, list) else l}" for axis, l in arm.items())
-
-def claim_text(
-    claim: dict[str, Any], # with metric and direction
-) -> str: # in words
-    "What a claim compares"
-    better = "lower" if claim["direction"] == "minimize" else "higher"
-    least = f" by at least {claim['min_effect']:g}" if claim["min_effect"] else ""
-    items = ", over items" if claim["test"] == "items" else ""
-    return f"{_arm(claim['a'])} against {_arm(claim['b'])}: {claim['metric']} {better}{least}{items}"
-
-# %% ../../nbs/findings/03_run_page.ipynb #95ca6f73
-FILTERS = dict(short=short_number, number=decimals, ratio=ratio_text, change=lambda v: signed(v, 4),
-               dump=lambda v: json.dumps(v, ensure_ascii=False), arms=claim_text)
-
-# %% ../../nbs/findings/03_run_page.ipynb #41777832
-def render(
-    template: str, # jinja
-    **values, # escaped, unless the template marks them safe
-) -> str:
-    "Fill a template; text is escaped"
-    from jinja2 import Environment, StrictUndefined
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(FILTERS)
-    return environment.from_string(template).render(**values)
-
-# %% ../../nbs/findings/03_run_page.ipynb #10b33903
-def page(
-    title: str, # of the window
-    body: str, # HTML
-    plotly: str = "", # relative address of the plotting library; "" where a page has no figure
-    extra: str = "", # more style
-) -> str: # a whole page
-    "A page in the house's style, without any outside address"
-    return render(SHELL, title=title, body=body, style=STYLE + extra, script=SCRIPT, plotly=plotly)
-
-# %% ../../nbs/findings/03_run_page.ipynb #c723233b
-PLOT = dict(displayModeBar=False, responsive=True)
-
-def figure_html(
-    figure: Any, # plotly figure or its JSON form
-    name: str | None = None, # id of the element
-) -> str: # a div with its script
-    "A figure for a page that has the library"
-    import plotly.io as pio
-    return pio.to_html(figure, full_html=False, include_plotlyjs=False, config=PLOT, validate=False, div_id=name)
-
-# %% ../../nbs/findings/03_run_page.ipynb #3064abce
-def write_plotly(
-    folder: Path, # of the study
-):
-    "Put the plotting library into a study's folder, once"
-    from plotly.offline import get_plotlyjs
-    target = folder/"plotly.min.js"
-    if not target.exists(): write_atomic(target, get_plotlyjs())
+__all__ = ['FOLDED', 'PLOTLY_MIME', 'TAGS', 'PLAIN', 'NOTEBOOK', 'RUN', 'notebook_html', 'code_style', 'run_report']
 
 # %% ../../nbs/findings/03_run_page.ipynb #08b1a411
 FOLDED = """{% extends 'basic/index.html.j2' %}
@@ -219,7 +72,7 @@ def _without_hidden(notebook: Any) -> Any:
 # %% ../../nbs/findings/03_run_page.ipynb #3eaecf18
 def notebook_html(
     path: Path, # an executed notebook
-) -> str: # body of a page
+) -> Markup: # body of a page
     "A notebook as HTML, code folded, nothing active but its figures"
     import bleach
     import nbformat
@@ -230,9 +83,20 @@ def notebook_html(
     body, _ = exporter.from_notebook_node(notebook)
     body = bleach.clean(body, tags=TAGS, attributes=_allowed, protocols=["http", "https", "mailto", "data"])
     drawn = [figure_html(dict(data=f["data"], layout=f["layout"])) for f in figures]
-    return re.sub(rf"<p>{mark}-(\d+)</p>", lambda found: drawn[int(found[1])], body)
+    return Markup(re.sub(rf"<p>{mark}-(\d+)</p>", lambda found: drawn[int(found[1])], body))
 
 # %% ../../nbs/findings/03_run_page.ipynb #de6b7b82
+NOTEBOOK = """
+.cell { margin:12px 0; min-width:0 }
+.output_area { overflow-x:auto }
+.output_area img, .cell img { max-width:100%; height:auto }
+.output_png img { background:#fff; border-radius:6px }
+.output_error pre, .output_stderr pre { color:var(--soft) }
+.anchor-link { display:none }
+.rendered_html h1 { font-size:1.4rem; margin-top:24px }
+.rendered_html h2 { margin-top:32px }
+"""
+
 def code_style() -> str: # CSS
     "Colours of highlighted code, light and dark"
     from pygments.formatters import HtmlFormatter
@@ -270,8 +134,6 @@ def run_report(
 ) -> Path: # report.html
     "Write the page of a run; one that has no notebook yet has only its heading"
     notebook = run/"notebook.ipynb"
-    said = notebook_html(notebook) if notebook.exists() else "<p>No notebook was written.</p>"
+    said = notebook_html(notebook) if notebook.exists() else Markup("<p>No notebook was written.</p>")
     body = render(RUN, study=study, cell=cell, status=status) + said
-    library = "../../plotly.min.js" if "Plotly.newPlot" in body else ""
-    if library: write_plotly(run.parent.parent)
-    return write_atomic(run/"report.html", page(f"{cell.id} · {study}", body, library, code_style()))
+    return write_page(run/"report.html", f"{cell.id} · {study}", body, run.parent.parent, NOTEBOOK + code_style())

@@ -12,26 +12,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..study.claims import Finding
+from markupsafe import Markup
+
+from ..files import read_json, write_atomic
+from .effects import effects_table, interactions
 from .figures import COSTS, USAGE, cost_figure, cost_points, curves, effect_figure, equal_cost, fallen
 from .figures import interaction_figure, interval_figure, loss_figure, peak_figure, recolouring
 from .figures import static_costs, static_effects, static_intervals, static_losses, static_usage
 from .figures import usage_figure, usages
-from ..study.plan import Cell, Match, Plan, load_plan, matching, ratio_text, short_number
 from .results import ANECDOTAL, best_run, done_words, effect_sentence, main_effects, metric_names
-from .results import read_runs, signed, study_findings, wall_time_rows, wall_time_sentence
-from .run_page import decimals, figure_html, page, render, write_plotly
-from .effects import effects_table, interactions
-from ..files import read_json, write_atomic
+from .results import read_runs, study_findings, wall_time_rows, wall_time_sentence
+from ..formats import decimals, ratio_text, short_number
+from ..page import figure_html, page_html, render, write_page, write_plotly
+from ..study.claims import Finding
+from ..study.plan import Cell, Match, Plan, load_plan, matching
 
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
 __all__ = ['TOP', 'CLAIMS', 'MATCHED', 'CLOCK', 'EFFECTS', 'INTERACTIONS', 'COST', 'PEAKS', 'EXPERTS', 'RUNS', 'TAKEN', 'CHANGES',
-           'END', 'match_sentences', 'shown_metrics', 'compared', 'facts', 'top_part', 'claims_part', 'matched_part',
-           'clock_part', 'effect_rows', 'noise_sentence', 'effects_part', 'interactions_part', 'costs_part',
-           'peaks_part', 'more_parts', 'experts_part', 'run_table', 'runs_part', 'taken_from', 'manifests',
-           'environment', 'commands', 'end_part', 'study_page', 'write_figures', 'write_report']
+           'END', 'VERDICTS', 'match_sentences', 'shown_metrics', 'compared', 'facts', 'top_part', 'arm_text',
+           'claim_text', 'claims_part', 'matched_part', 'clock_part', 'effect_rows', 'noise_sentence', 'effects_part',
+           'interactions_part', 'costs_part', 'peaks_part', 'more_parts', 'experts_part', 'run_table', 'runs_part',
+           'taken_from', 'manifests', 'environment', 'commands', 'end_part', 'study_page', 'write_figures',
+           'write_report']
 
 # %% ../../nbs/findings/04_study_page.ipynb #442aca98
 def _range(m: Match) -> str:
@@ -130,6 +134,23 @@ def top_part(
     anecdotal = ANECDOTAL if rows.seed.nunique() == 1 else ""
     return render(TOP, plan=plan, compared=compared(plan), facts=facts(rows, plan), found=found, anecdotal=anecdotal)
 
+# %% ../../nbs/findings/04_study_page.ipynb #549f0e9e
+def arm_text(
+    arm: dict[str, Any] | float, # levels of axes, or a number
+) -> str:
+    "One side of a claim"
+    if not isinstance(arm, dict): return f"{arm:g}"
+    return ", ".join(f"{axis} {' or '.join(l) if isinstance(l, list) else l}" for axis, l in arm.items())
+
+def claim_text(
+    claim: dict[str, Any], # with metric and direction
+) -> str: # in words
+    "What a claim compares"
+    better = "lower" if claim["direction"] == "minimize" else "higher"
+    least = f" by at least {claim['min_effect']:g}" if claim["min_effect"] else ""
+    items = ", over items" if claim["test"] == "items" else ""
+    return f"{arm_text(claim['a'])} against {arm_text(claim['b'])}: {claim['metric']} {better}{least}{items}"
+
 # %% ../../nbs/findings/04_study_page.ipynb #3fc71f71
 CLAIMS = """
 <h2>Claims</h2>
@@ -143,11 +164,11 @@ of runs is there, by a test that counts all claims (Holm, 5 %).</p>
 {% if f.origin != 'planned' %}<br><small class="off">{{ f.origin }}</small>{% endif %}</td>
 <td><span class="chip {{ f.status }}">{{ f.status }}</span>
 {% if f.claim.test == 'items' %}<br><small>over items only</small>{% endif %}</td>
-<td class="say">{{ f.claim|arms }}</td>
+<td class="say">{{ claim_text(f.claim) }}</td>
 <td class="say">{{ f.said }}
 {% if f.noise and f.noise.items is not none %}
-<br><small>standard error {{ 'over seeds ' + f.noise.seeds|number + ', ' if f.noise.seeds is not none -}}
-over items {{ f.noise.items|number }}</small>
+<br><small>standard error {{ 'over seeds ' + f.noise.seeds|decimals + ', ' if f.noise.seeds is not none -}}
+over items {{ f.noise.items|decimals }}</small>
 {% endif %}
 {% if f.claim.evidence %}<br><small>{{ f.claim.evidence }}</small>{% endif %}</td>
 <td class="n" data-head="pairs">{{ f.pairs }} of {{ f.planned }}</td>
@@ -161,7 +182,7 @@ def claims_part(
     findings: list[Finding], # one per claim
 ) -> str: # HTML; empty without claims
     "What was claimed, and what came of it"
-    return render(CLAIMS, claims=findings) if findings else ""
+    return render(CLAIMS, claims=findings, claim_text=claim_text) if findings else ""
 
 # %% ../../nbs/findings/04_study_page.ipynb #f6d7eec1
 MATCHED = """
@@ -274,12 +295,12 @@ paired: other axes and seed alike. All figures of a metric have one scale.</p>
 <th class="n">95 % interval</th><th class="n">p after Holm</th><th class="n">effect size</th><th class="n">seeds</th>
 <th class="n">pairs</th></tr>
 {% for e in effects[metric] %}
-<tr><td>{{ e.axis }}</td><td>{{ e.level }}</td><td class="n">{{ e.mean|number }}</td><td class="n">{{ e.n }}</td>
-<td class="n">{{ e.difference|change if e.pairs else '–' }}</td>
-<td class="n">{{ e.low|change ~ ' to ' ~ e.high|change if e.known else
+<tr><td>{{ e.axis }}</td><td>{{ e.level }}</td><td class="n">{{ e.mean|decimals }}</td><td class="n">{{ e.n }}</td>
+<td class="n">{{ e.difference|signed(4) if e.pairs else '–' }}</td>
+<td class="n">{{ e.low|signed(4) ~ ' to ' ~ e.high|signed(4) if e.known else
   'one seed: anecdotal' if e.seeds == 1 else '–' }}</td>
 <td class="n">{{ '%.2g'|format(e.p_holm) if e.known else '–' }}</td>
-<td class="n">{{ e.effect_size|number(1) if e.known else '–' }}</td>
+<td class="n">{{ e.effect_size|decimals(1) if e.known else '–' }}</td>
 <td class="n">{{ e.seeds }}</td><td class="n">{{ e.pairs ~ ' of ' ~ e.planned if e.planned }}</td></tr>
 {% endfor %}
 </table></div>
@@ -312,8 +333,8 @@ adds to the effect of another: a difference of differences.</p>
 <tr><th>effect of</th><th>changes with</th><th class="n">by</th><th class="n">95 % interval</th>
 <th class="n">p after Holm</th></tr>
 {% for e in joint %}
-<tr><td>{{ e.axis }}: {{ e.level }}</td><td>{{ e.with }}: {{ e.other }}</td><td class="n">{{ e.mean|change }}</td>
-<td class="n">{{ e.low|change ~ ' to ' ~ e.high|change if e.low is not none else '–' }}</td>
+<tr><td>{{ e.axis }}: {{ e.level }}</td><td>{{ e.with }}: {{ e.other }}</td><td class="n">{{ e.mean|signed(4) }}</td>
+<td class="n">{{ e.low|signed(4) ~ ' to ' ~ e.high|signed(4) if e.low is not none else '–' }}</td>
 <td class="n">{{ '%.2g'|format(e.p_holm) if e.p_holm is not none else '–' }}</td></tr>
 {% endfor %}
 </table></div>
@@ -344,7 +365,7 @@ their range. The line joins what nothing cheaper beats.</p>
 <p><b>At equal {{ what }}</b> (within 5 %):</p>
 <ul>
 {% for cost, best, n in groups %}
-<li>{{ cost|short }}: best of {{ n }} is {{ best.levels }}, {{ best.value|number }}</li>
+<li>{{ cost|short }}: best of {{ n }} is {{ best.levels }}, {{ best.value|decimals }}</li>
 {% endfor %}
 </ul>
 {% endfor %}
@@ -374,9 +395,9 @@ run ended with.</p>
 <tr><th>run</th><th class="n">peak</th><th class="n">at step</th><th class="n">final</th>
 <th class="n">degradation</th></tr>
 {% for f in fallen %}
-<tr><td><a href="runs/{{ f.run }}/report.html">{{ f.run }}</a></td><td class="n">{{ f.peak|number }}</td>
+<tr><td><a href="runs/{{ f.run }}/report.html">{{ f.run }}</a></td><td class="n">{{ f.peak|decimals }}</td>
 <td class="n">{{ '–' if f.step != f.step else f.step|int }}</td>
-<td class="n">{{ f.final|number }}</td><td class="n">{{ f.degradation|number }}</td></tr>
+<td class="n">{{ f.final|decimals }}</td><td class="n">{{ f.degradation|decimals }}</td></tr>
 {% endfor %}
 </table></div>
 """
@@ -615,6 +636,13 @@ def end_part(
     return render(CHANGES, plan=plan) + render(END, plan=plan, **end)
 
 # %% ../../nbs/findings/04_study_page.ipynb #3fbf67c1
+VERDICTS = """
+.SUPPORTED { color:var(--good) }
+.REFUTED { color:var(--bad) }
+.INCONCLUSIVE, .PARTIAL { color:var(--off) }
+.TODO { color:var(--soft) }
+"""
+
 def study_page(
     folder: Path, # of the study
     plan: Plan, # of the study
@@ -630,7 +658,7 @@ def study_page(
     body += runs_part(rows, plan, read or curves(folder, plan))
     if taken := taken_from(rows): body += render(TAKEN, taken=taken)
     body += end_part(folder, plan, rows)
-    return page(plan.study["name"], body, "plotly.min.js")
+    return page_html(plan.study["name"], body, "plotly.min.js", VERDICTS)
 
 # %% ../../nbs/findings/04_study_page.ipynb #f2f03b9a
 def _file_name(text: str) -> str:
@@ -639,7 +667,7 @@ def _file_name(text: str) -> str:
 
 def _one_figure(title: str, figure: Any) -> str:
     "A page with one figure"
-    return page(title, render("<h2>{{ title }}</h2>", title=title) + figure_html(figure), "../plotly.min.js")
+    return page_html(title, render("<h2>{{ title }}</h2>", title=title) + figure_html(figure), "../plotly.min.js")
 
 # %% ../../nbs/findings/04_study_page.ipynb #ee6b0516
 def _write_static(target: Path, name: str, figure: Any):

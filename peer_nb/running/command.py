@@ -30,7 +30,8 @@ from .estimates import finished_runs, measured_rate, outlook, plan_text
 from ..study.places import at, read_place
 from ..study.plan import Cell, Plan, code_differences, load_plan, make_plan, plan_differences, save_plan
 from ..study.study import BUILTIN_AXES, Budget, Study, builtin_axes, find_template, load_study, template_hash
-from .watch import Screen, clock, follow, live_lines, look_at, summary, table_text
+from ..formats import clock
+from .watch import Screen, follow, live_lines, look_at, summary, table_text
 from ..cli import make_main
 from ..config import Config, UserError, load_config, load_data_mixes, save_config
 from ..files import folder_lock, read_json, writable_folder, write_atomic

@@ -13,16 +13,16 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..study.plan import Cell, Match, Plan, load_plan, matching, ratio_text, short_number, text_table, wall_seconds
+from ..formats import duration, ratio_text, short_number, text_table
+from ..study.plan import Cell, Match, Plan, load_plan, matching, wall_seconds
 from ..findings.results import run_state
-from ..findings.effects import detectable
+from ..stats import detectable
 from ..config import Config, UserError
 from ..files import read_json
 
 # %% auto #0
-__all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'duration',
-           'estimated_memory', 'pair_spread', 'sight', 'difference', 'Outlook', 'outlook', 'plan_rows', 'match_rows',
-           'totals', 'plan_text']
+__all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'estimated_memory',
+           'pair_spread', 'sight', 'difference', 'Outlook', 'outlook', 'plan_rows', 'match_rows', 'totals', 'plan_text']
 
 # %% ../../nbs/running/06_estimates.ipynb #ed0f3173
 @dataclass(frozen=True)
@@ -95,14 +95,6 @@ def estimated_seconds(
     "How long a run will take"
     if wall is not None: return wall + (rate.overhead if rate else 0.0)
     return None if rate is None or cell.flops is None else rate.overhead + cell.flops/rate.flops_per_second
-
-def duration(
-    seconds: float | None, # any
-) -> str: # such as 40 s, 12 min, 3.5 h
-    "A rough duration"
-    if seconds is None: return "–"
-    if seconds < 90: return f"{seconds:.0f} s"
-    return f"{seconds/60:.0f} min" if seconds < 5400 else f"{seconds/3600:.1f} h" if seconds < 172_800 else f"{seconds/86_400:.1f} days"
 
 # %% ../../nbs/running/06_estimates.ipynb #e8459f14
 def estimated_memory(

@@ -15,13 +15,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..study.plan import Plan, load_plan, text_table
+from ..formats import clock, text_table
+from ..study.plan import Plan, load_plan
 from ..findings.results import run_state, valid_result
 from ..files import read_json
 
 # %% auto #0
-__all__ = ['bar', 'clock', 'Progress', 'progress', 'Row', 'Table', 'look_at', 'remaining', 'summary', 'shown', 'table_text',
-           'table_html', 'Screen', 'live_lines', 'follow']
+__all__ = ['bar', 'Progress', 'progress', 'Row', 'Table', 'look_at', 'remaining', 'summary', 'shown', 'table_text', 'table_html',
+           'Screen', 'live_lines', 'follow']
 
 # %% ../../nbs/running/09_watch.ipynb #2594b53b
 def bar(
@@ -31,14 +32,6 @@ def bar(
     "A bar of text"
     full = round(max(0.0, min(1.0, fraction))*width)
     return "█"*full + "░"*(width - full)
-
-# %% ../../nbs/running/09_watch.ipynb #beda55db
-def clock(
-    seconds: float, # a duration
-) -> str: # such as 4:05 or 1:00:07
-    "A duration for people"
-    minutes, s = divmod(int(round(seconds)), 60)
-    return f"{minutes//60}:{minutes%60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
 
 # %% ../../nbs/running/09_watch.ipynb #6de0c573
 @dataclass

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from .places import chosen_levels
-from ..findings.effects import Comparison, Contrast, Noise, cluster_means, compare, contrast, holm, in_arm
-from ..findings.effects import mcnemar, noise, read_items, table_rows, usable
+from ..findings.effects import Contrast, contrast, in_arm, read_items, table_rows, usable
+from ..stats import Comparison, Noise, cluster_means, compare, holm, mcnemar, noise
 from ..config import ConfigError, Text, convert
 from ..schema import NotNegative
 

@@ -25,8 +25,8 @@ from ..files import read_json, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['DURATION', 'THRESHOLD', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver', 'matched_tokens',
-           'wall_seconds', 'named', 'default_seeds', 'make_plan', 'Match', 'matching', 'short_number', 'ratio_text',
-           'text_table', 'save_plan', 'load_plan', 'plan_differences', 'code_differences']
+           'wall_seconds', 'named', 'default_seeds', 'make_plan', 'Match', 'matching', 'save_plan', 'load_plan',
+           'plan_differences', 'code_differences']
 
 # %% ../../nbs/study/03_plan.ipynb #f6e533bf
 def run_id(
@@ -344,33 +344,6 @@ def matching(
             spreads = [_spread([of(c) for c in group]) for group in groups.values()]
             out.append(Match(axis, quantity, min(values) if known else None, max(values) if known else None, max(spreads) if known else None))
     return out
-
-# %% ../../nbs/study/03_plan.ipynb #4cfd14e6
-def short_number(
-    value: float | None, # any number
-) -> str: # such as 1.23M
-    "Three digits and a suffix"
-    if value is None: return "–"
-    for size, suffix in [(1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")]:
-        if abs(value) >= size: return f"{value/size:.3g}{suffix}" if abs(value) < 999.5*size else f"{value/size:.0f}{suffix}"
-    return f"{value:.4g}"
-
-# %% ../../nbs/study/03_plan.ipynb #9f532311
-def ratio_text(
-    mismatch: float, # relative difference, max/min - 1
-) -> str: # such as 12 % or 4×
-    "A relative difference for people"
-    return f"{1 + mismatch:.3g}×" if mismatch >= 1 else f"{100*mismatch:.2g} %"
-
-# %% ../../nbs/study/03_plan.ipynb #53e1b19a
-def text_table(
-    rows: list[dict[str, Any]], # same keys in every row
-) -> str: # lines for a terminal
-    "Rows under aligned headings"
-    if not rows: return ""
-    cells = [list(map(str, rows[0])), *([str(v) for v in r.values()] for r in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(v.ljust(w) for v, w in zip(line, widths)).rstrip() for line in cells)
 
 # %% ../../nbs/study/03_plan.ipynb #b318164e
 def save_plan(
