@@ -789,6 +789,19 @@ def _validate_generated_length(self: PeerMLAForCausalLM,
             f"max_position_embeddings allows {limit}")
     GenerationMixin._validate_generated_length(self, generation_config, *args, **kwargs)
 
+# %% ../../nbs/models/03_causal_lm.ipynb #e14f442a
+@patch
+def _prepare_generated_length(self: PeerMLAForCausalLM,
+    generation_config, # gives max_length and max_new_tokens
+    has_default_max_length: bool, # whether nobody said how long a text may be
+    **kwargs, # passed on
+):
+    "A largest length that only repeats the model's is no contradiction to a number of new tokens"
+    limit = self.config.max_position_embeddings
+    if generation_config.max_new_tokens is not None and generation_config.max_length == limit: has_default_max_length = True
+    return GenerationMixin._prepare_generated_length(self, generation_config=generation_config,
+        has_default_max_length=has_default_max_length, **kwargs)
+
 # %% ../../nbs/models/03_causal_lm.ipynb #d0a4fbf3
 @patch
 def _get_candidate_generator(self: PeerMLAForCausalLM,

@@ -10,6 +10,7 @@ __all__ = ['TABLE_GRADIENTS', 'TABLE_DTYPES', 'ACTIVATIONS', 'SLOPES', 'MEMORY_K
 
 # %% ../../nbs/models/02_peer.ipynb #58b7bad8
 from copy import deepcopy
+from functools import partial
 from math import log
 
 import torch
@@ -230,6 +231,7 @@ class MemoryLayer(ProductKeyRouter):
             if value not in known: raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
         self.expert_hidden_size, self.activation, self.table_gradient, self.table_dtype = expert_hidden_size, activation, table_gradient, table_dtype
         self.usage: ExpertUsage | None = None
+        self.reader = None                             # called in place of `read`, with the layer before its arguments
         self.__dict__["tables_of"] = tables_of                                   # not registered: counted once
         self.build()
         if tables_of is None: self.build_tables()
@@ -244,7 +246,8 @@ class MemoryLayer(ProductKeyRouter):
         x, mask = hidden_states.flatten(0, -2), None if mask is None else mask.flatten().bool()   # [tokens, d], [tokens]
         weights, index = self.route(x, mask)
         if self.usage is not None and not recomputing(): self.usage.add(weights, index, mask)
-        out = self.read(x, weights.flatten(1), index.flatten(1))                 # [tokens, heads*k]
+        read = self.read if self.reader is None else partial(self.reader, self)
+        out = read(x, weights.flatten(1), index.flatten(1))                      # [tokens, heads*k]
         return out.to(hidden_states.dtype).view(hidden_states.shape)
 
 # %% ../../nbs/models/02_peer.ipynb #998d7303

@@ -6,7 +6,7 @@
 __all__ = ['SPARE', 'BLOCK', 'TINY', 'SCORES', 'FEW', 'staircase', 'product_top_k', 'brute_force_top_k', 'pack', 'sorted_places',
            'group_size', 'sorted_top', 'merge_top', 'search', 'numpy_may', 'gather_sum', 'ByRow', 'by_row', 'fresh',
            'sparse_products', 'add_by_row', 'Retrieve', 'recomputing', 'SumOverProcesses', 'data_parallel', 'moments',
-           'QueryBatchNorm', 'check_router', 'ProductKeyRouter']
+           'QueryBatchNorm', 'check_router', 'ProductKeyRouter', 'name_in_files']
 
 # %% ../../nbs/models/01_product_keys.ipynb #4fed1b75
 import warnings
@@ -382,6 +382,12 @@ class ProductKeyRouter(nn.Module):
         return self.sub_keys.shape[-1] ** -0.5
 
 # %% ../../nbs/models/01_product_keys.ipynb #2f68d3b2
+def name_in_files(
+    name: str, # of a parameter, as the model has it
+) -> str:
+    "What a parameter is called in files: sub-keys are `keys`"
+    return f"{name.removesuffix('sub_keys')}keys" if name.rpartition(".")[2] == "sub_keys" else name
+
 @patch
 def _load_from_state_dict(self: ProductKeyRouter,
     state_dict: dict, # of the whole model, changed in place
