@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from . import __version__
-from .config import UserError, convert, describe
+from .config import convert, describe
+from .files import UserError
 
 # %% auto #0
 __all__ = ['Parameter', 'parameters', 'takes_overrides', 'parse', 'help_text', 'make_main']

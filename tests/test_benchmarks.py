@@ -14,8 +14,8 @@ pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'pee
 
 from lm_eval.api.model import TemplateLM  # noqa: E402
 
-from peer_nb.study.claims import item_evidence  # noqa: E402
-from peer_nb.findings.effects import read_items  # noqa: E402
+from peer_nb.findings.verdicts import item_evidence  # noqa: E402
+from peer_nb.study.run import Run  # noqa: E402
 from peer_nb.config import Config, DatasetConfig, EvalConfig, config_from_dict, to_dict  # noqa: E402
 from peer_nb.data.corpora import load_tokenizer  # noqa: E402
 from peer_nb.evaluation.benchmarks import FEWSHOT_SEED, Answers, ask, benchmark_metrics, item_scores, load_tasks, prepare, run_benchmarks, run_tasks  # noqa: E402
@@ -139,13 +139,13 @@ def test_two_models_are_compared_on_the_same_items(choice_tasks, tmp_path):
         own[run] = scored.engine["samples"]
         for metric, value in benchmark_metrics(result).items():
             if metric.endswith("_se"): continue
-            values = [v for v, _ in read_items(tmp_path/run, metric).values()]
+            values = [v for v, _ in Run(tmp_path/run).items[metric].values()]
             assert sum(values) / len(values) == pytest.approx(value, abs=1e-9), metric
     mmlu = [name for name in own["a"] if name.startswith("mmlu_")]
     for metric, tasks in [("hellaswag/acc", ["hellaswag"]), ("truthfulqa_mc1/acc", ["truthfulqa_mc1"]), ("mmlu/acc", mmlu)]:
         both = [(x["acc"], y["acc"]) for name in tasks for x, y in zip(own["a"][name], own["b"][name], strict=True)]
         wins, losses = sum(x > y for x, y in both), sum(x < y for x, y in both)
-        found, _, said = item_evidence(tmp_path, [("a", "b", 1)], metric, 1.0, 0.0)
+        found, _, said = item_evidence({n: Run(tmp_path/n) for n in "ab"}, [("a", "b", 1)], metric, 1.0, 0.0)
         assert found.mean == pytest.approx((wins - losses) / len(both)) and found.n == len(both), metric
         assert found.p == pytest.approx(binomtest(wins, wins + losses).pvalue) and said == f"{wins} only a has right, {losses} only b (McNemar)"
 

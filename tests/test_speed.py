@@ -59,7 +59,7 @@ def test_tokens_follow_from_measured_speeds(quick, tmp_path, capsys):
     assert code == 0 and len(quick) == 2 and "timing" not in out, "the run uses what the plan has measured" + out + err
     assert all(p.process.returncode == -signal.SIGKILL for p in quick) and not any(p.folder.exists() for p in quick)
 
-    plan, beside = load_plan(folder/"plan.json"), read_json(folder/"plan.json")["speeds"]
+    plan, beside = load_plan(folder), read_json(folder/"plan.json")["speeds"]
     assert beside["machine"]["at_once"] == 1 and beside["machine"]["gpus"] == 0 and beside["machine"]["device"]
     tokens = {c.id: c.tokens for c in plan.cells}
     assert {run: max(1, round(3*m["tokens_per_second"]/64))*64 for m in beside["measured"] for run in m["cells"]} == tokens

@@ -17,11 +17,12 @@ from .any_model import check_closed_form, count_any
 from .inspection import Checkpoint, compare_checkpoints, inspect_checkpoint, misfits, open_checkpoint
 from .pages import number_text, read_result, result_of, write_result
 from .parameters import cache_numbers, count_parameters, layer_rows, weight_bytes
-from .step_memory import memory_table, memory_text, size_text
+from .step_memory import memory_table, memory_text
+from ..formats import size_text
 from ..cli import make_main
-from ..config import Config, DatasetEntry, ModelConfig, UserError, config_from_dict, load_config, load_data_mixes
+from ..config import Config, DatasetEntry, ModelConfig, config_from_dict, load_config, load_data_mixes
 from ..data.corpora import documents, eval_entries
-from ..files import read_json, sha256_of, writable_folder
+from ..files import UserError, read_json, sha256_of, writable_folder
 
 if TYPE_CHECKING: from peer_nb.analysis.expert_usage import UsageRun
 

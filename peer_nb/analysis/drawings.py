@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING
 
 from .pages import SCALE, facts_html, figure_html, new_figure, note_html, number_text, table_html
-from .step_memory import size_text
+from ..formats import size_text
 from .usage_statistics import lifts
 from ..page import COLOURS, GREY
 

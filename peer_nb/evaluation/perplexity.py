@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import Config, DatasetEntry, TrainConfig, UserError, apply_overrides, load_config, load_data_mixes
+from ..config import Config, DatasetEntry, TrainConfig, apply_overrides, load_config, load_data_mixes
 from ..data.corpora import documents, eval_entries
 from .page import perplexity_page
-from ..files import append_jsonl, read_json, read_jsonl, sha256_of, write_json
+from ..files import UserError, append_jsonl, read_json, read_jsonl, sha256_of, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,7 +12,8 @@ from functools import lru_cache
 
 from torch import nn
 
-from ..config import Config, DatasetEntry, UserError
+from ..config import Config, DatasetEntry
+from ..files import UserError
 from ..data.corpora import eval_entries, task_arguments
 from .perplexity import DocumentScore, autocast_for
 from .recall import (

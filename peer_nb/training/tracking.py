@@ -22,18 +22,18 @@ from typing import TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
-from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
 from torch import Tensor, nn
 
-from ..config import Config, PeerConfig, UserError, flatten
-from ..files import append_jsonl, read_json, read_jsonl, write_atomic, write_json
+from ..config import Config, PeerConfig, flatten
+from ..files import UserError, append_jsonl, read_json, read_jsonl, write_atomic, write_json
+from ..progress import Progress
 from ..models.peer import ExpertUsage, MemoryLayer
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['log', 'SAMPLE', 'TIMES', 'finite', 'keep_metrics', 'token_bytes', 'Heartbeat', 'memory_in_use', 'clock', 'Progress',
-           'usage_summary', 'UsageRecorder', 'check_wandb', 'start_wandb', 'log_checkpoint', 'usage_curves', 'Tracker']
+__all__ = ['log', 'SAMPLE', 'TIMES', 'finite', 'keep_metrics', 'token_bytes', 'Heartbeat', 'memory_in_use', 'usage_summary',
+           'UsageRecorder', 'check_wandb', 'start_wandb', 'log_checkpoint', 'usage_curves', 'Tracker']
 
 # %% ../../nbs/training/05_tracking.ipynb #543a17d7
 log = logging.getLogger("peer_nb")
@@ -124,39 +124,6 @@ def memory_in_use(
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-# %% ../../nbs/training/05_tracking.ipynb #ef63e40e
-def clock(
-    seconds: float, # of any length
-) -> str: # 0:07, 12:30, 1:02:03
-    "A duration"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-# %% ../../nbs/training/05_tracking.ipynb #e4fe97ba
-class Progress:
-    "A bar in terminals and notebooks, ten lines elsewhere"
-    def __init__(self,
-        start: int,            # steps done before
-        total: int,            # steps of the run
-        bar: bool,             # a bar if there is somebody to see it
-    ):
-        self.start, self.total, self.begun = start, total, time.perf_counter()
-        seen = bar and log.isEnabledFor(logging.INFO) and (IN_NOTEBOOK or sys.stdout.isatty())
-        self.bar = progress_bar(range(total - start)) if seen and total > start else None
-        if self.bar: self.bar.update(0)
-
-    def update(self,
-        step: int,     # steps done
-        *words: str,   # what else there is to say
-    ) -> None:
-        "Show a step"
-        if not self.bar and step != self.total and 10*step // self.total == 10*(step - 1) // self.total: return
-        left = (time.perf_counter() - self.begun) / max(step - self.start, 1) * (self.total - step)
-        text = "  ".join([f"step {step:,}/{self.total:,}", *words, f"{clock(left)} left"])
-        if self.bar: self.bar.comment = text; self.bar.update(step - self.start)
-        else: log.info(text)
 
 # %% ../../nbs/training/05_tracking.ipynb #995c0ecf
 TIMES = [2.0**power for power in range(-6, 11)]   # borders of the histogram's bins: times the equal share
@@ -308,7 +275,8 @@ class Tracker:
         for name in ("metrics.jsonl", "usage.jsonl"): keep_metrics(out/name, start)
         self.model_files = cfg.wandb_config.log_model if cfg.wandb_config else None
         self.wandb = start_wandb(cfg, out) if cfg.wandb_config else None
-        self.heartbeat, self.progress = Heartbeat(out/"heartbeat.json", total), Progress(start, total, bar)
+        self.heartbeat = Heartbeat(out/"heartbeat.json", total)
+        self.progress = Progress("step", total, start, bar=bar and log.isEnabledFor(logging.INFO), say=log.info)
 
     def close(self,
         failed: bool = False, # the run did not come to its end
@@ -328,7 +296,7 @@ def step(self: Tracker,
     "A step was done"
     words = [f"loss {loss:.4f}"] + ([] if bits_per_byte is None else [f"{bits_per_byte:.3f} bits/byte"])
     words += [f"{speed:,.0f} tokens/s", f"{memory_in_use(self.device) / 2**20:,.0f} MiB"]
-    self.progress.update(step, *words)
+    self.progress(step, words=words)
     last = step == self.progress.total
     self.heartbeat.beat(step=step, tokens=tokens, loss=finite(loss), tokens_per_second=round(speed, 1), force=last)
 
