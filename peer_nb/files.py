@@ -144,10 +144,11 @@ def read_jsonl(
 # %% ../nbs/00_files.ipynb #b7169e54
 def _holder(folder: Path) -> str:
     "Who holds a folder's lock, in words"
-    try: holder = json.loads((folder/".lock.json").read_bytes())
-    except (OSError, ValueError): return "another process"   # it has only just taken the lock
-    here = "" if holder["host"] == socket.gethostname() else f" on {holder['host']}"
-    return f"process {holder['pid']}{here}"
+    try:
+        holder = json.loads((folder/".lock.json").read_bytes())
+        pid, host = holder["pid"], holder["host"]
+    except (OSError, ValueError, KeyError, TypeError): return "another process"   # it has only just taken the lock
+    return f"process {pid}" + ("" if host == socket.gethostname() else f" on {host}")
 
 # %% ../nbs/00_files.ipynb #79085ed2
 @contextmanager
