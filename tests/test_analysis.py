@@ -20,7 +20,8 @@ from peer_nb.analysis.pages import read_result, schema_of
 from peer_nb.analysis.parameters import count_parameters, layer_rows
 from peer_nb.analysis.step_memory import BLOCK, TABLE_STATES, StepMemory, estimate_memory
 from peer_nb.analysis.usage_statistics import TOKEN_TYPES, divergence, usage_statistics
-from peer_nb.config import DatasetConfig, UserError, apply_overrides, load_config
+from peer_nb.config import DatasetConfig, apply_overrides, load_config
+from peer_nb.files import UserError
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from peer_nb.config import Config, DatasetConfig, DatasetEntry, EvalConfig, TrainConfig, UserError, apply_overrides, load_config, load_data_mixes
+from peer_nb.config import Config, DatasetConfig, DatasetEntry, EvalConfig, TrainConfig, apply_overrides, load_config, load_data_mixes
+from peer_nb.files import UserError
 from peer_nb.data import corpora
 from peer_nb.data.corpora import data_fingerprint, data_manifest, documents, load_tokenizer, summary
 from peer_nb.data.packing import Mix, StreamingRows, build_dataloader, tokenised

@@ -16,7 +16,7 @@ pytest.importorskip("torchao", reason="torchao is not installed (it comes with t
 
 from test_optim import assert_same, config    # noqa: E402
 
-from peer_nb.config import UserError    # noqa: E402
+from peer_nb.files import UserError
 from peer_nb.models.kernels import updates    # noqa: E402
 from peer_nb.models.peer import MEMORY_KINDS, MemoryLayer    # noqa: E402
 from peer_nb.training import table_optim    # noqa: E402

@@ -21,7 +21,7 @@ from peer_nb.files import read_json
 from peer_nb.training.checkpoints import latest_checkpoint
 from peer_nb.training.launch import run_ranks
 from peer_nb.training.loop import Trainer, main, train
-from peer_nb.training.parallel import join_processes
+from peer_nb.processes import join_processes
 from test_training import assert_same, timeless
 
 STEPS, STOP = 6, 3

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peer_nb.config import DatasetEntry, UserError
+from peer_nb.config import DatasetEntry
+from peer_nb.files import UserError
 from peer_nb.data.command import RULES, main, task_command, tokenization_report
 from peer_nb.tasks.hashhop import DIFFICULTIES, LegacyHashHop, chains_in
 from peer_nb.tasks.synthetic_qa import exposure_order

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import UserError
-from ..files import read_json, writable_folder, write_atomic, write_json
+from ..files import UserError, read_json, writable_folder, write_atomic, write_json
 from ..page import COLOURS, GREY
 from ..page import STYLE as COMMON
 

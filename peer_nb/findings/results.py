@@ -19,8 +19,7 @@ from ..study.claims import better
 from ..study.places import at
 from ..study.plan import Cell, Plan, load_plan, wall_seconds
 from ..study.run import FINISHED, RUNS, Result, Run, Status, fits
-from ..config import UserError
-from ..files import write_atomic
+from ..files import UserError, write_atomic
 
 if TYPE_CHECKING: import pandas as pd
 

@@ -16,7 +16,8 @@ from ..study.run import FINISHED, STUDY, Run
 from .effects import Contrast, contrast, in_arm, table_rows, usable
 from ..stats import Comparison, Noise, cluster_means, compare, holm, mcnemar, noise
 from .results import StudyRuns
-from ..config import UserError, read_yaml
+from ..config import read_yaml
+from ..files import UserError
 
 if TYPE_CHECKING: import pandas as pd
 

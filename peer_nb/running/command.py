@@ -35,8 +35,8 @@ from ..study.study import BUILTIN_AXES, Budget, Study, builtin_axes, load_study
 from ..formats import clock
 from .watch import Screen, follow, live_lines, look_at, summary, table_text
 from ..cli import make_main
-from ..config import Config, UserError, load_config, load_data_mixes, save_config
-from ..files import folder_lock, writable_folder, write_atomic
+from ..config import Config, load_config, load_data_mixes, save_config
+from ..files import UserError, folder_lock, writable_folder, write_atomic
 
 # %% auto #0
 __all__ = ['main', 'Request', 'read_request', 'git_state', 'make_folder', 'newest_study', 'wait_for_orphans', 'left_to_do',

@@ -17,7 +17,8 @@ from ..formats import duration, ratio_text, short_number, text_table
 from ..study.plan import Cell, Match, Plan, load_plan, matching, wall_seconds
 from ..study.run import Run, studies_in
 from ..stats import detectable
-from ..config import Config, UserError
+from ..config import Config
+from ..files import UserError
 
 # %% auto #0
 __all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'estimated_memory',

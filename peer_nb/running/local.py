@@ -22,7 +22,7 @@ from ..study.plan import Cell
 from ..study.run import Run
 from .warm import Forked, Warm, start_warm
 from .wrapper import command
-from ..config import UserError
+from ..files import UserError
 
 # %% auto #0
 __all__ = ['AGAIN', 'PAUSE', 'gpu_devices', 'Devices', 'choose_devices', 'cpu_processes', 'environment', 'Job', 'start_cold',

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from ..study.plan import Plan
 from ..study.run import PLAN, is_study, studies_in
-from ..config import UserError
-from ..files import cache_folder, sha256_of, write_json
+from ..files import UserError, cache_folder, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['BEGINNING', 'PATIENCE', 'register_folder', 'remember', 'Earlier', 'registered', 'study_folders', 'earlier_studies']

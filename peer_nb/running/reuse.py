@@ -17,7 +17,8 @@ from ..study.plan import Cell, Plan, load_plan
 from .register import BEGINNING, Earlier
 from ..study.run import FINISHED, Run
 from ..study.identity import NOT_IDENTITY
-from ..config import UserError, flatten, load_config
+from ..config import flatten, load_config
+from ..files import UserError
 
 # %% auto #0
 __all__ = ['HASHED', 'torch_version', 'environment_differences', 'config_differences', 'differences', 'Taken', 'same_experiments',

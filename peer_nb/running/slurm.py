@@ -22,8 +22,7 @@ from .local import Devices, Event, environment
 from ..study.plan import Cell, Plan
 from ..study.run import FINISHED, Run
 from .wrapper import REQUEUE, command
-from ..config import UserError
-from ..files import read_json, sha256_of, write_json
+from ..files import UserError, read_json, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['WAITING', 'ALIVE', 'TRIES', 'slurm_options', 'OnNode', 'requeue', 'Seen', 'read_squeue', 'ask', 'largest_array',

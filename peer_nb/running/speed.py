@@ -27,8 +27,8 @@ from ..study.plan import DURATION, Cell, Plan, named
 from ..study.run import Run
 from ..study.identity import NOT_IDENTITY, source_hash
 from ..study.study import Budget
-from ..config import Config, UserError, apply_overrides, flatten, save_config
-from ..files import cache_folder, read_jsonl, sha256_of, write_json
+from ..config import Config, apply_overrides, flatten, save_config
+from ..files import UserError, cache_folder, read_jsonl, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['TIMELESS', 'ENDLESS', 'WARM', 'STEPS', 'SECONDS', 'PATIENCE', 'setup_of', 'machine_of', 'Speed', 'speed_text',

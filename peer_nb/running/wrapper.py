@@ -24,8 +24,8 @@ from typing import Any
 from ..study.run import BASE, FINISHED, Run, Status, process_mark, pulse
 from .spare_kernel import Spare, start_spare, use_spare, without_grammar
 from ..study.plan import Cell, Plan, load_plan
-from ..config import UserError, save_config
-from ..files import die_with_parent
+from ..config import save_config
+from ..files import UserError, die_with_parent
 
 # %% auto #0
 __all__ = ['REQUEUE', 'STOPPING', 'asks_again', 'memory_kills', 'error_kind', 'Watch', 'ending', 'begin', 'alone',

@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import peer_nb
-from ..config import Config, UserError, flatten
-from ..files import sha256_of
+from ..config import Config, flatten
+from ..files import UserError, sha256_of
 
 # %% auto #0
 __all__ = ['NOT_IDENTITY', 'TEMPLATE_PARAMETERS', 'section_hashes', 'identity', 'find_template', 'code_cells', 'parsed',

@@ -21,8 +21,8 @@ from .run import PLAN
 from .identity import find_template, identity, package_hash, section_hashes, template_hash
 from .study import Study, cell_overrides, check_levels, combinations, dropped, planned_tokens
 from .study import shared_overrides
-from ..config import Config, ConfigError, UserError, apply_overrides, config_from_dict, diff_configs, to_dict, validate
-from ..files import read_json, sha256_of, write_json
+from ..config import Config, ConfigError, apply_overrides, config_from_dict, diff_configs, to_dict, validate
+from ..files import UserError, read_json, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['DURATION', 'THRESHOLD', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver', 'matched_tokens',

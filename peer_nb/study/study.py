@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from .claims import read_claims
 from .places import at, chosen_levels, placed, read_place
-from ..config import Config, ConfigError, Count, DataMix, Seed, Text, UserError, apply_overrides
+from ..config import Config, ConfigError, Count, DataMix, Seed, Text, apply_overrides
 from ..config import convert, read_yaml, to_dict
 from ..schema import Allowed, Positive
-from ..files import sha256_of
+from ..files import UserError, sha256_of
 
 # %% auto #0
 __all__ = ['Design', 'READERS', 'BUILTIN_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study', 'known_keys', 'read_constraints',

@@ -20,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from ..config import Config, UserError, config_hash, diff_configs, load_config, save_config
-from ..files import SEAL, damages, read_json, seal_folder, write_atomic, write_json
-from .parallel import ALONE, Processes, empty_sharded, read_sharded, sharded, split_sharded
+from ..config import Config, config_hash, diff_configs, load_config, save_config
+from ..files import SEAL, UserError, damages, read_json, seal_folder, write_atomic, write_json
+from ..processes import ALONE, Processes
+from .parallel import empty_sharded, read_sharded, sharded, split_sharded
 from .parallel import whole_weights, write_sharded
 
 if TYPE_CHECKING: from transformers import PreTrainedModel

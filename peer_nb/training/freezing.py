@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import listify
 from torch import nn
 
-from ..config import UserError
+from ..files import UserError
 
 # %% auto #0
 __all__ = ['log', 'WRAPPERS', 'ACTIONS', 'plain_name', 'pattern_regex', 'read_map', 'freeze_rules', 'freeze_model_layers',

@@ -23,8 +23,8 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..config import Config, UserError, apply_overrides, save_config
-from ..files import die_with_parent, read_json, read_jsonl, write_json
+from ..config import Config, apply_overrides, save_config
+from ..files import UserError, die_with_parent, read_json, read_jsonl, write_json
 
 # %% auto #0
 __all__ = ['LAUNCHER', 'ERROR', 'STOPPED', 'REFUSED', 'STOP_SIGNALS', 'GRACE', 'ENTRY', 'as_rank', 'Rank', 'rank_environment',

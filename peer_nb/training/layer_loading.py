@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..config import UserError
+from ..files import UserError
 from .checkpoints import checkpoints
 from .freezing import pattern_regex, plain_name, read_map
 

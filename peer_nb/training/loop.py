@@ -21,13 +21,13 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..cli import make_main
-from ..config import Config, UserError, apply_overrides, diff_configs, load_config, to_dict
+from ..config import Config, apply_overrides, diff_configs, load_config, to_dict
 from ..data.corpora import data_manifest, load_tokenizer
 from ..data.packing import build_dataloader, differences
 from ..evaluation.benchmarks import benchmark_metrics, run_benchmarks
 from ..evaluation.perplexity import DocumentScore, TextScore, evaluate_heldout
 from ..evaluation.task_recall import ask_tasks, check_tasks, recall_metrics
-from ..files import folder_lock, read_jsonl, writable_folder, write_json
+from ..files import UserError, folder_lock, read_jsonl, writable_folder, write_json
 from .checkpoints import FREE, latest_checkpoint, load_checkpoint, remove_folder
 from .checkpoints import rng_state, save_checkpoint, set_rng_state
 from .freezing import freeze_model_layers
@@ -35,7 +35,8 @@ from .launch import how_many, train_in_processes
 from .layer_loading import PretrainedLayerLoader, checkpoint_options
 from .optim import build_optimizer, build_schedule, check_duration, check_table_gradient
 from .optim import clip_gradients, consuming_tables, lower_scale, planned_steps
-from .parallel import Processes, Quiet, cut_like, default_device, join_processes, place_of_rank
+from ..processes import Processes, default_device, join_processes, place_of_rank
+from .parallel import Quiet, cut_like, own_seed, share_sparse, wrapped
 from .precision import set_backends, use_float8
 from .steps import Counters, Preempted, accumulate_gradient, disk_errors, endless
 from .steps import log, predictions, seed_everything, start_log, stop_requests
@@ -117,9 +118,9 @@ def build_model(self: Trainer) -> None:
     if self.train.freeze_layer_map: self.freeze()
     if self.train.fp8: use_float8(self.model, self.device)
     if self.train.gradient_checkpointing: self.model.gradient_checkpointing_enable()
-    self.forward = self.processes.wrap(self.model)
+    self.forward = wrapped(self.model, self.processes)
     if self.train.compile: self.forward = torch.compile(self.forward)
-    if (own := self.processes.own_seed(self.train.seed)) is not None: seed_everything(own)
+    if (own := own_seed(self.train.seed, self.processes)) is not None: seed_everything(own)
 
 # %% ../../nbs/training/10_loop.ipynb #1e36c81c
 @patch
@@ -236,7 +237,7 @@ def step(self: Trainer) -> StepResult:
     with consuming_tables(self.optimizer, self.train, self.scaler, self.processes):
         each = count / self.world_size
         part = accumulate_gradient(self.forward, batches, each, self.train, self.scaler, self.processes)
-    self.processes.share_sparse(self.model)
+    share_sparse(self.model, self.processes)
     loss = self.total(part.item()) / self.world_size
     norm = self.update(buffers)
     self.schedule.step()

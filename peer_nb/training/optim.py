@@ -17,8 +17,10 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..config import Config, TrainConfig, UserError
-from .parallel import ALONE, Processes, whole
+from ..config import Config, TrainConfig
+from ..files import UserError
+from ..processes import ALONE, Processes
+from .parallel import whole
 from .table_optim import TableAdamW
 
 # %% auto #0

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from ..config import UserError
+from ..files import UserError
 from ..models.kernels.ops import collect_factors, kernels
 
 if TYPE_CHECKING: from peer_nb.models.kernels.updates import FactoredGradient

@@ -24,8 +24,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..config import Config, PeerConfig, UserError, flatten
-from ..files import append_jsonl, read_json, read_jsonl, write_atomic, write_json
+from ..config import Config, PeerConfig, flatten
+from ..files import UserError, append_jsonl, read_json, read_jsonl, write_atomic, write_json
 from ..progress import Progress
 from ..models.peer import ExpertUsage, MemoryLayer
 
