@@ -303,16 +303,8 @@ def load_for_usage(
                         "usage to measure. peer-analyze parameters and checkpoint work on it")
     if wrong := misfits(opened):
         raise UserError(f"{checkpoint}: the weights do not fit config.json: {'; '.join(wrong[:3])}")
-    if not any((checkpoint/name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise UserError(f"{checkpoint}: no tokenizer in this folder")
-    from transformers.utils import logging
-
-    from peer_nb.evaluation.perplexity import load_checkpoint_model
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try: return load_checkpoint_model(str(checkpoint))
-    finally:
-        if shown: logging.enable_progress_bar()
+    from peer_nb.evaluation.loading import load_model
+    return load_model(checkpoint)
 
 # %% ../../nbs/analysis/08_command.ipynb #cc4b6cf4
 def count_texts(
