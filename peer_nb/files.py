@@ -142,34 +142,36 @@ def read_jsonl(
     return records
 
 # %% ../nbs/00_files.ipynb #b7169e54
-def _holder(folder: Path) -> str:
-    "Who holds a folder's lock, in words"
-    try: holder = json.loads((folder/".lock.json").read_bytes())
-    except (OSError, ValueError): return "another process"   # it has only just taken the lock
-    here = "" if holder["host"] == socket.gethostname() else f" on {holder['host']}"
-    return f"process {holder['pid']}{here}"
+def _holder(about: Path) -> str:
+    "Who holds a lock, in words"
+    try:
+        holder = json.loads(about.read_bytes())
+        pid, host = holder["pid"], holder["host"]
+    except (OSError, ValueError, KeyError, TypeError): return "another process"   # it has only just taken the lock
+    return f"process {pid}" + ("" if host == socket.gethostname() else f" on {host}")
 
 # %% ../nbs/00_files.ipynb #79085ed2
 @contextmanager
 def folder_lock(
     path: str | Path, # an existing folder
     wait: float = 0, # seconds to wait for another process; -1: for ever
+    name: str = ".lock", # of the lock's file; another name locks only those who use it
 ) -> Iterator[Path]: # the folder
     "Hold a folder for this process alone; UserError naming the holder when it is taken"
     from filelock import FileLock, Timeout
-    folder = Path(path)
+    folder, about = Path(path), Path(path)/f"{name}.json"
     if not folder.is_dir(): raise UserError(f"{folder}: no such folder, so it cannot be locked")
-    lock = FileLock(folder/".lock")
+    lock = FileLock(folder/name)
     try: lock.acquire(timeout=wait)
     except Timeout:
         advice = "wait until it is done, stop it, or choose another folder"
-        raise UserError(f"{folder}: in use by {_holder(folder)}; {advice}") from None
+        raise UserError(f"{folder}: in use by {_holder(about)}; {advice}") from None
     except OSError as e: raise UserError(f"{folder}: cannot be locked: {e.strerror}") from e
     try:
-        write_json(folder/".lock.json", dict(pid=os.getpid(), host=socket.gethostname()))
+        write_json(about, dict(pid=os.getpid(), host=socket.gethostname()))
         yield folder
     finally:
-        (folder/".lock.json").unlink(missing_ok=True)
+        about.unlink(missing_ok=True)
         lock.release()
 
 # %% ../nbs/00_files.ipynb #4ce1665f

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peer_nb.config import DatasetEntry, UserError
+from peer_nb.config import DatasetEntry
+from peer_nb.files import UserError
 from peer_nb.data.command import RULES, main, task_command, tokenization_report
 from peer_nb.tasks.hashhop import DIFFICULTIES, LegacyHashHop, chains_in
 from peer_nb.tasks.synthetic_qa import exposure_order
@@ -27,7 +28,7 @@ COMMAND = "import sys; from peer_nb.data.command import main; sys.exit(main())"
 
 def child(code: str, *args, **env):
     "Run Python code in a process of its own"
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120, env=os.environ | env)
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=600, env=os.environ | env)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

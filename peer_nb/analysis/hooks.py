@@ -25,7 +25,7 @@ from ..models.peer import MemoryLayer
 
 # %% auto #0
 __all__ = ['Retrievals', 'chosen_layers', 'refuse_silent', 'readers', 'reading', 'rows_of_tokens', 'writing', 'module_hooks',
-           'attention_layers', 'head_outputs', 'retrieval_columns', 'padded', 'stream_retrievals']
+           'attention_layers', 'head_outputs', 'retrieval_columns', 'side_by_side', 'stream_retrievals']
 
 # %% ../../nbs/analysis/09_hooks.ipynb #14825821
 @dataclass
@@ -213,8 +213,8 @@ def retrieval_columns(
         numbers |= {f"preactivation_{n}": a for n, a in enumerate(r.preactivations.unbind(-1))}
     return columns | {name: t.detach().flatten().cpu()[kept] for name, t in numbers.items()}
 
-# %% ../../nbs/analysis/09_hooks.ipynb #3cf04656
-def padded(
+# %% ../../nbs/analysis/09_hooks.ipynb #9c0fa11a
+def side_by_side(
     rows: list[list[int]], # tokens, none without any
 ) -> tuple[Tensor, Tensor]: # [rows, T] tokens, with zeros on the right; True where there is one
     "Rows of different lengths side by side"
@@ -236,7 +236,7 @@ def stream_retrievals(
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         for batch in batches:
-            ids, keep = padded(list(batch.values()))
+            ids, keep = side_by_side(list(batch.values()))
             with reading(model, numbers) as seen: model(input_ids=ids.to(device), use_cache=False, logits_to_keep=1)
             for r in seen.values():
                 columns = {name: t.numpy() for name, t in retrieval_columns(r, keep).items()}

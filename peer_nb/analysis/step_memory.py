@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 
 from .parameters import count_parameters, layer_rows, memory_layer_numbers
-from ..config import Config, ModelConfig, UserError
+from ..config import Config, ModelConfig
+from ..files import UserError
 from ..formats import size_text
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #60126422

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..config import UserError
+from ..files import UserError
 from .masking import (
     ANSWERS, MaskStatistics, Straddle, check_choice, check_task, counted, document_borders, surfaces_of, trained_tokens)
 from .packing import differences, encode, shuffled

@@ -18,7 +18,7 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor
 
-from ..config import UserError
+from ..files import UserError
 from .corpora import byte_alphabet
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase

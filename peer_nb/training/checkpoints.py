@@ -21,10 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from ..config import Config, UserError, config_hash, diff_configs, load_config, save_config
-from ..files import SEAL, damages, read_json, seal_folder, write_atomic, write_json
+from ..config import Config, config_hash, diff_configs, load_config, save_config
+from ..files import SEAL, UserError, damages, read_json, seal_folder, write_atomic, write_json
 from ..models.product_keys import name_in_files
-from .parallel import ALONE, Processes, empty_sharded, read_sharded, sharded, split_sharded
+from ..processes import ALONE, Processes
+from .parallel import empty_sharded, read_sharded, sharded, split_sharded
 from .parallel import whole_weights, write_sharded
 
 if TYPE_CHECKING: from transformers import PreTrainedModel
@@ -64,6 +65,7 @@ def _sync(path: Path):
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../../nbs/training/03_checkpoints.ipynb #0c95431d
 def publish_folder(
     beside: Path,  # the finished folder under another name, on the same disk
     final: Path,   # its name from now on; a folder of that name is replaced
@@ -75,6 +77,7 @@ def publish_folder(
     os.replace(beside, final)
     _sync(final.parent)
 
+# %% ../../nbs/training/03_checkpoints.ipynb #6e5a553c
 def remove_folder(
     folder: Path, # may be missing
 ) -> None:
@@ -95,6 +98,7 @@ def checkpoints(
     found = [(int(match[1]), path) for path in folders if (match := NAME.fullmatch(path.name)) and path.is_dir()]
     return [path for _, path in sorted(found)]
 
+# %% ../../nbs/training/03_checkpoints.ipynb #2330b759
 def latest_checkpoint(
     output_dir: str | Path, # of a run; may be missing
 ) -> Path | None: # None when there is none

@@ -21,13 +21,13 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..cli import make_main
-from ..config import Config, UserError, apply_overrides, diff_configs, load_config, to_dict
+from ..config import Config, apply_overrides, diff_configs, load_config, to_dict
 from ..data.corpora import data_manifest, load_tokenizer
 from ..data.packing import build_dataloader, differences
 from ..evaluation.benchmarks import benchmark_metrics, run_benchmarks
 from ..evaluation.perplexity import DocumentScore, TextScore, evaluate_heldout
 from ..evaluation.task_recall import ask_tasks, check_tasks, recall_metrics
-from ..files import folder_lock, read_jsonl, writable_folder, write_json
+from ..files import UserError, folder_lock, read_json, read_jsonl, writable_folder, write_json
 from .checkpoints import FREE, latest_checkpoint, load_checkpoint, remove_folder
 from .checkpoints import rng_state, save_checkpoint, set_rng_state
 from .freezing import freeze_model_layers
@@ -35,7 +35,8 @@ from .launch import how_many, train_in_processes
 from .layer_loading import PretrainedLayerLoader, checkpoint_options
 from .optim import build_optimizer, build_schedule, check_duration, check_table_gradient
 from .optim import clip_gradients, consuming_tables, lower_scale, planned_steps
-from .parallel import Processes, Quiet, cut_like, default_device, join_processes, place_of_rank
+from ..processes import Processes, default_device, join_processes, place_of_rank
+from .parallel import Quiet, cut_like, own_seed, share_sparse, wrapped
 from .precision import set_backends, use_float8
 from .steps import Counters, Preempted, accumulate_gradient, disk_errors, endless
 from .steps import log, predictions, seed_everything, start_log, stop_requests
@@ -117,9 +118,9 @@ def build_model(self: Trainer) -> None:
     if self.train.freeze_layer_map: self.freeze()
     if self.train.fp8: use_float8(self.model, self.device)
     if self.train.gradient_checkpointing: self.model.gradient_checkpointing_enable()
-    self.forward = self.processes.wrap(self.model)
+    self.forward = wrapped(self.model, self.processes)
     if self.train.compile: self.forward = torch.compile(self.forward)
-    if (own := self.processes.own_seed(self.train.seed)) is not None: seed_everything(own)
+    if (own := own_seed(self.train.seed, self.processes)) is not None: seed_everything(own)
 
 # %% ../../nbs/training/10_loop.ipynb #1e36c81c
 @patch
@@ -236,7 +237,7 @@ def step(self: Trainer) -> StepResult:
     with consuming_tables(self.optimizer, self.train, self.scaler, self.processes):
         each = count / self.world_size
         part = accumulate_gradient(self.forward, batches, each, self.train, self.scaler, self.processes)
-    self.processes.share_sparse(self.model)
+    share_sparse(self.model, self.processes)
     loss = self.total(part.item()) / self.world_size
     norm = self.update(buffers)
     self.schedule.step()
@@ -448,9 +449,38 @@ class TrainResult:
         keys = "steps tokens seconds tokens_per_second final_train_loss skipped_steps peak_memory_bytes".split()
         return {key: getattr(self, key) for key in keys}
 
-    def _repr_markdown_(self) -> str:
-        return "\n".join(["| | |", "|---|---:|", *(f"| {k} | {v:,.4f} |" if isinstance(v, float) else f"| {k} | {v:,} |"
-                                                    for k, v in self.summary().items() if v is not None)])
+# %% ../../nbs/training/10_loop.ipynb #744bba18
+@patch
+def _repr_markdown_(self: TrainResult) -> str:
+    shown = {k: f"{v:,.4f}" if isinstance(v, float) else f"{v:,}" for k, v in self.summary().items() if v is not None}
+    return "\n".join(["| | |", "|---|---:|", *(f"| {key} | {value} |" for key, value in shown.items())])
+
+# %% ../../nbs/training/10_loop.ipynb #0a6f0d43
+@patch
+def write(self: TrainResult,
+    out: Path, # of the run
+) -> Path: # evaluation.json
+    "All but model and metrics, for another process"
+    heldout = {name: {k: v for k, v in score.to_dict().items() if v == v} for name, score in self.heldout.items()}
+    documents = {name: [asdict(document) for document in scores] for name, scores in self.documents.items()}
+    found = dict(heldout=heldout, documents=documents, answers=self.answers, benchmarks=self.benchmarks)
+    write_json(out/"evaluation.json", self.summary() | found)
+    return out/"evaluation.json"
+
+# %% ../../nbs/training/10_loop.ipynb #431b06d3
+@patch(cls_method=True)
+def read(cls: TrainResult,
+    out: Path,             # of the run
+    model,                 # its last checkpoint, loaded
+    tokenizer,             # from transformers
+    metrics: list[dict],   # the lines of metrics.jsonl
+    checkpoint: Path,      # the last one
+) -> TrainResult:
+    "What another process has written"
+    kept = read_json(out/"evaluation.json")
+    kept["heldout"] = {name: TextScore(**score) for name, score in kept["heldout"].items()}
+    kept["documents"] = {name: [DocumentScore(**d) for d in scores] for name, scores in kept["documents"].items()}
+    return cls(model, tokenizer, metrics, checkpoint=checkpoint, **kept)
 
 # %% ../../nbs/training/10_loop.ipynb #388064a0
 @patch
@@ -527,10 +557,12 @@ def run(self: Trainer,
     finally: tracker.close(failed)
     shares = ", ".join(f"{name} {share:.1%}" for name, share in self.loader.proportions().items())
     log.info("trained on %s", shares)
-    return self.result(out)
+    result = self.result(out)
+    if self.processes.main and self.world_size > 1: result.write(out)
+    return result
 
 # %% ../../nbs/training/10_loop.ipynb #397d5a47
-OWN_FILES = ("latest", "metrics.jsonl", "usage.jsonl", "heartbeat.json", "data.json", "wandb.json")
+OWN_FILES = ("latest", "metrics.jsonl", "usage.jsonl", "heartbeat.json", "data.json", "evaluation.json", "wandb.json")
 
 @patch
 def begin(self: Trainer,
@@ -584,7 +616,7 @@ def peer_train(
     tokens: int | None = None,        # train on this many tokens instead of the configuration's duration
     output_dir: str | None = None,    # where metrics and checkpoints go
     resume: bool = False,             # continue the newest checkpoint in the output folder; --resume PATH: that one
-    gpus: int | None = None,          # of this machine, a process each; default: all if parallel is ddp or fsdp2, else one
+    gpus: int | None = None,          # of this machine, a process each; default: all with ddp or fsdp2, else one
     processes: int | None = None,     # so many processes on the CPU instead, to try a parallel run without GPUs
     allow_approximate_resume: bool = False, # continue under another configuration or data as far as it fits
     overrides: list[str] = (),        # keys to change: train_config.seed=7

@@ -22,10 +22,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..config import TrainConfig, UserError
+from ..config import TrainConfig
+from ..files import UserError
 from ..evaluation.perplexity import autocast_for
 from .checkpoints import latest_checkpoint, remove_folder
-from .parallel import ALONE, Processes
+from ..processes import ALONE, Processes
+from .parallel import no_sync
 
 # %% auto #0
 __all__ = ['log', 'NO_SPACE', 'start_log', 'seed_everything', 'predictions', 'accumulate_gradient', 'Counters', 'endless',
@@ -38,6 +40,7 @@ class _ToStdout(logging.Handler):
     "Write records to what `sys.stdout` is at the moment"
     def emit(self, record): print(self.format(record), flush=True)
 
+# %% ../../nbs/training/09_steps.ipynb #c197e198
 def start_log(
     level: str, # debug, info, warning or error
 ) -> None:
@@ -73,7 +76,7 @@ def accumulate_gradient(
     "Add the gradient of the step's mean loss to `.grad`"
     total = torch.zeros((), device=batches[0]["labels"].device)
     for batch in batches:
-        with processes.held_back(forward, batch is not batches[-1]):
+        with no_sync(forward, processes, batch is not batches[-1]):
             with autocast_for(train, total.device):
                 loss = forward(**batch, num_items_in_batch=count, use_cache=False).loss
             (scaler.scale(loss) if scaler else loss).backward()
