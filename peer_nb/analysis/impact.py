@@ -19,7 +19,7 @@ __all__ = ['NEAREST', 'FEWEST', 'LISTED', 'KEY_COLUMNS', 'PART_COLUMNS', 'GROUP_
            'key_rows', 'concentration', 'until_loss_rows', 'part_rows', 'layer_numbers', 'summarised', 'jsonable',
            'impact_text', 'impact_matrix', 'until_loss_figure', 'layer_section', 'impact_page']
 
-# %% ../../nbs/analysis/11_impact.ipynb #fc611d1a
+# %% ../../nbs/analysis/11_impact.ipynb #572f0783
 NEAREST = 4 # rows of like weight that a control is drawn among
 
 def with_controls(
@@ -34,8 +34,11 @@ def with_controls(
             near = [j for j in range(max(0, i - NEAREST//2), min(len(own), i + NEAREST//2 + 1)) if j != i]
             if near: alike[row] = own.delta_logprob.iloc[rng.choice(near)]
     strongest = pairs.loc[pairs.groupby("id", sort=False).delta_logprob.idxmin()]
-    following = dict(zip(strongest.id, np.roll(strongest.key, -1)))
-    foreign = [effect.get((e, following[e]), 0.) for e in pairs.id]
+    names, keys, foreign_key = strongest.id.tolist(), strongest.key.tolist(), {}
+    for i, name in enumerate(names):
+        following = [*keys[i + 1:], *keys[:i]]
+        foreign_key[name] = next((key for key in following if key != keys[i]), None)
+    foreign = [np.nan if foreign_key[e] is None else effect.get((e, foreign_key[e]), 0.) for e in pairs.id]
     return pairs.assign(alike=alike, foreign=foreign)
 
 # %% ../../nbs/analysis/11_impact.ipynb #0f955c55
@@ -154,7 +157,7 @@ def jsonable(
     if hasattr(value, "item"): value = value.item()
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
-# %% ../../nbs/analysis/11_impact.ipynb #8c41c8ca
+# %% ../../nbs/analysis/11_impact.ipynb #ee695363
 def impact_text(
     result: dict, # of `summarised`
 ) -> str: # for a terminal
@@ -163,7 +166,7 @@ def impact_text(
     for layer in result["layers"]:
         nats = [f"{layer[name] or 0:.3f}" for name in ("strongest", "alike", "foreign")]
         lines.append(f"layer {layer['layer']}: {layer['pairs']:,} pairs computed, {layer['rows']:,} rows retrieved; "
-                     f"strongest row of an answer {nats[0]} nats, a row of like weight {nats[1]}, another answer's {nats[2]}")
+                     f"strongest row of an answer {nats[0]} nats, a row of like weight {nats[1]}, another's {nats[2]}")
     for k in result["keys"][:5]:
         lines.append(f"  row {k['key']:,}: {k['mean']:.4f} nats on average, {k['lost']} of {k['examples']} lost")
     for p in result["parts"]:

@@ -30,7 +30,8 @@ from .speed import Speeds, clocked_plan
 from .estimates import finished_runs, measured_rate, outlook, plan_text
 from ..study.places import at, read_place
 from ..study.plan import Cell, Plan, code_differences, load_plan, make_plan, plan_differences, save_plan
-from ..study.study import BUILTIN_AXES, Budget, Study, builtin_axes, find_template, load_study, template_hash
+from ..study.identity import find_template
+from ..study.study import BUILTIN_AXES, Budget, Study, builtin_axes, load_study
 from ..formats import clock
 from .watch import Screen, follow, live_lines, look_at, summary, table_text
 from ..cli import make_main
@@ -189,7 +190,7 @@ def check_same(
         else:
             from peer_nb.data.corpora import data_fingerprint
             data = {c.id: data_fingerprint(frozen.config(c)) for c in left}
-        lines = code_differences(frozen, template_hash(find_template(_template_name(frozen))), {c.id: data[c.id] for c in left if c.id in data})
+        lines = code_differences(frozen, find_template(_template_name(frozen)), {c.id: data[c.id] for c in left if c.id in data})
     if lines: raise UserError(f"{folder} cannot be continued: " + "; ".join(lines) + ". Leave out --resume to start a new study.")
 
 # %% ../../nbs/running/10_command.ipynb #855dea69

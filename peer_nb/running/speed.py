@@ -25,7 +25,8 @@ from typing import Any
 from .local import Devices, environment
 from ..study.plan import DURATION, Cell, Plan, named
 from ..study.run import Run
-from ..study.study import NOT_IDENTITY, Budget, package_hash
+from ..study.identity import NOT_IDENTITY, source_hash
+from ..study.study import Budget
 from ..config import Config, apply_overrides, flatten, save_config
 from ..files import UserError, cache_folder, read_jsonl, sha256_of, write_json
 
@@ -104,7 +105,8 @@ def speed_file(
     machine: dict[str, Any], # of `machine_of`
 ) -> Path: # may be missing
     "Where a time is kept"
-    return cache_folder()/"speeds"/f"{sha256_of([setup, machine, package_hash()])[:32]}.json"
+    code = source_hash(["from peer_nb.training.loop import main"])
+    return cache_folder()/"speeds"/f"{sha256_of([setup, machine, code])[:32]}.json"
 
 # %% ../../nbs/running/05_speed.ipynb #bc7c8c01
 def known_speed(
