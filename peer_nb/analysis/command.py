@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .any_model import check_closed_form, count_any
 from .inspection import Checkpoint, compare_checkpoints, inspect_checkpoint, misfits, open_checkpoint
-from .pages import number_text, read_result, result_of, write_result
+from .pages import read_result, result_of, write_result
 from .parameters import cache_numbers, count_parameters, layer_rows, weight_bytes
 from .step_memory import memory_table, memory_text
-from ..formats import size_text
+from ..formats import number, size_text
 from ..cli import make_main
 from ..config import Config, DatasetEntry, ModelConfig, config_from_dict, load_config, load_data_mixes
 from ..data.corpora import documents, eval_entries
@@ -118,7 +118,7 @@ def foreign_parameters(
 # %% ../../nbs/analysis/08_command.ipynb #fa9b67dd
 def _columns(first: Any, *cells: Any, width: int = 16) -> str:
     "A line of a table: a name, then numbers or words in columns of twenty characters"
-    return f"{first:<{width}}" + "".join(f"{number_text(cell):>20}" for cell in cells)
+    return f"{first:<{width}}" + "".join(f"{number(cell):>20}" for cell in cells)
 
 def parameters_text(
     result: dict, # of kind parameters
@@ -330,7 +330,7 @@ def usage_text(
 ) -> str: # for a terminal
     "The statistics of each layer, in lines"
     from peer_nb.analysis.drawings import USAGE_COLUMNS, usage_rows
-    rows = [USAGE_COLUMNS] + [{k: number_text(v) for k, v in row.items()} for row in usage_rows(result)]
+    rows = [USAGE_COLUMNS] + [{k: number(v) for k, v in row.items()} for row in usage_rows(result)]
     widths = {k: max(len(row[k]) for row in rows) for k in USAGE_COLUMNS}
     lines = ["  ".join(f"{row[k]:>{widths[k]}}" for k in USAGE_COLUMNS) for row in rows]
     hot = []
@@ -455,7 +455,7 @@ def compare_text(
     lines = [f"{'tensor':<{width}}  {'relative':>10}  {'largest':>10}  {'rows changed':>20}"]
     for c in moved:
         rows = f"{c['changed_rows']:>9,} of {c['rows']:,}"
-        lines.append(f"{c['name']:<{width}}  {number_text(c['relative']):>10}  {c['largest']:>10.4g}  {rows}")
+        lines.append(f"{c['name']:<{width}}  {number(c['relative']):>10}  {c['largest']:>10.4g}  {rows}")
     if not moved: lines.append("nothing changed")
     numbers = f"{result['changed']:,} of {result['numbers']:,} numbers"
     lines += ["", f"{len(moved)} of {len(result['tensors'])} tensors changed, {numbers}"]

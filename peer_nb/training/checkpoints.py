@@ -62,6 +62,7 @@ def _sync(path: Path):
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../../nbs/training/03_checkpoints.ipynb #0c95431d
 def publish_folder(
     beside: Path,  # the finished folder under another name, on the same disk
     final: Path,   # its name from now on; a folder of that name is replaced
@@ -73,6 +74,7 @@ def publish_folder(
     os.replace(beside, final)
     _sync(final.parent)
 
+# %% ../../nbs/training/03_checkpoints.ipynb #6e5a553c
 def remove_folder(
     folder: Path, # may be missing
 ) -> None:
@@ -93,6 +95,7 @@ def checkpoints(
     found = [(int(match[1]), path) for path in folders if (match := NAME.fullmatch(path.name)) and path.is_dir()]
     return [path for _, path in sorted(found)]
 
+# %% ../../nbs/training/03_checkpoints.ipynb #2330b759
 def latest_checkpoint(
     output_dir: str | Path, # of a run; may be missing
 ) -> Path | None: # None when there is none
