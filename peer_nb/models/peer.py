@@ -11,8 +11,6 @@ __all__ = ['TABLE_GRADIENTS', 'TABLE_DTYPES', 'ACTIVATIONS', 'SLOPES', 'MEMORY_K
 # %% ../../nbs/models/02_peer.ipynb #58b7bad8
 from copy import deepcopy
 from functools import partial
-from math import log
-
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -197,16 +195,9 @@ class ExpertUsage:
         self.scores.index_add_(0, index.flatten(), weights.flatten().double())
         self.tokens += len(index)
 
-    def summary(self,
-        threshold: float = 5.0, # a row is hot beyond so many times the equal share
-    ) -> dict: # tokens, usage in [0, 1], unevenness in nats, hot: row numbers, the hottest first
-        "The paper's two numbers and the hot rows"
-        if self.scores is None or not (total := self.scores.sum()): return dict(tokens=self.tokens, usage=0.0, unevenness=0.0, hot=[])
-        share = self.scores / total
-        order = share.argsort(descending=True)
-        hot = order[:int((share * self.num_experts > threshold).sum())]
-        unevenness = log(self.num_experts) - torch.special.entr(share).sum().item()
-        return dict(tokens=self.tokens, usage=(share > 0).double().mean().item(), unevenness=unevenness, hot=hot.tolist())
+    def uses(self) -> Tensor: # [rows] float64, on the CPU
+        "How much weight each row was given"
+        return torch.zeros(self.num_experts, dtype=torch.float64) if self.scores is None else self.scores.cpu()
 
 # %% ../../nbs/models/02_peer.ipynb #1fc3d32b
 class MemoryLayer(ProductKeyRouter):
