@@ -58,7 +58,7 @@ def work_of(notebook: Path) -> float:
 
 def timed_template(path: Path) -> Path:
     "The demo's notebook, whose working cells note their processor time"
-    from peer_nb.study.study import find_template
+    from peer_nb.study.identity import find_template
     book = json.loads(Path(find_template("train_and_evaluate")).read_text())
     for cell in book["cells"]:
         source = "".join(cell["source"])

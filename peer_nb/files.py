@@ -144,10 +144,11 @@ def read_jsonl(
 # %% ../nbs/00_files.ipynb #b7169e54
 def _holder(about: Path) -> str:
     "Who holds a lock, in words"
-    try: holder = json.loads(about.read_bytes())
-    except (OSError, ValueError): return "another process"   # it has only just taken the lock
-    here = "" if holder["host"] == socket.gethostname() else f" on {holder['host']}"
-    return f"process {holder['pid']}{here}"
+    try:
+        holder = json.loads(about.read_bytes())
+        pid, host = holder["pid"], holder["host"]
+    except (OSError, ValueError, KeyError, TypeError): return "another process"   # it has only just taken the lock
+    return f"process {pid}" + ("" if host == socket.gethostname() else f" on {host}")
 
 # %% ../nbs/00_files.ipynb #79085ed2
 @contextmanager

@@ -23,8 +23,8 @@ if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
 __all__ = ['VARIABLES', 'COLOURS', 'GREY', 'TEXT', 'PARTS', 'TABLES', 'STYLE', 'PAINT', 'SORT', 'SCRIPT', 'FILTERS', 'SHELL',
-           'TABLE', 'PLOT', 'render', 'page_html', 'heading', 'section_html', 'facts_html', 'note_html', 'Shown',
-           'shown', 'table_html', 'figure_html', 'charts_html', 'write_plotly', 'write_page']
+           'TABLE', 'PLOT', 'render', 'page_html', 'heading', 'section_html', 'facts_html', 'note_html', 'text_html',
+           'Shown', 'shown', 'table_html', 'figure_html', 'charts_html', 'write_plotly', 'write_page']
 
 # %% ../nbs/06_page.ipynb #5cc0d9ce
 VARIABLES = """
@@ -69,9 +69,9 @@ mark { background:none; color:var(--bad); font-weight:600 }
 
 # %% ../nbs/06_page.ipynb #13f0faac
 PARTS = """
-.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; margin:22px 0 }
+.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(180px,1fr)); gap:12px; margin:22px 0 }
 .facts div { background:var(--card); border-radius:10px; padding:12px 14px }
-.facts b { display:block; font-size:1.3rem; font-weight:600; font-variant-numeric:tabular-nums; overflow-wrap:anywhere }
+.facts b { display:block; font-size:1.15rem; font-weight:600; font-variant-numeric:tabular-nums; overflow-wrap:anywhere }
 .facts span { color:var(--soft); font-size:.85rem }
 .note { background:var(--warn); color:var(--warnink); border-radius:10px; padding:12px 16px; margin:14px 0 }
 .note p { margin:4px 0; max-width:none; overflow-wrap:anywhere }
@@ -221,6 +221,13 @@ def note_html(
     "What a reader must not miss"
     said = "{% for line in lines %}<p>{{ line }}</p>{% endfor %}"
     return render(f'{{% if lines %}}<div class="note">{said}</div>{{% endif %}}', lines=list(lines))
+
+def text_html(
+    text: str, # of a person, a file or a program
+    kind: str = "", # CSS classes
+) -> Markup: # empty without text
+    "A paragraph"
+    return render("{% if text %}<p class='{{ kind }}'>{{ text }}</p>{% endif %}", text=text, kind=kind)
 
 # %% ../nbs/06_page.ipynb #1adbd0f3
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ PATIENCE = 900   # seconds; only a child that hangs takes them
 
 class Child:
     "A process that calls a function of a test module, by name; it exists once it has imported what the function needs"
-    def __init__(self, function, *args):
+    def __init__(self, function, *args, **environment: str):
         self.name, self.said = function.__qualname__, tempfile.TemporaryFile()
         here = Path(__file__).parent
         paths = os.pathsep.join(map(str, filter(None, [here, here.parent, os.environ.get("PYTHONPATH")])))
         self.process = subprocess.Popen([sys.executable, "-c", CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said,
-                                        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
+                                        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment)
         self.process.stdin.write(pickle.dumps((function, args)))
         self.process.stdin.close()
         self.process.stdout.read(len(b"ready"))

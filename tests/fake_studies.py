@@ -57,7 +57,7 @@ def ended(process: subprocess.Popen, seconds: float = 900) -> tuple[int, str]:
     return process.returncode, out
 
 
-def until(what, seconds: float = 240, pause: float = 0.05):
+def until(what, seconds: float = 600, pause: float = 0.05):
     "Wait for something to be true"
     end = time.monotonic() + seconds
     while not (value := what()):

@@ -38,8 +38,8 @@ def start(code: str, *args, **kwargs) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
-def wait_until(condition, seconds=20.0):
-    "Wait for a condition, a short time at most"
+def wait_until(condition, seconds=600.0):
+    "Wait for a condition"
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -78,10 +78,10 @@ class Campaign:
 
     def round(self, victim: str):
         process = launch(*self.words, FAKE_STEP=self.pause)
-        until(lambda: [*(self.work/"out").glob("*/plan.json")] or process.poll() is not None, 120)
+        until(lambda: [*(self.work/"out").glob("*/plan.json")] or process.poll() is not None)
         folder = self.folder = the_folder(self.work)
         before = sum(starts(folder).values())
-        if victim != "runner": until(lambda: sum(starts(folder).values()) > before or process.poll() is not None, 120)
+        if victim != "runner": until(lambda: sum(starts(folder).values()) > before or process.poll() is not None)
         delay = self.rng.uniform(0, 6 if victim == "runner" else 2.5)
         time.sleep(delay)
         if kill_one(folder, process, victim): self.hits.append(dict(victim=victim, after=round(delay, 2), runs_done=len(self.done)))
@@ -92,7 +92,7 @@ class Campaign:
 
     def check(self):
         "Nothing lives on, the table is whole, and what was done has not begun again"
-        until(lambda: not alive(self.folder), 30)
+        until(lambda: not alive(self.folder))
         plan, count = load_plan(self.folder), starts(self.folder)
         assert whole(self.folder/"ablation_results.csv", len(plan.cells))
         assert {r: count[r] for r in self.done} == self.done, "a run that was done was made again"

@@ -114,7 +114,7 @@ def test_a_killed_plan_leaves_no_training_behind(tmp_path):
     process = launch("plan", "--study", work/"study.yaml", "--gpus", 0, "--parallel", 1, "--output-dir", work/"out", "--measure", TMPDIR=tmp_path/"tmp", PEER_NB_CACHE=tmp_path/"cache")
     until(lambda: trainings(str(tmp_path)))
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     until(lambda: not trainings(str(tmp_path)))
     time.sleep(0.2)
     assert not trainings(str(tmp_path))

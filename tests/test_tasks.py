@@ -28,7 +28,7 @@ COMMAND = "import sys; from peer_nb.data.command import main; sys.exit(main())"
 
 def child(code: str, *args, **env):
     "Run Python code in a process of its own"
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120, env=os.environ | env)
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=600, env=os.environ | env)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

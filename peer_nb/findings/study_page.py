@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from .verdicts import Finding, study_findings
 from ..formats import decimals, ratio_text, short_number
 from ..page import figure_html, page_html, render, write_plotly
 from ..study.plan import Match, Plan, matching
-from ..study.run import FILES, FINISHED, RUNS, STUDY
+from ..study.run import FILES, FINISHED, RUNS, STUDY, file_name
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -651,10 +650,6 @@ def study_page(
     return page_html(plan.study["name"], body, "plotly.min.js", VERDICTS)
 
 # %% ../../nbs/findings/06_study_page.ipynb #f2f03b9a
-def _file_name(text: str) -> str:
-    "Text as part of a file's name"
-    return re.sub(r"[^A-Za-z0-9+._-]+", "-", text)
-
 def _one_figure(title: str, figure: Any) -> str:
     "A page with one figure"
     return page_html(title, render("<h2>{{ title }}</h2>", title=title) + figure_html(figure), "../plotly.min.js")
@@ -670,9 +665,9 @@ def _write_static(target: Path, name: str, figure: Any):
 # %% ../../nbs/findings/06_study_page.ipynb #0f84fa99
 def _metric_figures(target: Path, plan: Plan, rows: pd.DataFrame, metric: str, draw: Callable):
     "Effects of one metric: each axis as a page, all of them as a picture, and the intervals as both"
-    name, effects = _file_name(metric), effects_table(rows, plan.axes, metric)
+    name, effects = file_name(metric), effects_table(rows, plan.axes, metric)
     _write_static(target, f"effects-{name}", static_effects(rows, plan, metric))
-    for axis in plan.axes: draw(f"effects-{name}-{_file_name(axis)}", metric, effect_figure(rows, plan, axis, metric))
+    for axis in plan.axes: draw(f"effects-{name}-{file_name(axis)}", metric, effect_figure(rows, plan, axis, metric))
     if not effects.pairs.any(): return
     _write_static(target, f"intervals-{name}", static_intervals(effects, metric))
     draw(f"intervals-{name}", metric, interval_figure(effects))
@@ -692,8 +687,8 @@ def write_figures(
             draw(f"cost-{cost}", f"{metric} against {what}", cost_figure(rows, plan, cost, metric, direction))
     if used := usages(runs): _write_static(target, "usage", static_usage(used, plan))
     for axis in plan.axes:
-        _write_static(target, f"loss-{_file_name(axis)}", static_losses(read, plan, axis))
-        draw(f"loss-{_file_name(axis)}", f"training loss by {axis}", loss_figure(read, plan, axis))
+        _write_static(target, f"loss-{file_name(axis)}", static_losses(read, plan, axis))
+        draw(f"loss-{file_name(axis)}", f"training loss by {axis}", loss_figure(read, plan, axis))
 
 # %% ../../nbs/findings/06_study_page.ipynb #01ae7992
 def write_report(

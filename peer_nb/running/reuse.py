@@ -16,7 +16,7 @@ from ..study.places import at
 from ..study.plan import Cell, Plan, load_plan
 from .register import BEGINNING, Earlier
 from ..study.run import FINISHED, Run
-from ..study.study import NOT_IDENTITY
+from ..study.identity import NOT_IDENTITY
 from ..config import flatten, load_config
 from ..files import UserError
 

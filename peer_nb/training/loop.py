@@ -27,7 +27,7 @@ from ..data.packing import build_dataloader, differences
 from ..evaluation.benchmarks import benchmark_metrics, run_benchmarks
 from ..evaluation.perplexity import DocumentScore, TextScore, evaluate_heldout
 from ..evaluation.task_recall import ask_tasks, check_tasks, recall_metrics
-from ..files import UserError, folder_lock, read_jsonl, writable_folder, write_json
+from ..files import UserError, folder_lock, read_json, read_jsonl, writable_folder, write_json
 from .checkpoints import FREE, latest_checkpoint, load_checkpoint, remove_folder
 from .checkpoints import rng_state, save_checkpoint, set_rng_state
 from .freezing import freeze_model_layers
@@ -449,9 +449,38 @@ class TrainResult:
         keys = "steps tokens seconds tokens_per_second final_train_loss skipped_steps peak_memory_bytes".split()
         return {key: getattr(self, key) for key in keys}
 
-    def _repr_markdown_(self) -> str:
-        return "\n".join(["| | |", "|---|---:|", *(f"| {k} | {v:,.4f} |" if isinstance(v, float) else f"| {k} | {v:,} |"
-                                                    for k, v in self.summary().items() if v is not None)])
+# %% ../../nbs/training/10_loop.ipynb #744bba18
+@patch
+def _repr_markdown_(self: TrainResult) -> str:
+    shown = {k: f"{v:,.4f}" if isinstance(v, float) else f"{v:,}" for k, v in self.summary().items() if v is not None}
+    return "\n".join(["| | |", "|---|---:|", *(f"| {key} | {value} |" for key, value in shown.items())])
+
+# %% ../../nbs/training/10_loop.ipynb #0a6f0d43
+@patch
+def write(self: TrainResult,
+    out: Path, # of the run
+) -> Path: # evaluation.json
+    "All but model and metrics, for another process"
+    heldout = {name: {k: v for k, v in score.to_dict().items() if v == v} for name, score in self.heldout.items()}
+    documents = {name: [asdict(document) for document in scores] for name, scores in self.documents.items()}
+    found = dict(heldout=heldout, documents=documents, answers=self.answers, benchmarks=self.benchmarks)
+    write_json(out/"evaluation.json", self.summary() | found)
+    return out/"evaluation.json"
+
+# %% ../../nbs/training/10_loop.ipynb #431b06d3
+@patch(cls_method=True)
+def read(cls: TrainResult,
+    out: Path,             # of the run
+    model,                 # its last checkpoint, loaded
+    tokenizer,             # from transformers
+    metrics: list[dict],   # the lines of metrics.jsonl
+    checkpoint: Path,      # the last one
+) -> TrainResult:
+    "What another process has written"
+    kept = read_json(out/"evaluation.json")
+    kept["heldout"] = {name: TextScore(**score) for name, score in kept["heldout"].items()}
+    kept["documents"] = {name: [DocumentScore(**d) for d in scores] for name, scores in kept["documents"].items()}
+    return cls(model, tokenizer, metrics, checkpoint=checkpoint, **kept)
 
 # %% ../../nbs/training/10_loop.ipynb #388064a0
 @patch
@@ -528,10 +557,12 @@ def run(self: Trainer,
     finally: tracker.close(failed)
     shares = ", ".join(f"{name} {share:.1%}" for name, share in self.loader.proportions().items())
     log.info("trained on %s", shares)
-    return self.result(out)
+    result = self.result(out)
+    if self.processes.main and self.world_size > 1: result.write(out)
+    return result
 
 # %% ../../nbs/training/10_loop.ipynb #397d5a47
-OWN_FILES = ("latest", "metrics.jsonl", "usage.jsonl", "heartbeat.json", "data.json", "wandb.json")
+OWN_FILES = ("latest", "metrics.jsonl", "usage.jsonl", "heartbeat.json", "data.json", "evaluation.json", "wandb.json")
 
 @patch
 def begin(self: Trainer,
@@ -585,7 +616,7 @@ def peer_train(
     tokens: int | None = None,        # train on this many tokens instead of the configuration's duration
     output_dir: str | None = None,    # where metrics and checkpoints go
     resume: bool = False,             # continue the newest checkpoint in the output folder; --resume PATH: that one
-    gpus: int | None = None,          # of this machine, a process each; default: all if parallel is ddp or fsdp2, else one
+    gpus: int | None = None,          # of this machine, a process each; default: all with ddp or fsdp2, else one
     processes: int | None = None,     # so many processes on the CPU instead, to try a parallel run without GPUs
     allow_approximate_resume: bool = False, # continue under another configuration or data as far as it fits
     overrides: list[str] = (),        # keys to change: train_config.seed=7

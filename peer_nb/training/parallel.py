@@ -22,8 +22,8 @@ from .table_optim import gather_sparse
 if TYPE_CHECKING: from torch.distributed.tensor import DTensor
 
 # %% auto #0
-__all__ = ['SHARDED', 'shard_model', 'own_way', 'wrapped', 'no_sync', 'share_sparse', 'sharded', 'whole', 'own_seed', 'Quiet',
-           'split_sharded', 'empty_sharded', 'write_sharded', 'read_sharded', 'cut_like', 'whole_weights']
+__all__ = ['SHARDED', 'shard_model', 'ignored_by_ddp', 'wrapped', 'no_sync', 'share_sparse', 'sharded', 'whole', 'own_seed',
+           'Quiet', 'split_sharded', 'empty_sharded', 'write_sharded', 'read_sharded', 'cut_like', 'whole_weights']
 
 # %% ../../nbs/training/01_parallel.ipynb #f0d09ff9
 def shard_model(
@@ -36,7 +36,8 @@ def shard_model(
         fully_shard(layer.self_attn if model.config.share_memory else layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
-def own_way(
+# %% ../../nbs/training/01_parallel.ipynb #17327ca6
+def ignored_by_ddp(
     model: nn.Module, # a causal language model
 ) -> list[str]: # names of parameters
     "Tables whose gradients are not dense tensors at the end of a backward pass; DDP must leave them alone"
@@ -45,6 +46,7 @@ def own_way(
     if options.get("table_gradient", "dense") == "dense": return []
     return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, MemoryTable)]
 
+# %% ../../nbs/training/01_parallel.ipynb #9f4fbe30
 def wrapped(
     model: nn.Module, # on this process's device, the same on all ranks; changed in place by fsdp2
     processes: Processes, # of the run
@@ -54,7 +56,7 @@ def wrapped(
         ids = [processes.device.index] if processes.device.type == "cuda" else None
         newer = "forward_sync_buffers" in signature(DistributedDataParallel).parameters   # since torch 2.13
         quiet = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_way(model))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored_by_ddp(model))
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **quiet)
     if processes.kind == "fsdp2": shard_model(model, processes.mesh)
     return model
@@ -83,8 +85,9 @@ def sharded(
     value: Any, # anything
 ) -> bool:
     "Whether this is a tensor that is spread over ranks"
-    return isinstance(value, Tensor) and hasattr(value, "full_tensor")   # a DTensor, whose import costs most of a second
+    return isinstance(value, Tensor) and hasattr(value, "full_tensor")   # a DTensor; its import costs a second
 
+# %% ../../nbs/training/01_parallel.ipynb #9a9bf2c9
 def whole(
     value: Tensor, # a plain tensor, or one that is spread over ranks
 ) -> Tensor: # plain; with a sharded value, every rank must call this
@@ -115,7 +118,8 @@ def split_sharded(
     "Take the sharded tensors out of a state"
     if sharded(state):
         cut, = state.placements
-        about = {SHARDED: path, "shape": list(state.shape), "dtype": str(state.dtype).removeprefix("torch."), "dim": getattr(cut, "dim", None)}
+        dtype = str(state.dtype).removeprefix("torch.")
+        about = {SHARDED: path, "shape": list(state.shape), "dtype": dtype, "dim": getattr(cut, "dim", None)}
         return about, {path: state}
     if not isinstance(state, (dict, list)): return state, {}
     items = state.items() if isinstance(state, dict) else enumerate(state)
@@ -134,7 +138,9 @@ def empty_sharded(
     if isinstance(state, dict) and SHARDED in state:
         cut = Replicate() if state["dim"] is None else Shard(state["dim"])
         dtype = getattr(torch, state["dtype"])
-        new = torch.zeros(state["shape"], dtype=dtype) if mesh is None else zeros(*state["shape"], dtype=dtype, device_mesh=mesh, placements=[cut])
+        shape = state["shape"]
+        if mesh is None: new = torch.zeros(shape, dtype=dtype)
+        else: new = zeros(*shape, dtype=dtype, device_mesh=mesh, placements=[cut])
         return new, {state[SHARDED]: new}
     if not isinstance(state, (dict, list)): return state, {}
     items = state.items() if isinstance(state, dict) else enumerate(state)
@@ -152,6 +158,7 @@ def write_sharded(
     from torch.distributed import checkpoint as dcp
     dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
+# %% ../../nbs/training/01_parallel.ipynb #3329cad0
 def read_sharded(
     tensors: dict[str, Tensor], # filled in place; sharded or not
     folder: Path,               # with safetensors files, of slices or whole
@@ -171,7 +178,8 @@ def cut_like(
     def cut(value, p):
         if not sharded(p) or sharded(value) or not isinstance(value, Tensor) or value.shape != p.shape: return value
         return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-    return {number: {name: cut(value, parameters[number]) for name, value in values.items()} for number, values in moments.items()}
+    return {number: {name: cut(value, parameters[number]) for name, value in values.items()}
+            for number, values in moments.items()}
 
 # %% ../../nbs/training/01_parallel.ipynb #c5355695
 def whole_weights(

@@ -12,9 +12,6 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ..config import Config
-from ..evaluation.benchmarks import run_benchmarks
-from ..evaluation.perplexity import evaluate_heldout
-from ..evaluation.task_recall import ask_tasks
 from ..files import read_jsonl
 from ..models.causal_lm import PeerMLAForCausalLM
 from .checkpoints import no_progress_bars
@@ -28,16 +25,13 @@ __all__ = ['left_behind', 'ranks_of_run', 'train_in_several']
 def left_behind(
     cfg: Config, # of a run that is over
     checkpoint: Path, # its last
-    device: str, # where the model is to be evaluated
+    device: str, # where the model goes
 ) -> TrainResult:
-    "A finished run, read from its folder; it is examined here, by one process, and what memory the ranks needed is not known"
+    "A finished run, as its ranks have left it in its folder"
     with no_progress_bars(): model = PeerMLAForCausalLM.from_pretrained(checkpoint).to(device).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
-    metrics = read_jsonl(Path(cfg.train_config.output_dir)/"metrics.jsonl")
-    last, documents = metrics[-1], {}
-    heldout, answers, benchmarks = evaluate_heldout(model, tokenizer, cfg, documents), ask_tasks(model, tokenizer, cfg), run_benchmarks(model, tokenizer, cfg)
-    return TrainResult(model, tokenizer, metrics, heldout, checkpoint, last["step"], last["tokens"], last["seconds"],
-                       last["tokens"]/last["seconds"], last["loss"], last["skipped"], None, documents, answers, benchmarks)
+    out = Path(cfg.train_config.output_dir)
+    return TrainResult.read(out, model, tokenizer, read_jsonl(out/"metrics.jsonl"), checkpoint)
 
 # %% ../../nbs/training/11_several.ipynb #7b2e5e2d
 def ranks_of_run() -> int: # processes, at least one

@@ -39,6 +39,7 @@ class _ToStdout(logging.Handler):
     "Write records to what `sys.stdout` is at the moment"
     def emit(self, record): print(self.format(record), flush=True)
 
+# %% ../../nbs/training/09_steps.ipynb #c197e198
 def start_log(
     level: str, # debug, info, warning or error
 ) -> None:
