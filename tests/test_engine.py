@@ -175,7 +175,7 @@ def test_other_code_or_text_than_was_planned_is_not_run(tmp_path):
     runs = [folder/"runs"/c.id for c in load_plan(folder).cells]
     assert code == 1 and [Run(r).state for r in runs] == ["DONE", "FAILED", "FAILED", "FAILED"], out
     said = [read_json(r/"status.json")["error"]["message"] for r in runs[1:]]
-    assert all("the template's code changed since the study was planned; text or tokenizer of 1 runs changed" in text for text in said)
+    assert all("the template's code changed since the study was planned; text or tokenizer of 1 run changed" in text for text in said)
     for path, before in text.items(): path.write_text(before)
     code, out = ended(launch("--resume", "--retry-failed", "--output-dir", work/"out", FAKE_STEP=0))
     assert code == 0 and "3 of 4 runs to do" in out, out
