@@ -17,7 +17,7 @@ from ..cli import check_least
 from ..config import Config, DatasetEntry, apply_overrides, load_config, load_data_mixes
 from ..data.corpora import documents, eval_entries
 from .loading import choose_window, claim_answers, load_model, model_fingerprint
-from .page import perplexity_page
+from .score_page import perplexity_page
 from .perplexity import DocumentScore, TextScore, document_scores, heldout_texts, total_score
 from ..files import UserError, append_jsonl, folder_lock, read_json, read_jsonl, writable_folder, write_json
 
