@@ -252,7 +252,7 @@ def test_peer_is_the_public_implementations(table_gradient):
     x, g = torch.randn(2, 40, d), torch.randn(2, 40, d)
     got, want = gradients(ours, x, g), gradients(peer, x, g)
     query = want["to_queries.0.weight"].view(2, heads, d//2, d).transpose(0, 1).reshape(-1, d)
-    assert_same(got, {"output": want["output"], "input": want["input"], "keys": want["keys"].permute(0, 2, 1, 3).flatten(1, 2), "query_proj.weight": query,
+    assert_same(got, {"output": want["output"], "input": want["input"], "sub_keys": want["keys"].permute(0, 2, 1, 3).flatten(1, 2), "query_proj.weight": query,
                       "expert_down.weight": want["weight_down_embed.weight"], "expert_up.weight": want["weight_up_embed.weight"]}, rtol=1e-4, atol=1e-4)
 
 
