@@ -7,11 +7,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 DEMO   := demo_results
+# in a home of its own: what is tested, or shown on the site, neither finds nor changes what its maker keeps
+ALONE  := $(BIN)/python tests/own_home.py
 
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-full renumber export pages readme docs clean
+.PHONY: help install install-dev demo test test-alone test-full renumber export pages readme docs clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -49,10 +51,13 @@ demo: $(VENV)/base ## a real ablation study on Python's own text, offline, in mi
 
 test: $(VENV)/dev ## all that CI checks: sync, notebooks, pytest, docs, wheel
 	$(BIN)/python -m pytest tests/test_sync.py -q
+	@$(ALONE) $(MAKE) --no-print-directory test-alone
+
+test-alone: $(VENV)/dev
 	TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --durations=8 --deselect tests/test_sync.py $(TEST_FLAGS)
 
-test-full: TEST_FLAGS += --slow
+test-full: export TEST_FLAGS += --slow
 test-full: test ## the same with the long campaigns
 
 renumber: $(VENV)/dev ## number the pages of each room in reading order, follow with links and sidebar
@@ -63,7 +68,7 @@ export: $(VENV)/dev ## write the package from the notebooks, clean the notebooks
 	$(BIN)/nbdev_clean
 
 pages: $(VENV)/dev ## run every notebook and store its outputs, for the site
-	$(BIN)/python tests/site_check.py run
+	$(ALONE) $(BIN)/python tests/site_check.py run
 	$(BIN)/nbdev_clean
 
 readme: $(VENV)/dev ## write README.md from nbs/index.ipynb

@@ -133,7 +133,7 @@ def waiting(files: Path, steps: int, first: int, streaming: bool, workers: int) 
     from peer_nb.data.corpora import load_tokenizer
     from peer_nb.data.packing import build_dataloader
     from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
-    from peer_nb.training.loop import accumulate_gradient
+    from peer_nb.training.steps import accumulate_gradient
     from peer_nb.training.optim import build_optimizer
     base = load_config(ROOT/"configs"/"demo.yaml")
     data = replace(run_of(files, streaming=streaming).dataset_config, max_seq_length=base.dataset_config.max_seq_length)

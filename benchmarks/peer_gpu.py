@@ -256,7 +256,7 @@ def measure_step(torch, steps, compiled):
     "Whole training steps of configs/one_h200.yaml on random tokens: milliseconds, tokens a second, the most memory"
     from peer_nb.config import apply_overrides, load_config, to_dict
     from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
-    from peer_nb.training.loop import accumulate_gradient
+    from peer_nb.training.steps import accumulate_gradient
     from peer_nb.training.optim import build_optimizer, clip_gradients, consuming_tables
     cfg = load_config(ROOT/"configs"/"one_h200.yaml")
     if DEVICE == "cpu": cfg = apply_overrides(cfg, TINY_MODEL)

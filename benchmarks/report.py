@@ -69,7 +69,7 @@ def made_up(folder: Path):
     claims = [dict(name=f"{h} heads beat one", a={"heads": f"{h} heads"}, b={"heads": "1 heads"}) for h in (2, 4, 8)]
     study = study_from_dict(dict(name="large", base_config="demo.yaml", axes=axes, seeds=[1, 2, 3, 4], budget=dict(tokens=400_000), claims=claims))
     plan = make_plan(study, load_config(ROOT/"configs"/"demo.yaml"), fingerprint=lambda config: "text")
-    save_plan(plan, folder/"plan.json")
+    save_plan(plan, folder)
     rng = np.random.default_rng(0)
     for number, cell in enumerate(plan.cells):
         run = folder/"runs"/cell.id

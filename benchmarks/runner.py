@@ -58,7 +58,7 @@ def work_of(notebook: Path) -> float:
 
 def timed_template(path: Path) -> Path:
     "The demo's notebook, whose working cells note their processor time"
-    from peer_nb.study.study import find_template
+    from peer_nb.study.identity import find_template
     book = json.loads(Path(find_template("train_and_evaluate")).read_text())
     for cell in book["cells"]:
         source = "".join(cell["source"])
@@ -125,7 +125,7 @@ def overheads(folder: Path, runs: int) -> dict:
     levels = {f"{n}": {"train_config.learning_rate": 1e-4*(n + 1)} for n in range(2*runs + 2)}
     (folder/"runs").mkdir(parents=True)
     plan = make_plan(Study("runner", str(ROOT/"configs"/"demo.yaml"), {"rate": levels}, notebook=str(timed_template(folder/"template.ipynb")), budget=Budget(2048), seeds=[1]), base)
-    save_plan(plan, folder/"plan.json")
+    save_plan(plan, folder)
     cold, warm, last = plan.cells[:runs], plan.cells[runs:2*runs], plan.cells[2*runs:]
     out = dict(overhead=[timed(folder, cell, None) for cell in cold])
     server = Warm(plan.template)
@@ -147,7 +147,7 @@ def large_study(folder: Path, runs: int):
     plan = make_plan(Study("large", "demo.yaml", axes, seeds=[*range(1, runs//10_000 + 1)] or [1], budget=Budget(400_000)), load_config(ROOT/"configs"/"demo.yaml"), fingerprint=lambda config: "text")
     plan.cells = plan.cells[:runs]
     folder.mkdir(parents=True)
-    save_plan(plan, folder/"plan.json")
+    save_plan(plan, folder)
     for n, cell in enumerate(plan.cells):
         run = folder/"runs"/cell.id
         run.mkdir(parents=True)

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from . import __version__
-from .config import UserError, convert, describe
+from .config import convert, describe
+from .files import UserError
 
 # %% auto #0
-__all__ = ['Parameter', 'parameters', 'takes_overrides', 'parse', 'help_text', 'make_main']
+__all__ = ['Parameter', 'parameters', 'takes_overrides', 'parse', 'help_text', 'make_main', 'check_least']
 
 # %% ../nbs/03_cli.ipynb #ef2fff09
 @dataclass
@@ -270,3 +271,13 @@ def make_main(
             return 130
     main.__doc__ = doc or inspect.getdoc(commands)
     return main
+
+# %% ../nbs/03_cli.ipynb #c1ea0002
+def check_least(
+    least: int, # that each may be
+    **given: int | None, # option -> value; None: not given
+) -> None:
+    "Refuse numbers that are too small"
+    for name, value in given.items():
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")

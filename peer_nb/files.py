@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['UserError', 'write_atomic', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl', 'folder_lock', 'die_with_parent',
-           'writable_folder', 'cache_folder', 'sha256_of']
+__all__ = ['SEAL', 'UserError', 'write_atomic', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl', 'folder_lock',
+           'die_with_parent', 'writable_folder', 'cache_folder', 'sha256_of', 'file_hash', 'seal_folder', 'damages']
 
 # %% ../nbs/00_files.ipynb #dc84e902
 class UserError(Exception):
@@ -65,13 +65,21 @@ def _plain(value: Any) -> Any:
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"): return value.item()   # numpy and torch scalars
     raise TypeError(f"{type(value).__name__} {value!r:.80} has no JSON form")
 
+# %% ../nbs/00_files.ipynb #a6e3494a
+def _json(path: str | Path, value: Any, **options) -> str:
+    "A value as strict JSON, which has no name for what is not a number"
+    try: return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain, **options)
+    except ValueError as e:
+        if not str(e).startswith("Out of range"): raise
+        raise UserError(f"{path}: not written, since a number in it is not finite (nan or infinity)") from e
+
 # %% ../nbs/00_files.ipynb #a6e3494b
 def write_json(
     path: str | Path, # the folder must exist
     value: Any, # what JSON knows; also paths, dataclasses, numpy and torch scalars
 ) -> Path: # the file
     "Write a JSON file, indented, whole or not at all"
-    return write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, default=_plain) + "\n")
+    return write_atomic(path, _json(path, value, indent=1) + "\n")
 
 # %% ../nbs/00_files.ipynb #c2a67774
 def read_json(
@@ -106,7 +114,7 @@ def append_jsonl(
 ):
     "Append a record to a log; a killed process tears at most its own last line"
     import fcntl   # POSIX only; the rest of this module works without it
-    line = json.dumps(record, ensure_ascii=False, default=_plain).encode() + b"\n"
+    line = _json(path, record).encode() + b"\n"
     try: handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     except OSError as e: raise UserError(f"{path}: cannot be written: {e.strerror}") from e
     try:
@@ -114,6 +122,7 @@ def append_jsonl(
         _cut_torn_line(handle)
         while line: line = line[os.write(handle, line):]
         if fsync: os.fsync(handle)
+    except OSError as e: raise UserError(f"{path}: cannot be written: {e.strerror}") from e   # a full disk
     finally: os.close(handle)
 
 # %% ../nbs/00_files.ipynb #a02d3e33
@@ -133,34 +142,36 @@ def read_jsonl(
     return records
 
 # %% ../nbs/00_files.ipynb #b7169e54
-def _holder(folder: Path) -> str:
-    "Who holds a folder's lock, in words"
-    try: holder = json.loads((folder/".lock.json").read_bytes())
-    except (OSError, ValueError): return "another process"   # it has only just taken the lock
-    here = "" if holder["host"] == socket.gethostname() else f" on {holder['host']}"
-    return f"process {holder['pid']}{here}"
+def _holder(about: Path) -> str:
+    "Who holds a lock, in words"
+    try:
+        holder = json.loads(about.read_bytes())
+        pid, host = holder["pid"], holder["host"]
+    except (OSError, ValueError, KeyError, TypeError): return "another process"   # it has only just taken the lock
+    return f"process {pid}" + ("" if host == socket.gethostname() else f" on {host}")
 
 # %% ../nbs/00_files.ipynb #79085ed2
 @contextmanager
 def folder_lock(
     path: str | Path, # an existing folder
     wait: float = 0, # seconds to wait for another process; -1: for ever
+    name: str = ".lock", # of the lock's file; another name locks only those who use it
 ) -> Iterator[Path]: # the folder
     "Hold a folder for this process alone; UserError naming the holder when it is taken"
     from filelock import FileLock, Timeout
-    folder = Path(path)
+    folder, about = Path(path), Path(path)/f"{name}.json"
     if not folder.is_dir(): raise UserError(f"{folder}: no such folder, so it cannot be locked")
-    lock = FileLock(folder/".lock")
+    lock = FileLock(folder/name)
     try: lock.acquire(timeout=wait)
     except Timeout:
         advice = "wait until it is done, stop it, or choose another folder"
-        raise UserError(f"{folder}: in use by {_holder(folder)}; {advice}") from None
+        raise UserError(f"{folder}: in use by {_holder(about)}; {advice}") from None
     except OSError as e: raise UserError(f"{folder}: cannot be locked: {e.strerror}") from e
     try:
-        write_json(folder/".lock.json", dict(pid=os.getpid(), host=socket.gethostname()))
+        write_json(about, dict(pid=os.getpid(), host=socket.gethostname()))
         yield folder
     finally:
-        (folder/".lock.json").unlink(missing_ok=True)
+        about.unlink(missing_ok=True)
         lock.release()
 
 # %% ../nbs/00_files.ipynb #4ce1665f
@@ -215,3 +226,36 @@ def sha256_of(
     if not isinstance(value, bytes):
         value = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain).encode()
     return hashlib.sha256(value).hexdigest()
+
+# %% ../nbs/00_files.ipynb #5ea10002
+SEAL = "trainer_state/files.json"
+
+def file_hash(
+    path: Path, # of any size
+) -> list: # bytes, 64 hexadecimal digits
+    "Size and fingerprint of a file"
+    with open(path, "rb") as file: return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+def seal_folder(
+    folder: Path, # with everything in it that it will hold
+) -> None:
+    "List every file with its size and hash"
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    write_json(folder/SEAL, {name: file_hash(path) for name, path in files.items() if name != SEAL})
+
+# %% ../nbs/00_files.ipynb #5ea10003
+def damages(
+    folder: Path, # sealed
+    skip: str | None = None, # beginning of paths inside that are left out
+) -> list[str] | None: # what is wrong, a file each; None where there is no seal
+    "What a seal says of the files beside it"
+    sealed, found = read_json(folder/SEAL), []
+    if sealed is None: return None
+    if not isinstance(sealed, dict): return [f"{SEAL} is not a list of files"]
+    for name, said in sealed.items():
+        if skip and name.startswith(skip): continue
+        here = file_hash(folder/name) if (folder/name).is_file() else None
+        if here is None: found.append(f"{name} is missing")
+        elif here[0] != said[0]: found.append(f"{name} has {here[0]:,} bytes instead of {said[0]:,}")
+        elif here[1] != said[1]: found.append(f"{name} was changed")
+    return found

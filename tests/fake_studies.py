@@ -65,7 +65,7 @@ def server_of(runner: int) -> int | None:
         if parent == runner and b"running.warm" in words: return int(entry.parent.name)
 
 
-def until(what, seconds: float = 240, pause: float = 0.05):
+def until(what, seconds: float = 600, pause: float = 0.05):
     "Wait for something to be true"
     end = time.monotonic() + seconds
     while not (value := what()):

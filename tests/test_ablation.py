@@ -19,9 +19,10 @@ import yaml
 from peer_nb.running import local as launching
 from peer_nb.running import command as runner
 from peer_nb.findings.study_page import write_report
-from peer_nb.findings.results import main_effects, metric_columns, read_runs, run_state, valid_result
+from peer_nb.findings.results import load_runs, metric_columns
+from peer_nb.study.run import Run
 from peer_nb.study.plan import load_plan, make_plan, matching
-from peer_nb.findings.effects import read_items
+from peer_nb.findings.effects import effects_table
 from peer_nb.study.study import builtin_axes, load_study
 from peer_nb.config import DataMix, load_config, load_data_mixes
 from peer_nb.evaluation.items import write_hub_shape
@@ -100,7 +101,7 @@ def launch(*words, **environment) -> subprocess.Popen:
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=900)
     return process.returncode, out, err
 
 
@@ -133,7 +134,7 @@ def test_a_failing_run_is_a_row_and_the_study_goes_on(tiny):
 def test_the_folder_has_what_the_contract_says(tiny):
     _, folder, _ = tiny
     assert {"study.yaml", "plan.json", "ablation_results.csv", "visualizations", "index.html", "runs", "plotly.min.js"} <= {p.name for p in folder.iterdir()}
-    plan = load_plan(folder/"plan.json")
+    plan = load_plan(folder)
     assert sorted(p.name for p in (folder/"runs").iterdir()) == [c.id for c in plan.cells]
     for cell in plan.cells:
         config = load_config(folder/"runs"/cell.id/"config.yaml")
@@ -229,7 +230,7 @@ def test_two_runners_on_one_folder(tmp_path, capsys):
     assert code == 2 and f"in use by process {holder.pid}" in err and not statuses(folder)
 
 
-def until(what, seconds: float = 60):
+def until(what, seconds: float = 600):
     "Wait for something to be true"
     end = time.monotonic() + seconds
     while not (value := what()):
@@ -248,9 +249,9 @@ def test_interrupted_and_killed_half_way_then_continued(tmp_path):
     first.send_signal(signal.SIGINT)
     code, _, err = finished(first)
     assert code == 130 and f"peer-ablate --resume --output-dir {out}" in err
-    until(lambda: run_state(run) == "PREEMPTED", 10)
+    until(lambda: Run(run).state == "PREEMPTED")
     folder = run.parent.parent
-    done = statuses(folder)[next(c.id for c in load_plan(folder/"plan.json").cells)]
+    done = statuses(folder)[next(c.id for c in load_plan(folder).cells)]
     step = lambda: read_json(run/"heartbeat.json")["step"]
     for victim in ("wrapper", "runner"):
         before = step()
@@ -259,14 +260,14 @@ def test_interrupted_and_killed_half_way_then_continued(tmp_path):
         os.kill(process.pid if victim == "runner" else read_json(run/"status.json")["pid"], signal.SIGKILL)
         code, said, _ = finished(process)
         if victim == "wrapper": assert code == 1 and "STALE after" in said and "1 of 2 runs done, 1 STALE" in said
-        until(lambda: run_state(run) == "STALE", 10)
+        until(lambda: Run(run).state == "STALE")
     size = (run/"metrics.jsonl").stat().st_size
     time.sleep(0.8)
     assert (run/"metrics.jsonl").stat().st_size == size, "a kernel trains on"
     code, said, err = finished(launch("--resume", "--output-dir", out, "--parallel", 1))
     assert code == 0 and "1 of 2 runs to do" in said and f"resumed {run.name}" in said, said + err
     assert [json.loads(l)["step"] for l in (run/"metrics.jsonl").read_text().splitlines()] == list(range(1, 11))
-    assert statuses(folder)[load_plan(folder/"plan.json").cells[0].id] == done
+    assert statuses(folder)[load_plan(folder).cells[0].id] == done
     table = pd.read_csv(folder/"ablation_results.csv")
     assert table.state.tolist() == ["DONE", "DONE"] and np.allclose(table["words/bits_per_byte"], [3 - 0.4 - 0.1 + 0.042, 3 - 0.2 - 0.1 + 0.042])
 
@@ -383,15 +384,16 @@ def test_a_template_s_result_is_what_the_lab_reads(tmp_path, monkeypatch):
     run.mkdir()
     papermill.execute_notebook(str(ROOT/"nbs"/"experiments"/"train_and_evaluate.ipynb"), str(run/"notebook.ipynb"), progress_bar=False, kernel_name="python3",
                                parameters=dict(config_path=str(tmp_path/"base.yaml"), run_dir=str(run), levels={"axis": "level"}, overrides={}))
-    result = read_json(run/"result.json")
-    assert valid_result(result) and result["usage"]["layers"]["1"]["rows"] == 64 and result["training"]["steps"] == 4
-    counted = dict(metric_columns(run, result))
+    found = Run(run)
+    result = found.result
+    assert result.usage["layers"]["1"]["rows"] == 64 and result.training["steps"] == 4
+    counted = metric_columns(found)
     for metric in ("words/bits_per_byte", "facts/test_known/exact_match", "facts/test_novel/answer_logprob", "hellaswag/acc"):
-        items = read_items(run, metric)
-        assert np.isclose(np.mean([value for value, _ in items.values()]), result["metrics"][metric]) and counted[f"{metric}:se"] == result["standard_errors"][metric]
+        items = found.items[metric]
+        assert np.isclose(np.mean([value for value, _ in items.values()]), result.metrics[metric]) and counted[f"{metric}:se"] == result.standard_errors[metric]
         assert counted[f"{metric}:peak_step"] in (2, 4)
-    assert len(read_items(run, "facts/test_known/exact_match")) == 6 and "item_scores" not in result["benchmarks"]
-    scored = read_items(run, "hellaswag/acc")
+    assert len(found.items["facts/test_known/exact_match"]) == 6 and "item_scores" not in result.benchmarks
+    scored = found.items["hellaswag/acc"]
     assert len(scored) == 11 and len({cluster for _, cluster in scored.values()}) == 10 and {value for value, _ in scored.values()} <= {0.0, 1.0}
     text = "".join(str(o) for c in nbformat.read(run/"notebook.ipynb", 4).cells for o in c.get("outputs", []))
     assert "Asked for what it was taught" in text and "Traceback" not in text
@@ -403,26 +405,29 @@ def test_main_effects_against_a_pivot(seeds, missing):
     rng = np.random.default_rng(len(missing) + len(seeds))
     axes = {"mix": ["a", "b"], "size": ["s", "m", "l"], "heads": ["1", "4"]}
     known = {"b": -0.5, "m": 0.1, "l": 0.3, "4": -0.04}
-    rows = pd.DataFrame([dict(mix=m, size=z, heads=h, seed=s, state="DONE", loss=2 + known.get(m, 0) + known.get(z, 0) + known.get(h, 0) + 0.3*s + 1e-3*rng.standard_normal())
+    rows = pd.DataFrame([dict(run=f"{m}{z}{h}{s}", mix=m, size=z, heads=h, seed=s, state="DONE", loss=2 + known.get(m, 0) + known.get(z, 0) + known.get(h, 0) + 0.3*s + 1e-3*rng.standard_normal())
                          for m, z, h, s in itertools.product(*axes.values(), seeds)])
     rows.loc[missing, "state"] = "FAILED"
-    effects = main_effects(rows, axes, "loss").set_index(["axis", "level"])
+    effects = effects_table(rows, axes, "loss").set_index(["axis", "level"])
     done = rows[rows.state == "DONE"]
     for axis, levels in axes.items():
-        wide = done.pivot(index=[c for c in ["mix", "size", "heads", "seed"] if c != axis], columns=axis, values="loss").reindex(columns=levels).to_numpy()
+        table = done.pivot(index=[c for c in ["mix", "size", "heads", "seed"] if c != axis], columns=axis, values="loss").reindex(columns=levels)
+        wide, index = table.to_numpy(), table.index
         for n, level in enumerate(levels):
             found = effects.loc[(axis, level)]
             column = wide[:, n][~np.isnan(wide[:, n])]
-            assert found["n"] == len(column) and np.isclose(found["mean"], column.mean())
-            if n == 0: assert found.pairs == 0 and np.isnan(found.difference); continue
-            pairs = (wide[:, n] - wide[:, 0])[~np.isnan(wide[:, n] - wide[:, 0])]
-            assert found.pairs == len(pairs) and np.isclose(found.difference, pairs.mean()) and np.isclose(found.sd, pairs.std(ddof=1))
-            assert abs(found.difference - known[level]) < 2e-3
+            assert found.runs == len(column) and np.isclose(found.level_mean, column.mean())
+            if n == 0: assert found.pairs == 0 and np.isnan(found["mean"]); continue
+            by_seed = pd.Series(wide[:, n] - wide[:, 0], index).groupby("seed").mean().dropna()
+            assert found.pairs == np.isfinite(wide[:, n] - wide[:, 0]).sum() and np.isclose(found["mean"], by_seed.mean())
+            assert len(by_seed) < 2 or np.isclose(found.sd, by_seed.std(ddof=1))
+            assert abs(found["mean"] - known[level]) < 2e-3
 
 
 def test_a_page_while_nothing_is_done_yet(tmp_path):
     work = write_study(tmp_path)
     request = runner.read_request(None, work/"study.yaml", None, None, None, None, [])
     folder = runner.make_folder(work/"out", make_plan(request.study, request.base), "cpu")
-    text = write_report(folder).read_text()
-    assert "0 of 4" in text and read_runs(folder).state.tolist() == ["TODO"]*4
+    runs = load_runs(folder)
+    text = write_report(runs).read_text()
+    assert "0 of 4" in text and runs.rows.state.tolist() == ["TODO"]*4

@@ -20,7 +20,8 @@ from peer_nb.analysis.pages import read_result, schema_of
 from peer_nb.analysis.parameters import count_parameters, layer_rows
 from peer_nb.analysis.step_memory import BLOCK, TABLE_STATES, StepMemory, estimate_memory
 from peer_nb.analysis.usage_statistics import TOKEN_TYPES, divergence, usage_statistics
-from peer_nb.config import DatasetConfig, UserError, apply_overrides, load_config
+from peer_nb.config import DatasetConfig, apply_overrides, load_config
+from peer_nb.files import UserError
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 
@@ -178,17 +179,18 @@ def test_an_interrupted_run_goes_on_to_the_same_counts(folder, tmp_path, how, ca
     "Ctrl-C leaves a partial page; kill -9 leaves the last state; both are continued to what an undisturbed run finds"
     files = [str(folder/f"text{n}.txt") for n in range(6)]
     words = ["usage", str(folder/"ours"), "--files", *files, "--window", "16", "--batch-size", "2", "--pairs", "4", "--output"]
-    slow = ("import sys, time; import peer_nb.analysis.command as c; c.SAVE_SECONDS = 0; import peer_nb.analysis.expert_usage as e; run = e.UsageRun.run_pieces\n"
-            "def waiting(self, *a): run(self, *a); print('group', flush=True); time.sleep(.4)\n"
+    held_up = ("import sys; import peer_nb.analysis.command as c; c.SAVE_SECONDS = 0; import peer_nb.analysis.expert_usage as e; run, groups = e.UsageRun.run_pieces, []\n"
+            "def waiting(self, *a):\n    run(self, *a); print('group', flush=True); groups.append(1)\n    if len(groups) == 3: sys.stdin.read()\n"
             "e.UsageRun.run_pieces = waiting; sys.exit(c.main())")
-    process = subprocess.Popen([sys.executable, "-c", slow, *words, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", held_up, *words, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     seen = 0
     for line in process.stdout:
         seen += line == "group\n"
         if seen == 3: break
     process.send_signal(how)
+    process.stdin.close()
     process.stdout.read()
-    assert process.wait(60) == (130 if how == signal.SIGINT else -signal.SIGKILL) and (tmp_path/STATE).exists()
+    assert process.wait(600) == (130 if how == signal.SIGINT else -signal.SIGKILL) and (tmp_path/STATE).exists()
     if how == signal.SIGINT:
         partial = read_result(tmp_path/"usage.json")[1]
         assert not partial["complete"] and 0 < partial["documents"] < 6 and "Partial" in (tmp_path/"usage.html").read_text()

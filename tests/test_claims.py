@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from peer_nb.study.claims import ALPHA, evaluate_claims, read_claims
+from peer_nb.study.claims import read_claims
+from peer_nb.findings.verdicts import ALPHA, evaluate_claims, study_findings
 from peer_nb.running.estimates import estimated_memory, sight
 from peer_nb.study.plan import load_plan, make_plan, save_plan
-from peer_nb.findings.results import COLUMNS, read_runs, study_findings, write_csv, write_parquet
+from peer_nb.findings.results import COLUMNS, load_runs
 from peer_nb.findings.effects import contrast, effects_table, interactions
 from peer_nb.stats import compare, holm, power
 from peer_nb.study.study import combinations, load_study
@@ -109,7 +110,7 @@ def finished(tmp_path):
     study, folder, rng = load_study(work/"study.yaml"), tmp_path/"out", np.random.default_rng(2)
     plan = make_plan(study, config_from_dict(json.loads(json.dumps(BASE))), fingerprint=lambda c: "text")
     (folder/"runs").mkdir(parents=True)
-    save_plan(plan, folder/"plan.json")
+    save_plan(plan, folder)
     for cell in plan.cells:
         run, value = folder/"runs"/cell.id, 3 - 0.2*(cell.levels["heads"] == "four") + 0.1*cell.seed + 0.005*rng.standard_normal()
         run.mkdir()
@@ -121,16 +122,16 @@ def finished(tmp_path):
 
 def test_claims_from_folders(finished):
     folder, plan = finished
-    assert {c["name"]: c["metric"] for c in load_plan(folder/"plan.json").study["claims"]} == {"two heads are worse": "words/bits_per_byte", "rate matters": "words/bits_per_byte"}
-    assert [f.status for f in study_findings(folder, plan, read_runs(folder))] == ["SUPPORTED", "INCONCLUSIVE"]
+    assert {c["name"]: c["metric"] for c in load_plan(folder).study["claims"]} == {"two heads are worse": "words/bits_per_byte", "rate matters": "words/bits_per_byte"}
+    assert [f.status for f in study_findings(load_runs(folder))] == ["SUPPORTED", "INCONCLUSIVE"]
     write_json(folder/"runs"/plan.cells[0].id/"status.json", dict(state="FAILED", exit_code=1, error={"class": "ValueError", "message": "x"}))
-    found = study_findings(folder, plan, read_runs(folder))
+    found = study_findings(load_runs(folder))
     assert [f.status for f in found] == ["PARTIAL", "PARTIAL"] and plan.cells[0].id in found[0].said
 
 
 def test_the_table_has_peak_final_and_degradation_as_documented(finished):
     folder, plan = finished
-    table, long = pd.read_csv(write_csv(folder)), pd.read_parquet(write_parquet(folder, plan, read_runs(folder)))
+    table, long = pd.read_csv(load_runs(folder).write_csv()), pd.read_parquet(load_runs(folder).write_parquet())
     name = "words/bits_per_byte"
     fell = table[table.seed == 2]
     assert np.allclose(fell[f"{name}:degradation"], 0.4) and (fell[f"{name}:peak_step"] == 5).all() and (table[table.seed != 2][f"{name}:degradation"] == 0).all()

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Literal
 
 from peer_nb.cli import make_main
-from peer_nb.config import Config, UserError, apply_overrides
+from peer_nb.config import Config, apply_overrides
+from peer_nb.files import UserError
 
 
 def run(

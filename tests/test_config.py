@@ -113,7 +113,7 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "train_config.save_steps": (LOOP, "which checkpoints are written"),
     "train_config.save_total_limit": (LOOP, "which checkpoints stay"),
     "train_config.eval_steps": (LOOP, "held-out scores in metrics.jsonl"),
-    "train_config.seed": (LOOP, "initial weights and order of the data"),
+    "train_config.seed": ("training/steps.py", "initial weights and order of the data"),
     "train_config.fp16": (LOOP, "precision and loss scaling on a GPU; a line in the log on a CPU"),
     "train_config.bf16": (PERPLEXITY, "precision of the matrix products"),
     "train_config.fp8": (LOOP, "linear layers that round to float8"),

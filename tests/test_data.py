@@ -15,20 +15,21 @@ import numpy as np
 import pytest
 import torch
 
-from peer_nb.config import Config, DatasetConfig, DatasetEntry, EvalConfig, TrainConfig, UserError, apply_overrides, load_config, load_data_mixes
+from peer_nb.config import Config, DatasetConfig, DatasetEntry, EvalConfig, TrainConfig, apply_overrides, load_config, load_data_mixes
+from peer_nb.files import UserError
 from peer_nb.data import corpora
 from peer_nb.data.corpora import data_fingerprint, data_manifest, documents, load_tokenizer, summary
 from peer_nb.data.packing import Mix, StreamingRows, build_dataloader, tokenised
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from peer_nb.data.command import main as task_main
-from peer_nb.training.loop import accumulate_gradient
+from peer_nb.training.steps import accumulate_gradient
 
 LIBRARY = [DatasetEntry("docs", "python:docs"), DatasetEntry("stdlib", "python:stdlib")]
 
 
 def child(code, *args, cache, **env):
     "Run Python code in a process of its own."
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120,
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=600,
                           env=os.environ | {"PEER_NB_CACHE": str(cache)} | env)
 
 
@@ -264,7 +265,7 @@ def resumed_and_expected(files, configurations, cuts, monkeypatch, count=6, step
         at = cuts(steps - 2*count)
         jobs.append(dict(loader=args, states=[states[c] for c in at], count=count))
         expected += [[digests[c:c + 2*count], states[c + 2*count]] for c in at]
-    done = subprocess.run([sys.executable, "-c", RESUME], input=json.dumps(jobs), capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", RESUME], input=json.dumps(jobs), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()], expected
 
@@ -481,7 +482,7 @@ print(hashlib.sha256(b"".join(next(batches)["input_ids"].numpy().tobytes() for _
 """
     start = lambda: subprocess.Popen([sys.executable, "-c", code, files[0].path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     both = [start(), start()]
-    out = [p.communicate(timeout=120) for p in both]
+    out = [p.communicate(timeout=600) for p in both]
     assert [p.returncode for p in both] == [0, 0], out
     assert out[0][0] == out[1][0] and len(out[0][0]) == 65
     assert len(list(cache.rglob("tokenizer.json"))) == len(list(cache.rglob("tokens.bin"))) == 1

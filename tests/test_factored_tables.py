@@ -16,7 +16,7 @@ pytest.importorskip("torchao", reason="torchao is not installed (it comes with t
 
 from test_optim import assert_same, config    # noqa: E402
 
-from peer_nb.config import UserError    # noqa: E402
+from peer_nb.files import UserError
 from peer_nb.models.kernels import updates    # noqa: E402
 from peer_nb.models.peer import MEMORY_KINDS, MemoryLayer    # noqa: E402
 from peer_nb.training import table_optim    # noqa: E402
@@ -272,7 +272,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("kernel,dtype", [("triton", "float32"), ("triton", "bfloat16"), ("eager", "bfloat16")])
 def test_two_processes_update_as_one(kernel, dtype, tmp_path):
     started = [subprocess.Popen([sys.executable, "-c", TWO, str(rank), str(tmp_path/"store"), str(Path(__file__).parent), kernel, dtype], cwd=ROOT, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    for process in started: assert process.wait(timeout=300) == 0, process.stderr.read()
+    for process in started: assert process.wait(timeout=600) == 0, process.stderr.read()
     (first, norms), (second, other) = (torch.load(tmp_path/f"store.{rank}", weights_only=True) for rank in range(2))
     assert norms == other and all(torch.equal(a, b) for a, b in zip(first, second))
     model, params, optimizer = layers_of("eager", table_dtype=dtype)

@@ -73,6 +73,14 @@ def test_the_lab_knows_configurations_and_files_only():
         assert not foreign, f"{module} imports {foreign}"
 
 
+def test_an_error_of_the_users_has_one_address():
+    "UserError is imported from files, where it is defined, and ConfigError from config, which shows all of the schema"
+    for module, names in MODULES.items():
+        wrong = [n for n in names if n.endswith((".UserError", ".ConfigError")) and n not in ("peer_nb.files.UserError", "peer_nb.config.ConfigError")]
+        if module == "config": wrong = [n for n in wrong if n != "peer_nb.schema.ConfigError"]
+        assert not wrong, f"{module} imports {wrong}"
+
+
 def test_the_test_sees_an_import_that_goes_up():
     names = imports("def f():\n    from peer_nb.training.loop import train\nfrom ..study import plan", "peer_nb.models.mla")
     assert set(names) == {"peer_nb.study.plan", "peer_nb.training.loop.train"}

@@ -59,7 +59,7 @@ def test_layers_into_a_sharded_model(tmp_path):
     env = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", OMP_NUM_THREADS="1")
     ranks = [subprocess.Popen([sys.executable, "-c", SHARDED, str(tmp_path/"source")], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
     for rank in ranks:
-        out, err = rank.communicate(timeout=240)
+        out, err = rank.communicate(timeout=600)
         assert rank.returncode == 0 and "equal" in out, err[-3000:]
 
 

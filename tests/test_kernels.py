@@ -465,5 +465,5 @@ def test_two_processes_get_the_gradients_of_one(way, tmp_path):
     both = [subprocess.Popen([sys.executable, "-c", PARALLEL, str(rank), way, str(tmp_path/"store")], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"},
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
     for process in both:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0 and "same" in out, err

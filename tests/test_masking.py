@@ -12,7 +12,8 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import DataCollatorWithFlattening, PreTrainedTokenizerFast
 
-from peer_nb.config import DatasetConfig, DatasetEntry, UserError
+from peer_nb.config import DatasetConfig, DatasetEntry
+from peer_nb.files import UserError
 from peer_nb.data.collate import DataCollatorForLanguageModelingVarLen, build_dataloader, count_targets
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.data.masking import (MaskStatistics, Surfaces, apply_digit_lookup_mask, apply_hashhop_mask, apply_synthetic_qa_mask, surfaces_of,

@@ -429,5 +429,5 @@ print("equal")
 def test_batch_norm_over_two_processes_is_over_the_whole_batch(tmp_path):
     command = [sys.executable, "-c", TWO_PROCESSES]
     both = [subprocess.Popen([*command, str(rank), str(tmp_path/"meeting")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    outputs = [p.communicate(timeout=120) for p in both]
+    outputs = [p.communicate(timeout=600) for p in both]
     for p, (out, err) in zip(both, outputs): assert p.returncode == 0 and out.strip() == "equal", err

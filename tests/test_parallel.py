@@ -21,7 +21,7 @@ from peer_nb.files import read_json
 from peer_nb.training.checkpoints import latest_checkpoint
 from peer_nb.training.launch import run_ranks
 from peer_nb.training.loop import Trainer, main, train
-from peer_nb.training.parallel import join_processes
+from peer_nb.processes import join_processes
 from test_training import assert_same, timeless
 
 STEPS, STOP = 6, 3
@@ -233,11 +233,11 @@ def raises(words):
 def hangs(words):
     "Rank 0 does not notice: it waits for something else"
     if rank == 1: raise ValueError("row 70 of a table of 63")
-    time.sleep(600)
+    time.sleep(900); Path("slept").touch()
 
 def killed(words):
     if rank == 1: os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)
+    time.sleep(900); Path("slept").touch()
 
 def saves(words):
     got = []
@@ -260,13 +260,12 @@ def light(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("program", ["raises", "hangs", "killed"])
 def test_a_dying_rank_ends_the_job_and_is_blamed(light, program):
-    begun = time.monotonic()
     code, text = run_ranks(f"light:{program}", [], 2, cpu=True, shown=False)
     if program == "killed": assert (code, text) == (137, "rank 1 of 2 was ended by SIGKILL: by somebody, or by the system for want of memory")
     else:
         assert code == 1 and text.startswith("Traceback") and f"in {program}\n" in text
         assert text.endswith("rank 1 of 2 failed: ValueError: row 70 of a table of 63"), text
-    assert time.monotonic() - begun < 120   # and not the ten minutes of torch's patience, nor the ranks' own
+    assert not (light/"slept").exists()   # the other rank was ended, and not waited for
 
 
 def started(light: Path, program: str) -> tuple[subprocess.Popen, list[int]]: # launcher, process ids of its ranks
@@ -289,12 +288,12 @@ def alive(pid: int) -> bool:
 def test_ctrl_c_lets_ranks_save_and_a_killed_launcher_takes_them_along(light):
     launcher, _ = started(light, "saves")
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(60) == 75 and {path.name for path in light.glob("saved-*")} == {"saved-0", "saved-1"}
+    assert launcher.wait(600) == 75 and {path.name for path in light.glob("saved-*")} == {"saved-0", "saved-1"}
     for path in light.glob("ready-*"): path.unlink()
     launcher, ranks = started(light, "saves")
     launcher.kill()
     launcher.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while any(map(alive, ranks)):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -1,4 +1,5 @@
 "Recall against transformers' `generate`, one question at a time, and across starts, kills and processes."
+import itertools
 import json
 import os
 import shutil
@@ -7,11 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from children import Child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -215,27 +216,20 @@ def test_every_task_gets_a_page_and_a_valid_file(task, place, tmp_path, monkeypa
     assert all(abs(sum(p for *_, p in place["top"]) + place["rest"] - 1) < 1e-4 for place in places)
 
 
-def forked(words: list[str], log: Path, pause: float = 0., **env: str) -> int:
-    "Run the command in a copy of this process, which has loaded everything; its process id"
-    if pid := os.fork(): return pid
-    code = 1
-    try:
-        sys.stdout = sys.stderr = open(log, "w", buffering=1)
-        os.environ |= env
-        torch.set_num_threads(1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        append = recall_command.append_jsonl
-        def slowly(*args, **kwargs):
-            append(*args, **kwargs)
-            time.sleep(pause)
-        recall_command.append_jsonl = slowly
-        code = main(words)
-    except SystemExit as e: code = e.code
-    except BaseException: traceback.print_exc()
-    finally: os._exit(code)
+def command(*words: str): sys.exit(main([*words]))
 
 
-def exit_code(pid: int) -> int: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def command_that_stays(answers: int, *words: str):
+    "The command, held up after some answers until it is stopped"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    append, written = recall_command.append_jsonl, itertools.count(1)
+
+    def held_up(*args, **kwargs):
+        append(*args, **kwargs)
+        while next(written) >= answers: time.sleep(1)
+
+    recall_command.append_jsonl = held_up
+    command(*words)
 
 
 def words_for(place: Path, output: Path, *more: str) -> list[str]:
@@ -259,13 +253,13 @@ def test_two_processes_find_what_one_finds(place, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launch = lambda *more: [exit_code(pid) for pid in [forked(words_for(place, tmp_path/"two", *more), tmp_path/f"log{rank}", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                                                              MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]]
-    assert launch() == [0, 0], (tmp_path/"log0").read_text() + (tmp_path/"log1").read_text()
+    ranks = [dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]
+    for both in [Child(command, *words_for(place, tmp_path/"two"), **rank) for rank in ranks]: both.ends(0)
     assert main(words_for(place, tmp_path/"one")) == 0
     same_answers(tmp_path/"one", tmp_path/"two")
-    assert launch("--mode", "teacher") == [2, 2]                  # refused by both, said by one
-    assert "different mode" in (tmp_path/"log0").read_text() and not (tmp_path/"log1").read_text()
+    refused = [Child(command, *words_for(place, tmp_path/"two", "--mode", "teacher"), **rank) for rank in ranks]
+    for both in refused: both.ends(2)
+    assert "different mode" in refused[0].output() and "different mode" not in refused[1].output()   # refused by both, said by one
 
 
 @pytest.mark.slow
@@ -273,7 +267,7 @@ def test_torchrun_finds_what_one_process_finds(place, tmp_path):
     script = tmp_path/"command.py"
     script.write_text(COMMAND)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script)]
-    done = subprocess.run([*launch, *words_for(place, tmp_path/"two")], capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parent.parent)))
+    done = subprocess.run([*launch, *words_for(place, tmp_path/"two")], capture_output=True, text=True, timeout=600, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parent.parent)))
     assert done.returncode == 0, done.stderr
     assert main(words_for(place, tmp_path/"one")) == 0
     same_answers(tmp_path/"one", tmp_path/"two")
@@ -282,15 +276,16 @@ def test_torchrun_finds_what_one_process_finds(place, tmp_path):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_a_second_start_asks_what_is_left(place, tmp_path, stop):
     "Stopped in the middle by Ctrl-C or kill -9"
-    folder, deadline = tmp_path/"out", time.monotonic() + 120
-    first = forked(words_for(place, folder, "--batch-tokens", "1"), tmp_path/"log", pause=.1)       # a question at a time
-    while not list(folder.glob("items-*.jsonl")) and time.monotonic() < deadline: time.sleep(.01)
-    os.kill(first, stop)
-    assert exit_code(first) == (130 if stop == signal.SIGINT else -9)
-    assert "Traceback" not in (tmp_path/"log").read_text()
+    folder = tmp_path/"out"
+    lines = lambda: b"".join(file.read_bytes() for file in folder.glob("items-*.jsonl")).count(b"\n")
+    first = Child(command_that_stays, 3, *words_for(place, folder, "--batch-tokens", "1"))       # a question at a time
+    while lines() < 3 and first.process.poll() is None: time.sleep(.05)
+    first.process.send_signal(stop)
+    first.ends(130 if stop == signal.SIGINT else -stop)
+    assert "Traceback" not in first.output()
     kept = (folder/"items-0.jsonl").read_bytes()
     done = kept.count(b"\n")
-    assert 0 < done < 24
+    assert done == 3
     if stop == signal.SIGINT: assert result(folder)["partial"] and result(folder)["answered"] == done
     else: assert not (folder/"recall.json").exists()
     assert main(words_for(place, folder)) == 0

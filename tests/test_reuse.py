@@ -56,7 +56,7 @@ def test_a_study_in_another_folder_is_found_and_may_then_be_deleted(own_register
     work = fake_study(tmp_path/"work", seeds=[1])
     command = ["--study", work/"study.yaml", "--gpus", 0]
     first = computed_study(work, work/"one")
-    run = load_plan(first/"plan.json").cells[0].id
+    run = load_plan(first).cells[0].id
 
     code, out, err = call(capsys, "plan", *command, "--output-dir", work/"two")
     assert code == 0 and f"reuse: 2 from {first}\n" in out and not (work/"two").exists(), out + err
@@ -87,7 +87,7 @@ def test_a_study_in_another_folder_is_found_and_may_then_be_deleted(own_register
 def test_fresh_computes_what_is_there_already(computed, own_register, tmp_path, capsys):
     "A real run in a new folder takes nothing over, and leaves what is taken over afterwards"
     command = ["--study", computed/"study.yaml", "--gpus", 0]
-    remember(only(computed/"out"), load_plan(only(computed/"out")/"plan.json"))
+    remember(only(computed/"out"), load_plan(only(computed/"out")))
     assert "reuse: 1" in call(capsys, "plan", *command)[1]
     code, out, err = call(capsys, *command, "--output-dir", tmp_path/"new", "--fresh")
     assert code == 0 and "1 of 1 runs to do" in out and "computed before" not in out and table(only(tmp_path/"new")).state.tolist() == ["DONE"], out + err
@@ -140,7 +140,7 @@ def test_what_is_not_a_whole_equal_run_is_not_taken(computed, what, own_register
     "The same file of the register finds it before, and after it was mended"
     folder = tmp_path/"out"/"study"
     shutil.copytree(only(computed/"out"), folder)
-    plan = load_plan(folder/"plan.json")
+    plan = load_plan(folder)
     assert remember(folder, plan)
     assert len(taken_over(plan, earlier_studies(tmp_path/"new"), "cpu")) == 1
     BREAK[what](folder/"runs"/plan.cells[0].id)
@@ -172,7 +172,7 @@ def test_two_studies_that_start_at_once_are_both_entered(computed, own_register,
 
 def test_a_study_that_was_moved_is_found_again_when_it_is_continued(computed, own_register, tmp_path, capsys):
     shutil.copytree(only(computed/"out"), tmp_path/"moved"/"study")
-    plan = load_plan(tmp_path/"moved"/"study"/"plan.json")
+    plan = load_plan(tmp_path/"moved"/"study")
     assert taken_over(plan, earlier_studies(tmp_path/"new"), "cpu") == {}
     assert call(capsys, "--resume", "--output-dir", tmp_path/"moved")[0] == 0
     assert {Path(t.source).parent.parent for t in taken_over(plan, earlier_studies(tmp_path/"new"), "cpu").values()} == {tmp_path/"moved"/"study"}
@@ -181,7 +181,7 @@ def test_a_study_that_was_moved_is_found_again_when_it_is_continued(computed, ow
 def test_plans_are_opened_only_where_a_run_may_be(own_register, tmp_path, computed, monkeypatch):
     "Hundreds of studies, one of which has what is wanted: one plan is read"
     folder = only(computed/"out")
-    plan = load_plan(folder/"plan.json")
+    plan = load_plan(folder)
     remember(folder, plan)
     for n in range(300):
         other = tmp_path/"out"/f"study-{n}"
@@ -190,14 +190,14 @@ def test_plans_are_opened_only_where_a_run_may_be(own_register, tmp_path, comput
         (own_register/f"{n:032x}.json").write_text(json.dumps(dict(schema=1, folder=str(other), runs=f"{n:016x}")))
     opened = []
     monkeypatch.setattr("peer_nb.running.reuse.load_plan", lambda path: opened.append(path) or load_plan(path))
-    assert len(taken_over(plan, earlier_studies(tmp_path/"new"), "cpu")) == 1 and opened == [folder/"plan.json"]
+    assert len(taken_over(plan, earlier_studies(tmp_path/"new"), "cpu")) == 1 and opened == [folder]
     assert len(registered()) == 301
 
 
 def test_an_unmounted_disk_is_not_forgotten_at_once(own_register, tmp_path, computed):
     disk = tmp_path/"disk"/"out"
     shutil.copytree(only(computed/"out"), disk/"study")
-    plan = load_plan(disk/"study"/"plan.json")
+    plan = load_plan(disk/"study")
     remember(disk/"study", plan)
     disk.rename(tmp_path/"elsewhere")
     assert registered() == [] and len([*own_register.iterdir()]) == 1

@@ -16,9 +16,10 @@ from fake_studies import ended, fake_study, launch, server_of, until
 from test_ablation import BASE, STUDY, write_study
 from peer_nb.running import command as runner
 from peer_nb.study.plan import load_plan
-from peer_nb.findings.results import process_mark, run_state
+from peer_nb.study.run import Run, process_mark
 from peer_nb.study.study import load_study
 from peer_nb.running.watch import look_at
+from peer_nb.findings.results import load_runs
 from peer_nb.files import read_json, read_jsonl, write_json
 
 VICTIMS = ("runner", "server", "wrapper", "kernel")
@@ -68,7 +69,7 @@ def whole(path: Path, runs: int) -> bool:
 def starts(folder: Path) -> dict[str, int]:
     "Run: how often its notebook has begun"
     begun = [r["run"] for r in read_jsonl(folder/"begun.jsonl")]
-    return {c.id: begun.count(c.id) for c in load_plan(folder/"plan.json").cells}
+    return {c.id: begun.count(c.id) for c in load_plan(folder).cells}
 
 
 class Campaign:
@@ -79,10 +80,10 @@ class Campaign:
 
     def round(self, victim: str, *more: str):
         process = launch(*self.words, *more, FAKE_STEP=self.pause)
-        until(lambda: [*(self.work/"out").glob("*/plan.json")] or process.poll() is not None, 120)
+        until(lambda: [*(self.work/"out").glob("*/plan.json")] or process.poll() is not None)
         folder = self.folder = the_folder(self.work)
         before = sum(starts(folder).values())
-        if victim != "runner": until(lambda: sum(starts(folder).values()) > before or process.poll() is not None, 120)
+        if victim != "runner": until(lambda: sum(starts(folder).values()) > before or process.poll() is not None)
         delay = self.rng.uniform(0, 6 if victim == "runner" else 2.5)
         time.sleep(delay)
         if kill_one(folder, process, victim): self.hits.append(dict(victim=victim, start="cold" if more else "warm", after=round(delay, 2), runs_done=len(self.done)))
@@ -93,16 +94,16 @@ class Campaign:
 
     def check(self):
         "Nothing lives on, the table is whole, and what was done has not begun again"
-        until(lambda: wrappers_and_kernels(self.folder) == ([], []), 30)
-        plan, count = load_plan(self.folder/"plan.json"), starts(self.folder)
+        until(lambda: wrappers_and_kernels(self.folder) == ([], []))
+        plan, count = load_plan(self.folder), starts(self.folder)
         assert whole(self.folder/"ablation_results.csv", len(plan.cells))
         assert {r: count[r] for r in self.done} == self.done, "a run that was done was made again"
-        self.done = {c.id: count[c.id] for c in plan.cells if run_state(self.folder/"runs"/c.id) == "DONE"}
+        self.done = {c.id: count[c.id] for c in plan.cells if Run(self.folder/"runs"/c.id).state == "DONE"}
         while len(plan.cells) - len(self.done) < 2: self.forget(self.rng.choice([*self.done]))
 
     def forget(self, run: str):
         "Kills are left, and less than the two runs that a server is started for: make one anew"
-        runner.set_aside(self.folder, load_plan(self.folder/"plan.json"), [run])
+        runner.set_aside(self.folder, load_plan(self.folder), [run])
         del self.done[run]
 
     def finish(self, reference: Path):
@@ -152,7 +153,7 @@ def test_the_real_trainer_is_killed_and_goes_on_to_the_bit(tmp_path):
             run = until(lambda: [*(work/"out").glob("*/runs/001*/latest")] or process.poll() is not None, 300)[0].parent
             os.kill(read_json(run/"heartbeat.json")["pid"], signal.SIGKILL)
             code, out = ended(process)
-            assert code == 1 and run_state(run) == "STALE", out
+            assert code == 1 and Run(run).state == "STALE", out
             process = launch("--resume", "--output-dir", work/"out")
         code, out = ended(process)
         assert code == 0, out
@@ -163,7 +164,7 @@ def test_the_real_trainer_is_killed_and_goes_on_to_the_bit(tmp_path):
 
 
 ENDINGS = {"asks": "import os; os._exit(75)", "torchrun": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; sys.exit(75)'], check=True)", "memory": "raise MemoryError('out')",
-           "diverged": "raise FloatingPointError('the loss is not finite')", "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "slow": "import time; time.sleep(60)"}
+           "diverged": "raise FloatingPointError('the loss is not finite')", "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "slow": "import time; time.sleep(900)"}
 
 
 @pytest.fixture(scope="module")
@@ -173,13 +174,13 @@ def endings(tmp_path_factory):
     book = json.loads((work/"template.ipynb").read_text())
     book["cells"][2]["source"] = f"ENDINGS = {ENDINGS!r}\nif not resume: exec(ENDINGS[levels['ends']])\n" + "".join(book["cells"][2]["source"])
     (work/"template.ipynb").write_text(json.dumps(book))
-    said = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--time", 0.3))
+    said = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--time", 0.5))
     return work, the_folder(work), said
 
 
 def test_every_way_to_end_has_its_state_and_kind(endings):
     _, folder, (code, out) = endings
-    cells = load_plan(folder/"plan.json").cells
+    cells = load_plan(folder).cells
     status = {c.levels["ends"]: read_json(folder/"runs"/c.id/"status.json") for c in cells}
     assert code == 1 and {e: (s["state"], s.get("error", {}).get("kind")) for e, s in status.items()} == {
         "asks": ("DONE", None), "torchrun": ("DONE", None), "memory": ("FAILED", "out of memory"), "diverged": ("FAILED", "not finite"), "killed": ("STALE", "killed"), "slow": ("FAILED", "timeout")}, out
@@ -187,22 +188,22 @@ def test_every_way_to_end_has_its_state_and_kind(endings):
     rows = pd.read_csv(folder/"ablation_results.csv").set_index("ends")
     assert rows.error_kind.dropna().to_dict() == {e: s["error"]["kind"] for e, s in status.items() if "error" in s}
     assert "FAILED" in out and "out of memory, MemoryError" in out
-    assert look_at(folder).counts == {"DONE": 2, "FAILED": 3, "STALE": 1}
+    assert look_at(load_runs(folder)).counts == {"DONE": 2, "FAILED": 3, "STALE": 1}
 
 
 def test_what_is_taken_up_by_itself_and_what_on_request(endings):
     "--resume takes up what was killed; --retry-failed the rest; --rerun makes anew; DONE is left alone"
     work, folder, _ = endings
     code, out = ended(launch("--resume", "--output-dir", work/"out"))
-    assert code == 1 and "1 of 6 runs to do" in out and look_at(folder).counts == {"DONE": 3, "FAILED": 3}, out
+    assert code == 1 and "1 of 6 runs to do" in out and look_at(load_runs(folder)).counts == {"DONE": 3, "FAILED": 3}, out
     code, out = ended(launch("--resume", "--retry-failed", "--output-dir", work/"out"))
     assert code == 0 and "3 of 6 runs to do" in out, out
     before = {p.parent.name: read_json(p) for p in folder.glob("runs/*/status.json")}
     assert {s["attempt"] for s in before.values()} == {2}
     code, out = ended(launch("--resume", "--rerun", 3, "--output-dir", work/"out"))
     after = {p.parent.name: read_json(p) for p in folder.glob("runs/*/status.json")}
-    assert "1 of 6 runs to do" in out and [r for r in before if before[r] != after[r]] == [load_plan(folder/"plan.json").cells[2].id], out
-    assert len([*(folder/"earlier").iterdir()]) == 1 and after[load_plan(folder/"plan.json").cells[2].id]["error"]["kind"] == "out of memory"
+    assert "1 of 6 runs to do" in out and [r for r in before if before[r] != after[r]] == [load_plan(folder).cells[2].id], out
+    assert len([*(folder/"earlier").iterdir()]) == 1 and after[load_plan(folder).cells[2].id]["error"]["kind"] == "out of memory"
 
 
 def test_a_second_study_takes_over_what_the_first_has(undisturbed, tmp_path):

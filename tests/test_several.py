@@ -10,7 +10,7 @@ import yaml
 
 from fake_studies import ended, launch, until
 from peer_nb.study.plan import load_plan
-from peer_nb.findings.results import process_mark, run_state
+from peer_nb.study.run import Run, process_mark
 from peer_nb.files import read_json, read_jsonl
 from peer_nb.models.causal_lm import PeerMLAForCausalLM
 
@@ -66,7 +66,7 @@ def test_the_guides_configuration_with_several_processes(ranks, kind, tmp_path):
     save = dict(train_config__save_steps=4, train_config__eval_steps=3)
     alone = run_study(tmp_path/"one", study(tmp_path/"a", 6, [42], 2*ranks, **save), "--processes", 1)
     several = run_study(tmp_path/"several", study(tmp_path/"a", 6, [42], **save, train_config__parallel=kind), "--processes", ranks)
-    plans = [load_plan(f/"plan.json") for f in (alone, several)]
+    plans = [load_plan(f) for f in (alone, several)]
     assert [p.world_size for p in plans] == [1, ranks] and plans[0].cells[0].identity != plans[1].cells[0].identity
     run, other = (f/"runs"/p.cells[0].id for f, p in zip((several, alone), plans))
     mine, theirs = (read_json(r/"result.json") for r in (run, other))
@@ -88,7 +88,7 @@ def test_a_rank_a_wrapper_and_a_signal(tmp_path):
     out = tmp_path/"out"
     process = launch(*study(tmp_path/"a", 40, [1, 2, 3], **keys), "--output-dir", out, "--processes", 2, "--parallel", 1, "--fresh")   # not the runs of the whole study
     folder = until(lambda: [*out.glob("*/plan.json")], 120)[0].parent
-    asked, rank, wrapper = (folder/"runs"/c.id for c in load_plan(folder/"plan.json").cells)
+    asked, rank, wrapper = (folder/"runs"/c.id for c in load_plan(folder).cells)
     until(lambda: at_step(asked, 12), 300)
     os.kill(read_json(asked/"status.json")["pid"], signal.SIGTERM)
     until(lambda: at_step(rank, 12), 300)
@@ -98,7 +98,7 @@ def test_a_rank_a_wrapper_and_a_signal(tmp_path):
     os.kill(read_json(wrapper/"status.json")["pid"], signal.SIGKILL)
     until(lambda: not any(map(process_mark, ranks)), 60)
     code, said = ended(process, 600)
-    assert code == 1 and [run_state(r) for r in (asked, rank, wrapper)] == ["DONE", "FAILED", "STALE"], said
+    assert code == 1 and [Run(r).state for r in (asked, rank, wrapper)] == ["DONE", "FAILED", "STALE"], said
     assert "stopped by SIGTERM; it has saved, and goes on (1 of 3 times)" in said and read_json(asked/"status.json")["attempt"] == 2
     error = read_json(rank/"status.json")["error"]
     assert error["kind"] == "killed" and "rank 1 of 2 was ended by SIGKILL" in error["message"]

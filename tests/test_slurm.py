@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from peer_nb.findings.results import run_state
+from peer_nb.study.run import Run
 from peer_nb.files import read_json, read_jsonl, write_json
 
 sys.path.insert(0, str(Path(__file__).parent/"slurm"))
@@ -48,7 +48,7 @@ def slurm(*words) -> str:
 def runs_of(work: Path) -> dict[str, str]:
     "Run: state"
     folder, = (work/"out").iterdir()
-    return {c["id"]: run_state(folder/"runs"/c["id"]) for c in read_json(folder/"plan.json")["plan"]["cells"]}
+    return {c["id"]: Run(folder/"runs"/c["id"]).state for c in read_json(folder/"plan.json")["plan"]["cells"]}
 
 
 def job_of(folder: Path, run: str) -> str:
@@ -144,7 +144,7 @@ def test_a_node_dies(cluster, tmp_path, log):
     run, other = runs_of(work)
     until(lambda: at_step(folder, run, 2) and at_step(folder, other, 1))
     cluster.kill_node()
-    until(lambda: run_state(folder/"runs"/run) == "STALE", 60)
+    until(lambda: Run(folder/"runs"/run).state == "STALE", 60)
     log("node dies", "slurmd and all that it had started killed at step 2: both runs STALE")
     until(lambda: cluster.node_state() == "down", 180)
     log("node dies", "Slurm noticed: the node is down, its jobs are back in the queue")

@@ -59,7 +59,7 @@ def test_tokens_follow_from_measured_speeds(quick, tmp_path, capsys):
     assert code == 0 and len(quick) == 2 and "timing" not in out, "the run uses what the plan has measured" + out + err
     assert all(p.process.returncode == -signal.SIGKILL for p in quick) and not any(p.folder.exists() for p in quick)
 
-    plan, beside = load_plan(folder/"plan.json"), read_json(folder/"plan.json")["speeds"]
+    plan, beside = load_plan(folder), read_json(folder/"plan.json")["speeds"]
     assert beside["machine"]["at_once"] == 1 and beside["machine"]["gpus"] == 0 and beside["machine"]["device"]
     tokens = {c.id: c.tokens for c in plan.cells}
     assert {run: max(1, round(3*m["tokens_per_second"]/64))*64 for m in beside["measured"] for run in m["cells"]} == tokens
@@ -114,7 +114,7 @@ def test_a_killed_plan_leaves_no_training_behind(tmp_path):
     process = launch("plan", "--study", work/"study.yaml", "--gpus", 0, "--parallel", 1, "--output-dir", work/"out", "--measure", TMPDIR=tmp_path/"tmp", PEER_NB_CACHE=tmp_path/"cache")
     until(lambda: trainings(str(tmp_path)))
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     until(lambda: not trainings(str(tmp_path)))
     time.sleep(0.2)
     assert not trainings(str(tmp_path))

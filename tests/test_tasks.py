@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peer_nb.config import DatasetEntry, UserError, config_from_dict
+from peer_nb.config import DatasetEntry, config_from_dict
 from peer_nb.data.command import main, task_command, tokenization_report
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.data.packing import build_dataloader
 from peer_nb.evaluation.recall import read_questions
+from peer_nb.files import UserError
 from peer_nb.study.plan import make_plan, measured
 from peer_nb.study.study import Primary, Study
 from peer_nb.tasks.hashhop import DIFFICULTIES, LegacyHashHop, chains_in
@@ -34,7 +35,7 @@ COMMAND = "import sys; from peer_nb.data.command import main; sys.exit(main())"
 
 def child(code: str, *args, **env):
     "Run Python code in a process of its own"
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120, env=os.environ | env)
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=600, env=os.environ | env)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from peer_nb.config import Config, UserError, WandbConfig, apply_overrides, save_config
-from peer_nb.files import read_json, read_jsonl
+from peer_nb.config import Config, WandbConfig, apply_overrides, save_config
+from peer_nb.files import UserError, read_json, read_jsonl
 from peer_nb.training import tracking
 from peer_nb.training.loop import Trainer, train
 from test_training import config, one_thread, text, timeless   # noqa: F401 (fixtures)

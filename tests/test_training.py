@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import Child, in_child
 
-from peer_nb.config import (Config, DatasetConfig, DatasetEntry, EvalConfig, MLAConfig, ModelConfig, PeerConfig, TrainConfig, UserError, apply_overrides, load_config,
+from peer_nb.config import (Config, DatasetConfig, DatasetEntry, EvalConfig, MLAConfig, ModelConfig, PeerConfig, TrainConfig, apply_overrides, load_config,
                             save_config)
 from peer_nb.data.corpora import data_fingerprint
 from peer_nb.evaluation.command import main as peer_eval
-from peer_nb.files import folder_lock, read_json, read_jsonl, write_json
+from peer_nb.files import UserError, folder_lock, read_json, read_jsonl, write_json
 from peer_nb.training import checkpoints
 from peer_nb.training.checkpoints import check_seal, latest_checkpoint
 from peer_nb.training.loop import Trainer, main, train
@@ -29,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    "Forked children must not wait for threads that only their parent has"
+    "As many as the children have: equal to the bit is equal with as many threads"
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -89,32 +91,22 @@ def undisturbed(text, tmp_path_factory) -> Path:
     return out
 
 
-def in_child(work) -> int:
-    "Run a function in a forked process; its exit code, negative for the signal that ended it"
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try: work(); code = 0
-        except SystemExit as stop: code = stop.code
-        finally: os._exit(code)
-    status = os.waitpid(pid, 0)[1]
-    return os.waitstatus_to_exitcode(status)
-
-
-def test_resume_in_a_new_process_is_bit_identical(text, undisturbed, tmp_path):
-    "Killed after step 7 in this process, continued from step 4 by the command in another"
-    out, original = tmp_path/"run", Trainer.step
+def killed_after_seven_steps(cfg: Config):
+    original = Trainer.step
 
     def step(self):
         result = original(self)
         if self.counters.step == 7: os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    def interrupted():
-        Trainer.step = step
-        train(config(text, out))
+    Trainer.step = step
+    train(cfg)
 
-    assert in_child(interrupted) == -signal.SIGKILL
+
+def test_resume_in_a_new_process_is_bit_identical(text, undisturbed, tmp_path):
+    "Killed after step 7 in one process, continued from step 4 by the command in another"
+    out = tmp_path/"run"
+    in_child(killed_after_seven_steps, config(text, out), ends=-signal.SIGKILL)
     assert latest_checkpoint(out).name == "checkpoint-4"
     assert [line["step"] for line in read_jsonl(out/"metrics.jsonl")] == [3, 6]
     save_config(config(text, out), tmp_path/"run.yaml")
@@ -136,102 +128,98 @@ VARIANTS = {   # what a resume could spoil, beside what `config` has
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_every_kind_of_run_resumes_to_the_bit(text, tmp_path, changes):
-    "Straight; and killed after step 7, continued from a checkpoint in another process"
+def test_every_kind_of_run_resumes_to_the_bit(text, tmp_path, monkeypatch, changes):
+    "Straight; and from what there was on the disk after step 7, as a kill would have left it"
     if "consumed" in changes.values() or "train_config.fp8" in changes: pytest.importorskip("torchao")
     make = lambda out: apply_overrides(config(text, out), changes)
     straight, halves, original = tmp_path/"straight", tmp_path/"halves", Trainer.step
-    assert in_child(lambda: train(make(straight))) == 0
 
     def step(self):
         result = original(self)
-        if self.counters.step == 7: os.kill(os.getpid(), signal.SIGKILL)
+        if self.counters.step == 7: shutil.copytree(straight, halves)
         return result
 
-    def interrupted():
-        Trainer.step = step
-        train(make(halves))
-
-    assert in_child(interrupted) == -signal.SIGKILL
-    assert in_child(lambda: train(make(halves), resume="auto")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        train(make(straight))
+    assert latest_checkpoint(halves).name in ("checkpoint-4", "checkpoint-5")
+    train(make(halves), resume="auto")
     assert_same_end(halves, straight)
     usage = [read_jsonl(out/"usage.jsonl") for out in (halves, straight)]
     assert usage[0] == usage[1] and len(usage[0]) == (1 if "model_config.peer_config.log_freq" in changes else 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], ids=lambda n: n.name)
-def test_signals_save_at_the_step_boundary(text, undisturbed, tmp_path, number):
-    out, original = tmp_path/"run", Trainer.step
+def signalled_in_step_six(runs: list[tuple[Config, int]]):
+    "One run after another hears its signal in the middle of a step, and ends by asking to be started again"
+    original = Trainer.step
+    for cfg, number in runs:
+        def step(self):
+            if self.counters.step == 5: os.kill(os.getpid(), number)
+            return original(self)
 
-    def step(self):
-        if self.counters.step == 5: os.kill(os.getpid(), number)   # in the middle of the step
-        return original(self)
-
-    def interrupted():
         Trainer.step = step
-        train(config(text, out))
-
-    assert in_child(interrupted) == 75
-    assert latest_checkpoint(out).name == "checkpoint-6"
-    train(config(text, out), resume=True)
-    assert_same_end(out, undisturbed)
+        with pytest.raises(SystemExit) as stop: train(cfg)
+        assert stop.value.code == 75, f"{number}: {stop.value.code}"
 
 
-class KillAt:
-    "Ends the process, unasked, before the n-th change that a save makes to the disk"
-    def __init__(self, n): self.n, self.seen, self.armed = n, 0, False
+def test_signals_save_at_the_step_boundary(text, undisturbed, tmp_path):
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    in_child(signalled_in_step_six, [(config(text, tmp_path/number.name), number) for number in numbers])
+    for out in (tmp_path/number.name for number in numbers):
+        assert latest_checkpoint(out).name == "checkpoint-6"
+        train(config(text, out), resume=True)
+        assert_same_end(out, undisturbed)
 
-    def before(self, function):
-        def wrapped(*args, **kwargs):
-            if self.armed:
-                if self.seen == self.n: os.kill(os.getpid(), signal.SIGKILL)
-                self.seen += 1
+
+CHANGES = ((torch, "save"), (os, "fsync"), (os, "replace"), (checkpoints.shutil, "rmtree"), (os, "unlink"), (os, "mkdir"))
+
+
+class Saved(Exception): "The second save is done"
+
+
+def second_save(cfg: Config, before):
+    "Train until a second save is done; `before(n)` is called before the n-th change that it makes to the disk"
+    inside, changes, saves, original = [False], itertools.count(), itertools.count(1), Trainer.save
+
+    def watched(function):
+        def call(*args, **kwargs):
+            if inside[0]:
+                inside[0] = False   # what is done before the change is no change
+                before(next(changes))
+                inside[0] = True
             return function(*args, **kwargs)
-        return wrapped
+        return call
+
+    def save(self):
+        inside[0] = next(saves) == 2
+        folder = original(self)
+        if inside[0]: raise Saved
+        return folder
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Saved):
+        for module, name in CHANGES: patch.setattr(module, name, watched(getattr(module, name)))
+        patch.setattr(Trainer, "save", save)
+        try: train(cfg)
+        finally: inside[0] = False
 
 
-def killed_in_second_save(text: Path, out: Path, n: int) -> int:
-    "Kill a run before the n-th file operation of its second save; 0 when the save has fewer"
-    def work():
-        kill, saves, original = KillAt(n), itertools.count(1), Trainer.save
-        for module, name in ((torch, "save"), (os, "fsync"), (os, "replace"), (checkpoints.shutil, "rmtree"), (os, "unlink"), (os, "mkdir")):
-            setattr(module, name, kill.before(getattr(module, name)))
-
-        def save(self):
-            kill.armed = next(saves) == 2
-            folder = original(self)
-            if kill.armed: os._exit(0)   # got through the save
-            return folder
-
-        Trainer.save = save
-        train(config(text, out, save_total_limit=1))
-    return in_child(work)
-
-
-def test_kill_in_a_save_leaves_a_whole_checkpoint(text, tmp_path):
-    "At every third operation of the save: the newest checkpoint is the one before or the new one, and it can be loaded"
-    found = []
-    for n in range(0, 400, 3):
-        out = tmp_path/f"kill-{n}"
-        code = killed_in_second_save(text, out, n)
-        newest = latest_checkpoint(out)
+def test_kill_in_a_save_leaves_a_whole_checkpoint(text, undisturbed, tmp_path):
+    """What a kill would leave, copied before every change of a save: the newest checkpoint is the one before or the new one, it can be loaded,
+    and from an early and a late one of these the run ends as the undisturbed one"""
+    out, found = tmp_path/"run", []
+    second_save(config(text, out, save_total_limit=1), lambda n: shutil.copytree(out, tmp_path/str(n)))
+    trainer = Trainer(config(text, tmp_path/"again"))
+    for n in range(len(list(tmp_path.iterdir())) - 1):
+        newest = latest_checkpoint(tmp_path/str(n))
         assert newest.name in ("checkpoint-4", "checkpoint-8"), n
-        trainer = Trainer(config(text, out))
         trainer.restore(newest)
         assert trainer.counters.step == int(newest.name.split("-")[1])
         found.append(newest.name)
-        if code == 0: break
-        assert code == -signal.SIGKILL
-    assert code == 0 and found == sorted(found, key=len) and len(found) > 8 and {"checkpoint-4", "checkpoint-8"} == set(found)
-
-
-@pytest.mark.parametrize("n", [2, 30])
-def test_run_killed_in_a_save_ends_undisturbed(text, undisturbed, tmp_path, n):
-    out = tmp_path/"run"
-    if killed_in_second_save(text, out, n) == 0: pytest.skip("the save has fewer operations")
-    train(config(text, out), resume="auto")
-    assert_same_end(out, undisturbed)
-    assert not list(out.glob("*.tmp")) and not list(out.glob("*.removed"))
+    assert found == sorted(found) and len(found) > 24 and {"checkpoint-4", "checkpoint-8"} == set(found)
+    for killed in (tmp_path/"2", tmp_path/str(len(found) - 2)):
+        train(config(text, killed), resume="auto")
+        assert_same_end(killed, undisturbed)
+        assert not list(killed.glob("*.tmp")) and not list(killed.glob("*.removed"))
 
 
 # ---- kill -9, anywhere ----------------------------------------------------------------------------------------------------
@@ -245,24 +233,24 @@ def saves_begun(out: Path) -> set[int]:
     return found
 
 
-def killed_after(work, seconds: float, saving: Path | None = None) -> int | None:
-    """Start a function in a forked process and kill it unasked; its exit code if it was done before, None if it was killed
+def resumed(cfg: Config): train(cfg, resume="auto")
+
+
+def killed_after(cfg: Config, seconds: float, saving: Path | None = None) -> bool:
+    """Go on with a run in a process that is killed unasked; whether it was, before it was done
 
     With a folder, some milliseconds after a save into it has begun, once the seconds are over"""
     before = saves_begun(saving) if saving else set()
-    pid, end = os.fork(), time.monotonic() + seconds
-    if pid == 0:
-        code = 70
-        try: work(); code = 0
-        finally: os._exit(code)
+    child, end = Child(resumed, cfg), time.monotonic() + seconds
     while time.monotonic() < end or saving is not None and not saves_begun(saving) - before:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done: return os.waitstatus_to_exitcode(status)
+        if child.process.poll() is not None:
+            child.ends(0)
+            return False
         time.sleep(0.001)
     if saving is not None: time.sleep(random.uniform(0, 0.02))
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+    child.process.kill()
+    child.process.wait()
+    return True
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
@@ -270,19 +258,18 @@ def test_killed_at_random_instants(text, tmp_path, kills):
     "Killed, continued, killed again, until enough; what comes out is the undisturbed run's, and the newest checkpoint was whole each time"
     make = lambda out: config(text, out, save_steps=2, logging_steps=2, eval_steps=6)
     begun = time.monotonic()
-    assert in_child(lambda: train(make(tmp_path/"undisturbed"))) == 0
+    train(make(tmp_path/"undisturbed"))
     whole, instants, report, runs = time.monotonic() - begun, random.Random(kills), [], 0
     while len(report) < kills:
         out, runs = tmp_path/f"run-{runs}", runs + 1
         while len(report) < kills:
             before = saves_begun(out)
             seconds, saving = instants.uniform(0, 0.5*whole), out if len(report) % 2 else None   # every second kill waits for a save
-            if (code := killed_after(lambda: train(make(out), resume="auto"), seconds, saving)) is not None: break
+            if not killed_after(make(out), seconds, saving): break
             newest = latest_checkpoint(out)
             if newest: check_seal(newest)
             report.append(dict(in_a_save=bool(saves_begun(out) - before), newest=newest.name if newest else None))
-        assert code in (None, 0)
-        assert in_child(lambda: train(make(out), resume="auto")) == 0
+        train(make(out), resume="auto")
         assert_same_end(out, tmp_path/"undisturbed")
     if kills < 30: return
     inside = sum(kill["in_a_save"] for kill in report)
@@ -294,27 +281,33 @@ def test_killed_at_random_instants(text, tmp_path, kills):
 
 # ---- disks and damage -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "trainer_state/state.pt"])
-def test_a_full_disk_leaves_the_checkpoint_before(text, undisturbed, tmp_path, file):
-    "In the second save no file may grow to this one's size: the error names what is left, and a resume from there ends undisturbed"
-    out, said, original, room = tmp_path/"run", tmp_path/"said", Trainer.save, (undisturbed/"checkpoint-8"/file).stat().st_size - 1
+def filled_in_second_save(runs: list[tuple[Config, int]]):
+    "In the second save of each run no file may grow beyond a size; the errors are printed, a line each"
+    free, original = resource.getrlimit(resource.RLIMIT_FSIZE), Trainer.save
+    for cfg, room in runs:
+        def save(self):
+            if self.counters.step == 8: resource.setrlimit(resource.RLIMIT_FSIZE, (room, free[1]))
+            return original(self)
 
-    def save(self):
-        if self.counters.step == 8: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-        return original(self)
-
-    def filled():
         Trainer.save = save
-        try: train(config(text, out))
-        except UserError as error: (os.write(os.open(said, os.O_WRONLY | os.O_CREAT), str(error).encode()[:1000]), os._exit(2))
+        with pytest.raises(UserError) as refused: train(cfg)
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
+        print(refused.value)
 
-    assert in_child(filled) == 2
-    message = said.read_text()
-    assert "cannot be written to" in message and message.endswith(f"the newest whole checkpoint is {out/'checkpoint-4'}"), message
-    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-4"]
-    check_seal(out/"checkpoint-4")
-    train(config(text, out), resume="auto")
-    assert_same_end(out, undisturbed)
+
+def test_a_full_disk_leaves_the_checkpoint_before(text, undisturbed, tmp_path):
+    "In the second save no file may grow to one's size: the error names what is left, and a resume from there ends undisturbed"
+    rooms = {file: (undisturbed/"checkpoint-8"/file).stat().st_size - 1 for file in ("config.json", "model.safetensors", "trainer_state/state.pt")}
+    outs = [tmp_path/str(n) for n, _ in enumerate(rooms)]
+    said = in_child(filled_in_second_save, [(config(text, out), room) for out, room in zip(outs, rooms.values())])
+    messages = [line for line in said.splitlines() if "cannot be written to" in line]
+    assert len(messages) == len(outs), said
+    for out, message in zip(outs, messages):
+        assert message.endswith(f"the newest whole checkpoint is {out/'checkpoint-4'}"), message
+        assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-4"]
+        check_seal(out/"checkpoint-4")
+        train(config(text, out), resume="auto")
+        assert_same_end(out, undisturbed)
 
 
 def test_a_folder_that_cannot_be_written_to(text, tmp_path):
@@ -329,7 +322,6 @@ def test_a_folder_that_cannot_be_written_to(text, tmp_path):
     ("trainer_state/config.yaml", lambda data: data.replace(b"dropout: 0.1", b"dropout: 0.2"), "was changed"),
     ("config.json", lambda data: None, "is missing")])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_used_on_request(text, undisturbed, tmp_path, capsys, file, damage, named):
-    import shutil
     out = tmp_path/"run"
     shutil.copytree(undisturbed, out)
     path = out/"checkpoint-12"/file
@@ -389,7 +381,6 @@ def test_another_world_and_other_data_are_refused_or_said(text, undisturbed, tmp
 
 def test_an_approximate_resume_by_the_command(text, undisturbed, tmp_path, capsys, caplog):
     "Twice the steps at half the rate: refused, then taken with the differences in the log"
-    import shutil
     shutil.copytree(undisturbed, tmp_path/"run")
     save_config(config(text, tmp_path/"run", max_steps=24, learning_rate=5e-3, log_level="warning"), tmp_path/"run.yaml")
     assert main(["--config", str(tmp_path/"run.yaml"), "--resume"]) == 2

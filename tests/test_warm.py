@@ -16,7 +16,7 @@ from fake_studies import ended, fake_study, launch, server_of, until
 from test_ablation import BASE, write_study
 from peer_nb.running.local import Local, choose_devices, start
 from peer_nb.study.plan import load_plan, make_plan, save_plan
-from peer_nb.findings.results import process_mark, run_state
+from peer_nb.study.run import Run, process_mark
 from peer_nb.study.study import Budget, Study
 from peer_nb.running.warm import Warm
 from peer_nb.config import load_config
@@ -64,7 +64,7 @@ def planned(work: Path, runs: int, template: str) -> tuple[Path, list]:
     plan = make_plan(Study("warm", str(work/"base.yaml"), {"level": levels}, notebook=template, budget=Budget(640), seeds=[1]), load_config(work/"base.yaml"), fingerprint=lambda c: "text")
     (folder := work/"study").mkdir()
     (folder/"runs").mkdir()
-    save_plan(plan, folder/"plan.json")
+    save_plan(plan, folder)
     return folder, plan.cells
 
 
@@ -96,7 +96,7 @@ def test_warm_and_cold_runs_give_the_same_numbers(tmp_path):
     work = write_study(tmp_path, base=base)
     (work/"words.txt").write_text("".join(f"{n} and {n} is {2*n}\n\n" for n in range(600)))
     folder, (cell,) = planned(work, 1, "train_and_evaluate")
-    warm, found = Warm(load_plan(folder/"plan.json").template), {}
+    warm, found = Warm(load_plan(folder).template), {}
     for name, server in (("warm", warm), ("cold", None)):
         job = start(folder, cell, choose_devices(0, 1, 1, [], 1), [], None, server)
         assert job.process.wait(300) == 0, (folder/"runs"/cell.id/"log.txt").read_text()
@@ -127,7 +127,7 @@ def test_a_server_that_is_killed_is_replaced(tmp_path):
     folder, = (work/"out").iterdir()
     assert not process_mark(status["pid"])
     assert code == 1 and "STALE" in out and "the warm process ended with -9; another is started" in out, out
-    assert [run_state(p) for p in sorted((folder/"runs").iterdir())] == ["STALE", "DONE"]
+    assert [Run(p).state for p in sorted((folder/"runs").iterdir())] == ["STALE", "DONE"]
     code, out = ended(launch("--resume", "--output-dir", work/"out", FAKE_STEP=0))
     assert code == 0 and "1 of 2 runs to do" in out, out
 
@@ -184,7 +184,7 @@ def test_what_cannot_be_forked_starts_cold(idle, monkeypatch):
         seen += pool.look()
         time.sleep(0.05)
     assert [e.note for e in seen if e.what == "told"] == ["the imports have started 1 thread; runs start cold"]
-    assert {run_state(folder/"runs"/c.id) for c in cells} <= {"DONE", "FAILED"} and pool.warm.cold and not pool.warm.hosts
+    assert {Run(folder/"runs"/c.id).state for c in cells} <= {"DONE", "FAILED"} and pool.warm.cold and not pool.warm.hosts
 
 
 def test_one_run_alone_and_runs_on_several_gpus_start_cold(idle):

@@ -2,7 +2,6 @@
 import os
 import subprocess
 import sys
-import sysconfig
 import venv
 import zipfile
 from pathlib import Path
@@ -32,7 +31,8 @@ def clean(wheel, tmp_path_factory) -> Path:
     venv.create(folder, with_pip=False)
     home = next(folder.glob("lib/python*/site-packages"))
     subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder/"bin"/"python", "install", "--quiet", "--no-deps", wheel], check=True)
-    (home/"dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")   # a plain path: its own .pth files are not followed
+    shared = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
+    (home/"dependencies.pth").write_text("\n".join(shared) + "\n")   # plain paths: their own .pth files are not followed
     return folder
 
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .any_model import check_closed_form, count_any
 from .inspection import Checkpoint, compare_checkpoints, inspect_checkpoint, misfits, open_checkpoint
-from .pages import number_text, read_result, result_of, write_result
+from .pages import read_result, result_of, write_result
 from .parameters import cache_numbers, count_parameters, layer_rows, weight_bytes
-from .step_memory import memory_table, memory_text, size_text
+from .step_memory import memory_table, memory_text
+from ..formats import number, size_text
 from ..cli import make_main
-from ..config import Config, DatasetEntry, ModelConfig, UserError, config_from_dict, load_config, load_data_mixes
+from ..config import Config, DatasetEntry, ModelConfig, config_from_dict, load_config, load_data_mixes
 from ..data.corpora import documents, eval_entries
-from ..files import read_json, sha256_of, writable_folder
+from ..files import UserError, read_json, sha256_of, writable_folder
 
 if TYPE_CHECKING: from peer_nb.analysis.expert_usage import UsageRun
 
@@ -117,7 +118,7 @@ def foreign_parameters(
 # %% ../../nbs/analysis/08_command.ipynb #fa9b67dd
 def _columns(first: Any, *cells: Any, width: int = 16) -> str:
     "A line of a table: a name, then numbers or words in columns of twenty characters"
-    return f"{first:<{width}}" + "".join(f"{number_text(cell):>20}" for cell in cells)
+    return f"{first:<{width}}" + "".join(f"{number(cell):>20}" for cell in cells)
 
 def parameters_text(
     result: dict, # of kind parameters
@@ -302,16 +303,8 @@ def load_for_usage(
                         "usage to measure. peer-analyze parameters and checkpoint work on it")
     if wrong := misfits(opened):
         raise UserError(f"{checkpoint}: the weights do not fit config.json: {'; '.join(wrong[:3])}")
-    if not any((checkpoint/name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise UserError(f"{checkpoint}: no tokenizer in this folder")
-    from transformers.utils import logging
-
-    from peer_nb.evaluation.perplexity import load_checkpoint_model
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try: return load_checkpoint_model(str(checkpoint))
-    finally:
-        if shown: logging.enable_progress_bar()
+    from peer_nb.evaluation.loading import load_model
+    return load_model(checkpoint)
 
 # %% ../../nbs/analysis/08_command.ipynb #cc4b6cf4
 def count_texts(
@@ -337,7 +330,7 @@ def usage_text(
 ) -> str: # for a terminal
     "The statistics of each layer, in lines"
     from peer_nb.analysis.drawings import USAGE_COLUMNS, usage_rows
-    rows = [USAGE_COLUMNS] + [{k: number_text(v) for k, v in row.items()} for row in usage_rows(result)]
+    rows = [USAGE_COLUMNS] + [{k: number(v) for k, v in row.items()} for row in usage_rows(result)]
     widths = {k: max(len(row[k]) for row in rows) for k in USAGE_COLUMNS}
     lines = ["  ".join(f"{row[k]:>{widths[k]}}" for k in USAGE_COLUMNS) for row in rows]
     hot = []
@@ -462,7 +455,7 @@ def compare_text(
     lines = [f"{'tensor':<{width}}  {'relative':>10}  {'largest':>10}  {'rows changed':>20}"]
     for c in moved:
         rows = f"{c['changed_rows']:>9,} of {c['rows']:,}"
-        lines.append(f"{c['name']:<{width}}  {number_text(c['relative']):>10}  {c['largest']:>10.4g}  {rows}")
+        lines.append(f"{c['name']:<{width}}  {number(c['relative']):>10}  {c['largest']:>10.4g}  {rows}")
     if not moved: lines.append("nothing changed")
     numbers = f"{result['changed']:,} of {result['numbers']:,} numbers"
     lines += ["", f"{len(moved)} of {len(result['tensors'])} tensors changed, {numbers}"]

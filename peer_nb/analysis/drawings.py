@@ -5,54 +5,39 @@
 # %% ../../nbs/analysis/07_drawings.ipynb #a09c49f4
 from __future__ import annotations
 
-import html
 import math
 import re
 from typing import TYPE_CHECKING
 
-from .pages import SCALE, facts_html, figure_html, new_figure, note_html, number_text, table_html
-from .step_memory import size_text
+from markupsafe import Markup
+
 from .usage_statistics import lifts
-from ..page import COLOURS, GREY
+from ..charts import SCALE, new_figure
+from ..formats import number, size_text
+from ..page import COLOURS, GREY, charts_html, facts_html, figure_html, heading, note_html, section_html
+from ..page import table_html, text_html
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['MEMORY_PARTS', 'LAYER_COLUMNS', 'USAGE_COLUMNS', 'DRAW', 'heading_html', 'pair_html', 'section_html',
-           'components_figure', 'layers_figure', 'memory_figure', 'memory_html', 'draw_parameters', 'checks',
-           'sizes_html', 'layers_html', 'bytes_html', 'curves_figure', 'histogram_figure', 'heads_figure',
-           'classes_figure', 'hot_figure', 'pairs_figure', 'usage_rows', 'draw_usage', 'shared_html', 'usage_overview',
-           'classes_html', 'pairs_html', 'usage_details', 'natural', 'tensors_figure', 'row_norms_figure', 'norms_html',
-           'draw_checkpoint', 'draw_compare']
+__all__ = ['MEMORY_PARTS', 'LAYER_COLUMNS', 'USAGE_COLUMNS', 'DRAW', 'result_heading', 'components_figure', 'layers_figure',
+           'memory_figure', 'memory_html', 'draw_parameters', 'checks', 'sizes_html', 'layers_html', 'bytes_html',
+           'curves_figure', 'histogram_figure', 'heads_figure', 'classes_figure', 'hot_figure', 'pairs_figure',
+           'usage_rows', 'draw_usage', 'shared_html', 'usage_overview', 'classes_html', 'pairs_html', 'usage_details',
+           'natural', 'tensors_figure', 'row_norms_figure', 'norms_html', 'draw_checkpoint', 'draw_compare']
 
 # %% ../../nbs/analysis/07_drawings.ipynb #26beaa8c
-def heading_html(
+def result_heading(
     result: dict, # from a file
     title: str, # of the page
     lead: str, # one sentence
-) -> str: # HTML
+) -> Markup:
     "Title, source and whatever makes the result less than complete"
-    source = " → ".join(html.escape(s) for s in result["source"])
-    versions = html.escape(", ".join(f"{k} {v}" for k, v in result["versions"].items()))
     partial = ("Partial: the analysis was interrupted, or not everything could be read. "
                "The numbers are of the part that was.")
-    note = note_html([] if result["complete"] else [partial])
-    return (f'<h1>{html.escape(title)}</h1><p class="soft">{source}</p><p>{html.escape(lead)}</p>{note}'
-            f'<!-- {versions} -->')
-
-# %% ../../nbs/analysis/07_drawings.ipynb #39593fa5
-def pair_html(
-    *figures: str, # HTML of each
-) -> str: # HTML
-    "Figures beside each other, where there is room"
-    return f'<div class="pair">{"".join(figures)}</div>'
-
-def section_html(
-    heading: str, # text
-    *parts: str, # HTML
-) -> str: # HTML
-    "A part of a page under its heading"
-    return f"<h2>{html.escape(heading)}</h2>" + "".join(parts)
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return (heading(title, " → ".join(result["source"])) + text_html(lead)
+            + note_html([] if result["complete"] else [partial]) + text_html(versions, "soft"))
 
 # %% ../../nbs/analysis/07_drawings.ipynb #c6af3ac5
 def components_figure(
@@ -66,7 +51,7 @@ def components_figure(
         if not values: continue
         figure.add_bar(
             y=[n.replace("_", " ") for n in names], x=[values.get(n) or None for n in names], name=name,
-            orientation="h", marker_color=colour, text=[number_text(values[n]) if values.get(n) else "" for n in names],
+            orientation="h", marker_color=colour, text=[number(values[n]) if values.get(n) else "" for n in names],
             textposition="outside", cliponaxis=False)
     smallest, largest = min(held[n] for n in names), max(held.values())
     figure.update_xaxes(type="log", dtick=1, range=[math.log10(smallest) - .5, math.log10(largest) + 1])
@@ -105,7 +90,7 @@ def memory_figure(
 
 def memory_html(
     result: dict, # of kind parameters
-) -> str: # HTML; empty where the training isn't known
+) -> Markup: # empty where the training isn't known
     "The same with its table"
     choices, step = result["step_memory"], result["step"]
     if not choices: return ""
@@ -117,26 +102,26 @@ def memory_html(
     lead = (f"{step['batch']} rows of {step['length']:,} tokens a batch, {step['batches']} to a step, matrix products "
             f"in {step['precision']}{recomputed}. Parts don't always peak together, so the peak is at most their sum.")
     caption = "Bars: the most each part takes. Red marks: the worst moment of a step, estimated."
-    return section_html("A training step", f"<p>{html.escape(lead)}</p>", table_html(rows, columns),
+    return section_html("A training step", text_html(lead), table_html(rows, columns),
                         figure_html(memory_figure(choices), caption))
 
 # %% ../../nbs/analysis/07_drawings.ipynb #baa0022b
 def draw_parameters(
     result: dict, # of kind parameters
-) -> str: # HTML
+) -> Markup:
     "The page of a parameter count"
     cache, sparsity = result["cache_bytes_per_token"], result["sparsity"]
-    facts = {"parameters": number_text(result["total"]), "a token reads": number_text(result["active"]),
+    facts = {"parameters": number(result["total"]), "a token reads": number(result["active"]),
              "sparsity": "–" if sparsity is None else f"{sparsity:.2%}",
-             "without embeddings": number_text(result["without_embedding"]),
-             "FLOPs a token": number_text(result["flops_per_token"]),
-             "FLOPs a trained token": number_text(result["training_flops_per_token"]),
+             "without embeddings": number(result["without_embedding"]),
+             "FLOPs a token": number(result["flops_per_token"]),
+             "FLOPs a trained token": number(result["training_flops_per_token"]),
              "cache a token, bfloat16": size_text(cache["bfloat16"]) if cache else "–",
              "weights, bfloat16": size_text(result["bytes"]["bfloat16"])}
     lead = (f"A {result['model_type']} model; every query attends to {result['context']:,} tokens. "
             "Two operations are counted per multiply-add.")
-    found = "".join(f'<p class="soft">{html.escape(line)}</p>' for line in checks(result))
-    return (heading_html(result, "Parameters", lead) + facts_html(facts) + found + sizes_html(result)
+    found = text_html(" ".join(checks(result)), "soft")
+    return (result_heading(result, "Parameters", lead) + facts_html(facts) + found + sizes_html(result)
             + memory_html(result) + layers_html(result) + bytes_html(result))
 
 # %% ../../nbs/analysis/07_drawings.ipynb #1f97b226
@@ -156,18 +141,18 @@ def checks(
 
 def sizes_html(
     result: dict, # of kind parameters
-) -> str: # HTML
+) -> Markup:
     "Figures: by component, and where it is known what a token reads, by layer"
     whole = figure_html(components_figure(result), "Parameters by component.")
     if not any("active" in row for row in result["layers"]): return whole
     read, computed = layers_figure(result, "active", "parameters read"), layers_figure(result, "flops", "FLOPs")
-    return whole + pair_html(figure_html(read, "Parameters that one token reads, by layer."),
+    return whole + charts_html(figure_html(read, "Parameters that one token reads, by layer."),
                              figure_html(computed, "Operations of one token's forward pass, by layer."))
 
 # %% ../../nbs/analysis/07_drawings.ipynb #89e13d6d
 def layers_html(
     result: dict, # of kind parameters
-) -> str: # HTML
+) -> Markup:
     "The table of layers"
     known = [k for k in LAYER_COLUMNS if any(k in row for row in result["layers"])]
     columns = {k: k.replace("_", " ") for k in ("layer", *known)}
@@ -175,7 +160,7 @@ def layers_html(
 
 def bytes_html(
     result: dict, # of kind parameters
-) -> str: # HTML
+) -> Markup:
     "Weights and cache in each format"
     cache = result["cache_bytes_per_token"]
     rows = [dict(kind=kind, size=size_text(size), cache=size_text(cache[kind]) if cache else None)
@@ -315,27 +300,27 @@ USAGE_COLUMNS = {"layer": "layer", "used": "used", "unevenness": "unevenness", "
 # %% ../../nbs/analysis/07_drawings.ipynb #c86a9923
 def draw_usage(
     result: dict, # of kind usage
-) -> str: # HTML
+) -> Markup:
     "The page of expert usage"
     layers, few = result["layers"], result["layers"][0]
     def mean(key): return sum(layer["by_weight"][key] for layer in layers) / len(layers)
     hot = sum(layer["by_weight"]["hot"] for layer in layers)
-    facts = {"tokens": number_text(result["tokens"]), "documents": number_text(result["documents"]),
-             "rows a layer": number_text(few["rows"]),
-             "rows a token and layer": number_text(few["retrieved_per_token"]),
+    facts = {"tokens": number(result["tokens"]), "documents": number(result["documents"]),
+             "rows a layer": number(few["rows"]),
+             "rows a token and layer": number(few["retrieved_per_token"]),
              "used, mean": f"{mean('used'):.2%}", "unevenness, mean": f"{mean('unevenness'):.3f}",
-             f"hot rows (> {result['threshold']:g} ×)": number_text(hot)}
+             f"hot rows (> {result['threshold']:g} ×)": number(hot)}
     text = f"{result['part']}: {', '.join(result['data'])}"
     lead = (f"Retrievals of {result['tokens']:,} tokens ({text}), windows of {result['window']:,}. Unevenness is in "
             "nats, 0 for even use; “if even” is what as many retrievals at random would give.")
     table = table_html(usage_rows(result), USAGE_COLUMNS)
-    return (heading_html(result, "Expert usage", lead) + facts_html(facts) + table + shared_html(result)
+    return (result_heading(result, "Expert usage", lead) + facts_html(facts) + table + shared_html(result)
             + usage_overview(result) + usage_details(result))
 
 # %% ../../nbs/analysis/07_drawings.ipynb #4ec7aee7
 def shared_html(
     result: dict, # of kind usage
-) -> str: # HTML; empty where each layer has its table
+) -> Markup: # empty where each layer has its table
     "A table that several layers read"
     if not result["shared_table"]: return ""
     found = result["shared_table"]["by_weight"]
@@ -344,41 +329,41 @@ def shared_html(
 
 def usage_overview(
     result: dict, # of kind usage
-) -> str: # HTML
+) -> Markup:
     "How evenly rows are used, by layer and head"
     used, uneven = heads_figure(result, "used", ".0%"), heads_figure(result, "unevenness", ".2f")
     curves = figure_html(curves_figure(result), "Part of all retrievals that the busiest rows take; dotted: even use.")
     counts = figure_html(histogram_figure(result), "Rows by how many times their equal share they are retrieved.")
-    heads = pair_html(figure_html(used, "Rows that each head used, by count."),
+    heads = charts_html(figure_html(used, "Rows that each head used, by count."),
                       figure_html(uneven, "Unevenness of each head, by count, in nats."))
-    return section_html("Distribution", pair_html(curves, counts)) + section_html("Layers and heads", heads)
+    return section_html("Distribution", charts_html(curves, counts)) + section_html("Layers and heads", heads)
 
 # %% ../../nbs/analysis/07_drawings.ipynb #435d147a
 def classes_html(
     result: dict, # of kind usage
     name: str, # types or positions
     captions: tuple[str, str], # of divergence and of entropy
-) -> str: # HTML
+) -> Markup:
     "Two figures about classes of tokens"
     apart = classes_figure(result, name, "divergence", "bits")
     concentrated = classes_figure(result, name, "entropy", "nats")
-    return pair_html(figure_html(apart, captions[0]), figure_html(concentrated, captions[1]))
+    return charts_html(figure_html(apart, captions[0]), figure_html(concentrated, captions[1]))
 
 def pairs_html(
     result: dict, # of kind usage
-) -> str: # HTML; empty where pairs were not counted
+) -> Markup: # empty where pairs were not counted
     "Which rows come together, layer by layer"
     paired = [layer for layer in result["layers"] if "pairs" in layer and len(layer["pairs"]["rows"]) > 1]
     if not paired: return ""
     first, why = paired[0]["pairs"], "how many times more often than by chance two rows are retrieved for one token."
     lead = f"Among the {len(first['rows'])} busiest rows of a layer, over {first['tokens']:,} tokens; 1 is chance."
     figures = [figure_html(pairs_figure(layer), f"Layer {layer['layer']}: {why}") for layer in paired]
-    return section_html("Together", f'<p class="soft">{lead}</p>', pair_html(*figures))
+    return section_html("Together", text_html(lead, "soft"), charts_html(*figures))
 
 # %% ../../nbs/analysis/07_drawings.ipynb #e8056c50
 def usage_details(
     result: dict, # of kind usage
-) -> str: # HTML
+) -> Markup:
     "Hot rows, kinds of tokens, positions, pairs"
     caption = f"Rows with more than {result['threshold']:g} times their equal share of the weight (dotted line)."
     hot = any(layer["hot_rows"] for layer in result["layers"])
@@ -387,8 +372,8 @@ def usage_details(
              "0 alike, 1 nothing shared.",
              "Entropy of a head's weights over its retrieved rows: low where one row takes all.")
     places = "The same by position in the window.", "Entropy of a head's weights by position."
-    return (section_html("Hot rows", figure_html(hot_figure(result), caption) if hot else "<p>None.</p>")
-            + section_html("Kinds of tokens", f'<p class="soft">{html.escape(counted)} tokens</p>',
+    return (section_html("Hot rows", figure_html(hot_figure(result), caption) if hot else text_html("None."))
+            + section_html("Kinds of tokens", text_html(f"{counted} tokens", "soft"),
                            classes_html(result, "types", kinds))
             + section_html("Positions", classes_html(result, "positions", places)) + pairs_html(result))
 
@@ -433,7 +418,7 @@ def row_norms_figure(
 # %% ../../nbs/analysis/07_drawings.ipynb #9778a866
 def norms_html(
     tensors: list[dict], # with row_norms
-) -> str: # HTML; empty without tables
+) -> Markup: # empty without tables
     "The rows of tables: figure and quantiles"
     if not tensors: return ""
     columns = {"name": "table", "zero": "zero rows", "0": "shortest", "1": "1 %", "10": "10 %", "50": "median",
@@ -448,27 +433,27 @@ def norms_html(
 
 def draw_checkpoint(
     result: dict, # of kind checkpoint
-) -> str: # HTML
+) -> Markup:
     "The page of an inspected checkpoint"
     tensors = sorted(result["tensors"], key=lambda t: natural(t["name"]))
     bad = [f"{t['name']}: {t['nan']:,} not a number, {t['infinite']:,} infinite, of {t['numbers']:,}"
            for t in tensors if t["nan"] or t["infinite"]]
-    facts = {"tensors": number_text(len(tensors)), "numbers": number_text(result["numbers"]),
+    facts = {"tensors": number(len(tensors)), "numbers": number(result["numbers"]),
              "bytes": size_text(result["bytes"]), "formats": ", ".join(result["dtypes"]),
-             "not finite": number_text(result["nan"] + result["infinite"]), "norm of all": number_text(result["norm"])}
+             "not finite": number(result["nan"] + result["infinite"]), "norm of all": number(result["norm"])}
     lead = f"A {result['model_type']} model in {len(result['files'])} file(s), read without loading it."
     sizes = figure_html(tensors_figure(tensors, "rms", "root mean square"), "Size of the numbers of each tensor.")
     norms = norms_html([t for t in tensors if t.get("row_norms", {}).get("histogram")])
     rows = [t | dict(shape="\u00a0×\u00a0".join(map(str, t["shape"]))) for t in tensors]
     columns = dict(name="tensor", dtype="format", shape="shape", numbers="numbers", rms="root mean square", mean="mean",
                    largest="largest", norm="norm", zeros="zeros", nan="nan", infinite="inf")
-    return (heading_html(result, "Checkpoint", lead) + note_html(result["misfits"][:20] + bad[:20]) + facts_html(facts)
+    return (result_heading(result, "Checkpoint", lead) + note_html(result["misfits"][:20] + bad[:20]) + facts_html(facts)
             + sizes + norms + section_html("Tensors", table_html(rows, columns, sort=True)))
 
 # %% ../../nbs/analysis/07_drawings.ipynb #a38407c0
 def draw_compare(
     result: dict, # of kind compare
-) -> str: # HTML
+) -> Markup:
     "The page of two checkpoints"
     changes = sorted(result["tensors"], key=lambda c: -(c["relative"] or 0))
     moved, differing = [c for c in changes if c["changed"]], result["config"]
@@ -476,17 +461,17 @@ def draw_compare(
     for which, names in (("the first", result["only_in_first"]), ("the second", result["only_in_second"])):
         if names: notes.append(f"only in {which}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
     notes += [f"{s['name']}: shape {s['shapes'][0]} and {s['shapes'][1]}" for s in result["shapes"][:10]]
-    facts = {"tensors in both": number_text(len(changes)), "of them changed": number_text(len(moved)),
+    facts = {"tensors in both": number(len(changes)), "of them changed": number(len(moved)),
              "numbers changed": f"{result['changed'] / max(1, result['numbers']):.2%}",
-             "configuration keys that differ": number_text(len(differing))}
+             "configuration keys that differ": number(len(differing))}
     columns = dict(name="tensor", relative="relative change", difference="norm of the change", largest="largest",
                    changed="numbers changed", changed_rows="rows changed", rows="rows")
     keys = [dict(key=c["key"], a=str(c["values"][0])[:200], b=str(c["values"][1])[:200]) for c in differing]
-    config = table_html(keys, dict(key="key", a="first", b="second")) if keys else "<p>None.</p>"
+    config = table_html(keys, dict(key="key", a="first", b="second")) if keys else text_html("None.")
     caption = "How far each tensor moved, in parts of its own length; tensors that did not move are left out."
-    figure = "<p>Nothing changed.</p>"
+    figure = text_html("Nothing changed.")
     if moved: figure = figure_html(tensors_figure(result["tensors"], "relative", "relative change"), caption)
-    return (heading_html(result, "Two checkpoints", "What moved from the first to the second.") + note_html(notes)
+    return (result_heading(result, "Two checkpoints", "What moved from the first to the second.") + note_html(notes)
             + facts_html(facts) + figure + section_html("Tensors", table_html(changes, columns, sort=True))
             + section_html("Configuration", config))
 

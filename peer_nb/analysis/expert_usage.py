@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .usage_statistics import TOKEN_TYPES, chance_unevenness, divergence, hot_rows, share_curve
 from .usage_statistics import usage_histogram, usage_statistics, vocabulary_types
-from ..config import UserError
+from ..files import UserError
 from ..models.peer import MemoryLayer
 
 # %% auto #0

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import UserError
-from ..files import read_json
+from ..files import UserError, read_json
 
 if TYPE_CHECKING: from torch import Tensor
 

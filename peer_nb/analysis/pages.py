@@ -5,53 +5,19 @@
 # %% ../../nbs/analysis/06_pages.ipynb #1f73a815
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from ..config import UserError
-from ..files import read_json, writable_folder, write_atomic, write_json
-from ..page import COLOURS, GREY
-from ..page import STYLE as COMMON
+from markupsafe import Markup
 
-if TYPE_CHECKING: import plotly.graph_objects as go
+from ..files import UserError, read_json, writable_folder, write_json
+from ..page import write_page
+from ..result_schema import FLAG, NUMBER, TEXT, WHOLE, fields, keyed, many, maybe
 
 # %% auto #0
-__all__ = ['WHOLE', 'NUMBER', 'TEXT', 'FLAG', 'ANY', 'STATISTICS', 'HOT', 'CLASSES', 'LAYER_USE', 'ROW_NORMS', 'TENSOR', 'CHANGE',
-           'STEP', 'SCHEMAS', 'SCALE', 'LAYOUT', 'PLOT', 'STYLE', 'SCRIPT', 'maybe', 'many', 'fields', 'keyed',
-           'schema_of', 'result_of', 'read_result', 'number_text', 'table_html', 'facts_html', 'note_html',
-           'new_figure', 'figure_html', 'page_html', 'write_result']
-
-# %% ../../nbs/analysis/06_pages.ipynb #3ea3eb2b
-WHOLE, NUMBER, TEXT, FLAG = ({"type": kind} for kind in ("integer", "number", "string", "boolean"))
-
-def maybe(
-    schema: dict, # of a value
-) -> dict: # of a value or null
-    "What may be missing"
-    return {"anyOf": [schema, {"type": "null"}]}
-
-def many(
-    schema: dict, # of one
-) -> dict: # of a list
-    "Several of a kind"
-    return {"type": "array", "items": schema}
-
-def fields(
-    optional: dict | None = None, # fields that may be left out
-    **required: dict, # fields that are there
-) -> dict: # of an object with these and no other fields
-    "An object"
-    return {"type": "object", "properties": required | (optional or {}), "required": list(required),
-            "additionalProperties": False}
-
-def keyed(
-    schema: dict, # of a value
-) -> dict: # of an object with any keys
-    "Values by name"
-    return {"type": "object", "additionalProperties": schema}
+__all__ = ['ANY', 'STATISTICS', 'HOT', 'CLASSES', 'LAYER_USE', 'ROW_NORMS', 'TENSOR', 'CHANGE', 'STEP', 'SCHEMAS', 'schema_of',
+           'result_of', 'read_result', 'write_result']
 
 # %% ../../nbs/analysis/06_pages.ipynb #2e796349
 ANY = {"type": "object"}
@@ -140,149 +106,14 @@ def read_result(
     if kind is None: raise UserError(f"{path}: not a result of peer-analyze, or of another version")
     return kind, found
 
-# %% ../../nbs/analysis/06_pages.ipynb #9c23cc5f
-def number_text(
-    value: Any, # number, text or None
-) -> str: # for people
-    "A value in a table: thousands parted, four digits that count, – for none"
-    if value is None: return "–"
-    if isinstance(value, bool) or not isinstance(value, (int, float)): return str(value)
-    if isinstance(value, int): return f"{value:,}"
-    size = abs(value)
-    if value and (size < 1e-3 or size >= 1e6): return f"{value:.4g}"
-    return f"{value:,.4g}" if size < 1000 else f"{value:,.0f}"
-
-# %% ../../nbs/analysis/06_pages.ipynb #18ebe55f
-def _cell(value: Any) -> str:
-    "One cell of a table"
-    kind = "n" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
-    return f'<td class="{kind}" data-v="{html.escape(str(value))}">{html.escape(number_text(value))}</td>'
-
-def table_html(
-    rows: list[dict], # one per line
-    columns: dict[str, str], # key -> heading
-    sort: bool = False, # by a click on a heading
-) -> str: # HTML
-    "A table"
-    right = {key for key in columns if any(isinstance(row.get(key), (int, float)) for row in rows)}
-    heads = [f'<th{" class=n" if key in right else ""}>{html.escape(name)}</th>' for key, name in columns.items()]
-    lines = ["<tr>" + "".join(_cell(row.get(key)) for key in columns) + "</tr>" for row in rows]
-    return (f'<div class="wide"><table{" class=sort" if sort else ""}><thead><tr>{"".join(heads)}</tr></thead>'
-            f'<tbody>{"".join(lines)}</tbody></table></div>')
-
-# %% ../../nbs/analysis/06_pages.ipynb #a48ee0ba
-def facts_html(
-    facts: dict[str, str], # what -> value, as text
-) -> str: # HTML
-    "The few numbers that come first"
-    shown = [f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in facts.items()]
-    return f'<div class="facts">{"".join(shown)}</div>'
-
-def note_html(
-    lines: Iterable[str], # of text
-) -> str: # HTML; empty without lines
-    "What a reader must not miss"
-    said = [f"<p>{html.escape(line)}</p>" for line in lines]
-    return f'<div class="note">{"".join(said)}</div>' if said else ""
-
-# %% ../../nbs/analysis/06_pages.ipynb #5e110b11
-SCALE = [[0, "#eef3fa"], [.35, "#9dc0ea"], [.7, "#3b82d6"], [1, "#123a6b"]] # of heat maps
-LAYOUT = dict(margin=dict(l=56, r=12, t=28, b=60), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
-              font=dict(family="system-ui, sans-serif", size=13, color=GREY), colorway=COLOURS, template={})
-
-def new_figure(
-    x: str = "", # what the axis shows
-    y: str = "", # what the axis shows
-    height: int = 320, # pixels
-    **layout, # plotly's own
-) -> go.Figure: # empty
-    "A figure in the page's style"
-    import plotly.graph_objects as go
-    axis = dict(gridcolor="rgba(139,145,155,.25)", zeroline=False, automargin=True)
-    legend = dict(orientation="h", y=1.02, yanchor="bottom", x=0)
-    style = LAYOUT | dict(height=height, xaxis=dict(axis, title=x), yaxis=dict(axis, title=y), legend=legend)
-    return go.Figure(layout=style | layout)
-
-# %% ../../nbs/analysis/06_pages.ipynb #d01d56e8
-PLOT = dict(displayModeBar=False, responsive=True)
-
-
-def figure_html(
-    figure: go.Figure, # of any size
-    caption: str, # what to see in it
-) -> str: # HTML
-    "A figure on a page that has the library"
-    import plotly.io as pio
-    drawn = pio.to_html(figure, full_html=False, include_plotlyjs=False, config=PLOT, validate=False)
-    return f"<figure>{drawn}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-# %% ../../nbs/analysis/06_pages.ipynb #b71bba54
-STYLE = COMMON + """
-.soft, figcaption { font-size:.875rem }
-figure { margin:14px 0; min-width:0 }
-figcaption { max-width:75ch }
-.facts { grid-template-columns:repeat(auto-fit,minmax(180px,1fr)) }
-.facts b { font-size:1.2rem }
-.pair { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr)); gap:8px 22px }
-th { white-space:normal }
-"""
-
-# %% ../../nbs/analysis/06_pages.ipynb #1f98cb06
-SCRIPT = """
-const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-function paint() {
-  if (!window.Plotly) return;
-  document.querySelectorAll('.js-plotly-plot').forEach(plot => {
-    Plotly.Plots.resize(plot);
-    Plotly.relayout(plot, {'font.color': css('--soft')});
-  });
-}
-addEventListener('load', paint);
-matchMedia('(prefers-color-scheme: dark)').addEventListener('change', paint);
-function sortable(cell) {
-  const text = cell.dataset.v, number = Number(text);
-  return text === '' || isNaN(number) ? text : number;
-}
-function sortBy(head) {
-  const body = head.closest('table').tBodies[0], column = [...head.parentNode.children].indexOf(head);
-  const down = head.dataset.way !== 'down', sign = down ? -1 : 1;
-  head.dataset.way = down ? 'down' : 'up';
-  const value = row => sortable(row.children[column]);
-  const compare = (a, b) => (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0) * sign;
-  [...body.rows].sort(compare).forEach(row => body.append(row));
-}
-document.querySelectorAll('table.sort th').forEach(head => head.addEventListener('click', () => sortBy(head)));
-"""
-
-# %% ../../nbs/analysis/06_pages.ipynb #404fef9a
-def page_html(
-    title: str, # of the page
-    body: str, # HTML
-) -> str: # a whole page; plotly.min.js is looked for beside it
-    "A page without any outside address"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><link rel="icon" href="data:,">
-<style>{STYLE}</style><script src="plotly.min.js"></script>
-</head>
-<body><main>
-{body}
-</main><script>{SCRIPT}</script></body></html>
-"""
-
 # %% ../../nbs/analysis/06_pages.ipynb #10d3faed
 def write_result(
     folder: str | Path, # made when missing
     result: dict, # from `result_of`
-    draw: Callable[[dict], str], # result -> HTML of the page's body
+    draw: Callable[[dict], Markup], # result -> the page's body
 ) -> Path: # the page
     "Write KIND.json and KIND.html into a folder"
-    from plotly.offline import get_plotlyjs
     folder, kind = writable_folder(folder), result["schema"].split()[1]
-    library = folder/"plotly.min.js"
-    if not library.exists(): write_atomic(library, get_plotlyjs())
     write_json(folder/f"{kind}.json", json.loads(json.dumps(result, allow_nan=False)))
     title = f"{kind} · {' , '.join(Path(source).name for source in result['source'])}"
-    return write_atomic(folder/f"{kind}.html", page_html(title, draw(result)))
+    return write_page(folder/f"{kind}.html", title, draw(result))

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'TABLE_STATES', 'rows_read', 'attention_activations', 'mlp_activations', 'memory_activations',
-           'saved_activations', 'StepMemory', 'size_text', 'loss_bytes', 'backward_peak', 'table_gradient_bytes',
-           'number_bytes', 'factor_bytes', 'estimate_memory', 'memory_table', 'memory_text']
+           'saved_activations', 'StepMemory', 'loss_bytes', 'backward_peak', 'table_gradient_bytes', 'number_bytes',
+           'factor_bytes', 'estimate_memory', 'memory_table', 'memory_text']
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #5b948299
 from dataclasses import asdict, dataclass, replace
 from math import prod
 
 from .parameters import count_parameters, layer_rows, memory_layer_numbers
-from ..config import Config, ModelConfig, UserError
+from ..config import Config, ModelConfig
+from ..files import UserError
+from ..formats import size_text
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #60126422
 BLOCK = 256 # entries of an 8-bit state that share one float32 scale
@@ -94,15 +96,6 @@ class StepMemory:
     def _repr_markdown_(self) -> str:
         rows = [f"| {k.replace('_', ' ')} | {v if isinstance(v, str) else f'{v:,}' if k == 'tokens' else size_text(v)} |" for k, v in asdict(self).items()]
         return "\n".join(["| | |", "|---|---:|", *rows])
-
-def size_text(
-    n: float, # bytes
-) -> str: # in powers of 1,000
-    "Bytes for people"
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 999.5: return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #7bc28fd1
 def loss_bytes(

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..config import UserError
+from ..files import UserError
 from .masking import (
     MaskStatistics, Straddle, counted, document_borders, surfaces_of, target_tokens)
 from .packing import differences, encode, shuffled

@@ -23,8 +23,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import Config, DatasetConfig, DatasetEntry, UserError
-from ..files import cache_folder, folder_lock, read_json, sha256_of, writable_folder, write_atomic, write_json
+from ..config import Config, DatasetConfig, DatasetEntry
+from ..files import (
+    UserError, cache_folder, folder_lock, read_json, sha256_of, writable_folder, write_atomic, write_json)
 from ..tasks.registry import find_mask, find_task
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast

@@ -17,7 +17,7 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor
 
-from ..config import UserError
+from ..files import UserError
 from .corpora import byte_alphabet
 from ..tasks.answers import DIGIT_LOOKUP_MASK, HASHHOP_MASK, QA_MASK
 from ..tasks.registry import find_mask

@@ -25,11 +25,11 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..config import Config, DatasetEntry, UserError
+from ..config import Config, DatasetEntry
 from .corpora import (
     RECIPE, belongs, check_datasets, code_hash, documents, is_streamed, origin, records, summary, text_of)
 from .masking import apply_mask
-from ..files import cache_folder, folder_lock, read_json, sha256_of, writable_folder, write_json
+from ..files import UserError, cache_folder, folder_lock, read_json, sha256_of, writable_folder, write_json
 from ..tasks.registry import find_mask
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase

@@ -7,32 +7,25 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import Config, DatasetEntry, TrainConfig, UserError, apply_overrides, load_config, load_data_mixes
+from ..config import Config, DatasetEntry, TrainConfig
 from ..data.corpora import documents, eval_entries
-from .page import perplexity_page
-from ..files import append_jsonl, read_json, read_jsonl, sha256_of, write_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from .loading import check_finite, check_tokenizer
+from ..files import UserError
+from ..stats import ratio_interval
 
 # %% auto #0
-__all__ = ['BLOCK', 'STREAM_TOKENS', 'TextScore', 'DocumentScore', 'bootstrap_interval', 'total_score', 'score_windows',
-           'encode_within', 'window_losses', 'text_hash', 'document_scores', 'score_documents', 'heldout_texts',
-           'autocast_for', 'evaluate_heldout', 'load_checkpoint_model', 'model_fingerprint', 'Sources', 'set_sources',
-           'config_sources', 'mix_sources', 'known_scores', 'score_sources', 'scores_table', 'show_progress',
-           'perplexity']
+__all__ = ['BATCHES', 'STREAM_TOKENS', 'TextScore', 'DocumentScore', 'total_score', 'score_windows', 'encode_within',
+           'window_losses', 'text_hash', 'document_scores', 'score_documents', 'heldout_texts', 'autocast_for',
+           'evaluate_heldout']
 
 # %% ../../nbs/evaluation/01_perplexity.ipynb #2499dd79
 @dataclass(frozen=True)
@@ -73,22 +66,6 @@ class DocumentScore:
     bytes: int     # in UTF-8
     words: int     # cut at white space
 
-# %% ../../nbs/evaluation/01_perplexity.ipynb #505e2178
-def bootstrap_interval(
-    bits: list[float],      # of each document
-    sizes: list[int],       # bytes of each
-    resamples: int,         # how often documents are drawn again
-) -> tuple[float, float] | None: # 95 %; None for a single document
-    "Interval of bits per byte over documents"
-    import numpy as np
-    from scipy.stats import bootstrap
-    if len(bits) < 2: return None
-    ratio = lambda b, s, axis=-1: b.sum(axis) / s.sum(axis)
-    batch = max(1, 5_000_000 // len(bits))
-    found = bootstrap((np.array(bits), np.array(sizes)), ratio, paired=True, vectorized=True, n_resamples=resamples,
-                      method="percentile", batch=batch, random_state=np.random.default_rng(0))
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
-
 # %% ../../nbs/evaluation/01_perplexity.ipynb #830e18de
 def total_score(
     scores: list[DocumentScore],
@@ -105,7 +82,7 @@ def total_score(
     spread = math.fsum((b - ratio*s)**2 for b, s in zip(bits, sizes))
     exp = lambda x: math.exp(min(x, 700))
     error = math.sqrt(spread * n / (n - 1)) / total if n > 1 else None
-    interval = bootstrap_interval(bits, sizes, resamples) if resamples else None
+    interval = ratio_interval(bits, sizes, resamples) if resamples else None
     return TextScore(nats / tokens, exp(nats / tokens), ratio, error, tokens, total, n, window, stride,
                      words, exp(nats / words), interval)
 
@@ -117,8 +94,8 @@ def score_windows(
     stride: int | None = None,  # targets of each window after the first; None: the window, so that windows are disjoint
 ) -> Iterator[tuple[list[int], int]]: # (window + 1 tokens or fewer, how many of its targets are context only)
     "Cut a document so that every token is a target once"
-    stride = stride or window
     if window < 1: raise UserError(f"the window has {window} tokens: at least 1 is needed")
+    if stride is None: stride = window
     if not 1 <= stride <= window:
         raise UserError(f"the stride is {stride} tokens: it must be between 1 and the window, {window}")
     sequence, start = [first, *tokens], 0
@@ -161,37 +138,38 @@ def window_losses(
     for row, (piece, skip), row_logits in zip(padded, windows, logits):
         targets = row[1 + skip:len(piece)]
         sums.append(F.cross_entropy(row_logits[skip:len(piece) - 1].float(), targets, reduction="none").double().sum())
-    return torch.stack(sums).cpu()
+    found = torch.stack(sums).cpu()
+    check_finite(found)
+    return found
 
 # %% ../../nbs/evaluation/01_perplexity.ipynb #1b6e210f
-def _check_tokens(model: nn.Module, ids: list[int]):
-    "Refuse a tokenizer that does not belong to the model"
-    size = model.get_input_embeddings().num_embeddings
-    if max(ids) >= size:
-        raise UserError(f"the tokenizer does not match the model: it gives the token {max(ids)}, "
-            f"and the model knows {size} (0 to {size - 1})")
+def text_hash(text: str) -> str: # 16 hexadecimal digits
+    "Stands for a document's text"
+    return sha256(text.encode()).hexdigest()[:16]
 
-def _score_block(model: nn.Module, block: list[tuple[list[int], str, list]], batch_size: int, spread: Callable = map) -> list[DocumentScore]:
-    "The documents of one block: (tokens, text, windows)"
+def _score_block(
+    model: nn.Module,                           # a causal language model
+    block: list[tuple[list[int], str, list]],   # (tokens, text, windows) of each document
+    batch_size: int,                            # windows per forward pass
+    spread: Callable = map,                     # shares batches among ranks
+) -> list[DocumentScore]:
+    "The documents of one block"
     jobs = [(d, w) for d, (_, _, windows) in enumerate(block) for w in windows]
     jobs.sort(key=lambda job: len(job[1][0]), reverse=True)
     batches = [jobs[i:i + batch_size] for i in range(0, len(jobs), batch_size)]
     device, nats = next(model.parameters()).device, torch.zeros(len(block), dtype=torch.float64)
     sums = spread(lambda batch: window_losses(model, [window for _, window in batch], device).tolist(), batches)
-    for batch, losses in zip(batches, sums): nats.index_add_(0, torch.tensor([d for d, _ in batch]), torch.tensor(losses, dtype=torch.float64))
+    for batch, losses in zip(batches, sums):
+        nats.index_add_(0, torch.tensor([d for d, _ in batch]), torch.tensor(losses, dtype=torch.float64))
     return [DocumentScore(text_hash(text), loss, len(ids), len(text.encode()), len(re.split(r"\s+", text)))
             for (ids, text, _), loss in zip(block, nats.tolist())]
 
-def text_hash(text: str) -> str: # 16 hexadecimal digits
-    "Stands for a document's text"
-    return sha256(text.encode()).hexdigest()[:16]
-
 # %% ../../nbs/evaluation/01_perplexity.ipynb #901c497b
-BLOCK = 16 # batches
+BATCHES = 16 # of a block
 
 def document_scores(
     model: nn.Module,               # a causal language model; evaluated as it is, its mode restored
-    tokenizer: PreTrainedTokenizerBase, # its bos (or else eos) token comes before a document
+    tokenizer,                      # from transformers; its bos (or else eos) token comes before a document
     texts: Iterable[str],           # the documents
     *,
     window: int,                    # longest context, tokens
@@ -204,6 +182,7 @@ def document_scores(
     "The sums of each document"
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None: raise UserError("the tokenizer has neither a bos nor an eos token to put before a document")
+    check_tokenizer(model, tokenizer)
     block, known, training = [], known or {}, model.training
     def scored() -> list[DocumentScore]:
         found = [known.get(text_hash(text)) for _, text, _ in block]
@@ -211,9 +190,8 @@ def document_scores(
     model.eval()
     try:
         for ids, text in encode_within(tokenizer, texts, max_tokens):
-            _check_tokens(model, ids)
             block.append((ids, text, list(score_windows(ids, window, first, stride))))
-            if sum(len(windows) for _, _, windows in block) < BLOCK*batch_size: continue
+            if sum(len(windows) for _, _, windows in block) < BATCHES*batch_size: continue
             yield from scored()
             block.clear()
         if block: yield from scored()
@@ -222,7 +200,7 @@ def document_scores(
 # %% ../../nbs/evaluation/01_perplexity.ipynb #639dd99a
 def score_documents(
     model: nn.Module,               # a causal language model; evaluated as it is, its mode restored
-    tokenizer: PreTrainedTokenizerBase, # its bos (or else eos) token comes before a document
+    tokenizer,                      # from transformers; its bos (or else eos) token comes before a document
     texts: Iterable[str],           # the documents
     *,
     window: int,                    # longest context, tokens
@@ -284,231 +262,3 @@ def evaluate_heldout(
         scores[entry.name] = total_score(found, settings["window"], settings["window"])
         if kept is not None: kept[entry.name] = found
     return scores
-
-# %% ../../nbs/evaluation/01_perplexity.ipynb #2f37b1dd
-def load_checkpoint_model(
-    checkpoint: str, # folder that `from_pretrained` can read, or a name on the hub
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # in evaluation mode, on the GPU if there is one
-    "A causal language model and its tokenizer"
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    import peer_nb.models.causal_lm  # noqa: F401  (registers the model with transformers)
-    local = Path(checkpoint).is_dir()
-    if local and not (Path(checkpoint)/"config.json").is_file():
-        raise UserError(f"--checkpoint {checkpoint}: not a checkpoint folder (it has no config.json)")
-    if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint):
-        raise UserError(f"--checkpoint {checkpoint}: no such folder")
-    device, bars = "cuda" if torch.cuda.is_available() else "cpu", logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=local).to(device).eval()
-        return model, AutoTokenizer.from_pretrained(checkpoint, local_files_only=local)
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        problem = "cannot be loaded" if local else "no such folder, and no model of this name can be had from the hub"
-        raise UserError(f"--checkpoint {checkpoint}: {problem} ({reason})") from error
-    finally:
-        if bars: logging.enable_progress_bar()
-
-# %% ../../nbs/evaluation/01_perplexity.ipynb #4f82d14f
-def model_fingerprint(
-    model: PreTrainedModel,             # a causal language model
-    tokenizer: PreTrainedTokenizerBase,
-) -> str: # hexadecimal
-    "A hash of weights and tokenizer: whose scores these are"
-    digest = sha256(sha256_of(tokenizer.get_vocab()).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-# %% ../../nbs/evaluation/01_perplexity.ipynb #b96eacb0
-@dataclass
-class Sources:
-    "What is scored, by name"
-    texts: dict[str, tuple[Iterable[str], int | None]] # name -> (documents, limit of tokens)
-    window: int | None = None                          # the configuration's
-    weights: dict[str, float] | None = None            # of a mix, summing to 1
-
-def set_sources(
-    name: str,                     # hub name, or a local .jsonl, .csv, .txt or .parquet
-    split: str = "train",          # of a hub set
-    subset: str | None = None,     # the hub set's configuration
-    text_field: str = "text",      # field with the text
-    max_tokens: int | None = None, # limit
-) -> Sources:
-    "All documents of a set"
-    entry = DatasetEntry(name, name, subset=subset, split=split, text_field=text_field)
-    # with a fraction of 1 every document is in the part that is held out
-    return Sources({name: (documents(entry, heldout=True, heldout_fraction=1.0), max_tokens)})
-
-# %% ../../nbs/evaluation/01_perplexity.ipynb #4e4529ec
-def config_sources(
-    cfg: Config, # which sets, max_tokens
-) -> Sources:
-    "The held-out sets of a configuration"
-    return Sources({e.name: heldout_texts(e, cfg) for e in eval_entries(cfg)}, cfg.dataset_config.max_seq_length)
-
-# %% ../../nbs/evaluation/01_perplexity.ipynb #10fa8049
-def mix_sources(
-    mix: str,    # FILE:KEY
-    cfg: Config, # heldout_fraction, max_tokens
-) -> Sources:
-    "The held-out part of each set of a mix"
-    file, _, key = mix.rpartition(":")
-    mixes = load_data_mixes(file) if file else {}
-    if key not in mixes:
-        there = f"; {file} has {', '.join(mixes)}" if mixes else ""
-        raise UserError(f"--mix {mix}: write FILE:KEY with a mix of the file{there}")
-    entries = mixes[key].datasets
-    total = sum(e.weight for e in entries)
-    return Sources({e.name: heldout_texts(e, cfg) for e in entries}, None, {e.name: e.weight / total for e in entries})
-
-# %% ../../nbs/evaluation/01_perplexity.ipynb #bbe0c0db
-def known_scores(
-    record: Path | None, # JSON lines of documents; None: none are known
-) -> dict[str, dict[str, DocumentScore]]: # text -> hash -> score
-    "The documents that were scored before"
-    kept: dict[str, dict[str, DocumentScore]] = {}
-    for line in read_jsonl(record) if record else []:
-        name = line.pop("text")
-        kept.setdefault(name, {})[line["doc_hash"]] = DocumentScore(**line)
-    return kept
-
-# %% ../../nbs/evaluation/01_perplexity.ipynb #38ac209f
-def score_sources(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Sources,
-    *,
-    window: int,                    # longest context, tokens
-    stride: int | None = None,      # tokens between two windows; None: disjoint
-    batch_size: int = 16,           # windows per forward pass
-    resamples: int = 0,             # of the bootstrap
-    record: Path | None = None,     # JSON lines of documents, read first and added to
-    progress: Callable[[str, list[DocumentScore]], None] = lambda name, scores: None, # called after each document
-) -> dict: # schema, kind, partial, texts, window, stride; mix
-    "Score all texts; after an interrupt, those that were done"
-    settings = dict(window=window, stride=stride, batch_size=batch_size)
-    kept, texts, partial = known_scores(record), {}, False
-    for name, (documents_, limit) in sources.texts.items():
-        scores, known = [], kept.get(name, {})
-        try:
-            for s in document_scores(model, tokenizer, documents_, max_tokens=limit, known=known, **settings):
-                scores.append(s)
-                if record and s.doc_hash not in known: append_jsonl(record, dict(text=name, **asdict(s)))
-                progress(name, scores)
-        except KeyboardInterrupt: partial = True
-        if not scores and not partial: raise UserError(f"{name}: no text to score: the documents hold no tokens")
-        if scores: texts[name] = total_score(scores, window, stride or window, resamples).to_dict()
-        if partial: break
-    result = dict(schema=1, kind="perplexity", partial=partial, window=window, stride=stride or window, texts=texts)
-    if sources.weights and not partial:
-        weighted = sum(weight * texts[name]["bits_per_byte"] for name, weight in sources.weights.items())
-        result["mix"] = dict(weights=sources.weights, bits_per_byte=weighted)
-    return result
-
-# %% ../../nbs/evaluation/01_perplexity.ipynb #f14469c5
-def scores_table(
-    scores: dict[str, TextScore], # name → score
-) -> str: # fixed-width lines, a header first
-    "Scores as a table for a terminal"
-    width = max(4, *map(len, scores))
-    lines = [f"{'text':<{width}}  bits/byte    s.e.     95 % interval  perplexity  per word    loss"
-             "     tokens  documents  window  stride"]
-    for name, s in scores.items():
-        error = "     –" if s.bits_per_byte_se is None else f"{s.bits_per_byte_se:6.4f}"
-        bounds = f"{s.bits_per_byte_ci[0]:.4f} – {s.bits_per_byte_ci[1]:.4f}" if s.bits_per_byte_ci else "–"
-        lines.append(f"{name:<{width}}  {s.bits_per_byte:9.4f}  {error}  {bounds:>16}  {s.perplexity:10.2f}"
-                     f"  {s.word_perplexity:8.3g}  {s.loss:6.4f}"
-                     f"  {s.tokens:9,}  {s.documents:9,}  {s.window:6,}  {s.stride:6,}")
-    return "\n".join(lines)
-
-# %% ../../nbs/evaluation/01_perplexity.ipynb #d6ad2477
-def _sources(
-    checkpoint: str, files: list[str] | None, config: str | None, mix: str | None, dataset: str | None,
-    split: str, subset: str | None, text_field: str, max_tokens: int | None, # as `perplexity` takes them
-) -> Sources:
-    "What the command line names"
-    own = Path(checkpoint)/"trainer_state"/"config.yaml"
-    options = {"--files": files, "--config": config, "--mix": mix, "--dataset": dataset}
-    given = [name for name, value in options.items() if value]
-    if len(given) > 1 and set(given) != {"--mix", "--config"}:
-        raise UserError(f"give one of --files, --config, --mix and --dataset, not {' and '.join(given)}")
-    if missing := [f for f in files or () if not Path(f).is_file()]:
-        raise UserError(f"no such file: {', '.join(missing)}")
-    if files: return Sources({f: ([Path(f).read_text(encoding="utf-8")], max_tokens) for f in files})
-    if dataset: return set_sources(dataset, split, subset, text_field, max_tokens)
-    if not config and not mix and not own.is_file():
-        raise UserError("nothing to score: name --files, --dataset, --mix or --config "
-            f"(the checkpoint has no {own.name} of its own)")
-    cfg = load_config(config or own) if config or own.is_file() else Config()
-    cfg = apply_overrides(cfg, {"eval_config.max_tokens": max_tokens} if max_tokens else {})
-    return mix_sources(mix, cfg) if mix else config_sources(cfg)
-
-# %% ../../nbs/evaluation/01_perplexity.ipynb #5e849ed7
-def show_progress(
-    name: str,                    # of the text
-    scores: list[DocumentScore],  # so far
-):
-    "A line that is written over, where somebody is looking"
-    if not sys.stdout.isatty() or len(scores) % 8: return
-    bits, size = sum(s.nats for s in scores) / math.log(2), sum(s.bytes for s in scores)
-    tokens = sum(s.tokens for s in scores)
-    print(f"\r{name}: {len(scores):,} documents, {tokens:,} tokens, {bits/size:.4f} bits per byte so far ",
-          end="", flush=True)
-
-# %% ../../nbs/evaluation/01_perplexity.ipynb #70925a98
-def _record(output: Path, whose: dict) -> Path: # JSON lines
-    "The documents' file beside the scores, emptied when it holds those of another model or setting"
-    record, settings = output.with_suffix(".documents.jsonl"), output.with_suffix(".settings.json")
-    if (read_json(settings) or {}) != whose: record.unlink(missing_ok=True)
-    write_json(settings, whose)
-    return record
-
-# %% ../../nbs/evaluation/01_perplexity.ipynb #accf66ea
-def perplexity(
-    # folder of a model that transformers can read (output/checkpoint-N), or its name on the hub
-    checkpoint: str,
-    files: list[str] | None = None,  # text files to score, each as one document
-    config: str | None = None,       # configuration whose held-out sets are scored; default: the checkpoint's own
-    mix: str | None = None,          # FILE:KEY, a mix of a datasets.yaml, each set's held-out part
-    dataset: str | None = None,      # a set on the hub, or a local .jsonl, .csv, .txt or .parquet, all of it
-    split: str = "train",            # of the set on the hub
-    subset: str | None = None,       # configuration of the set on the hub
-    text_field: str = "text",        # field of the set with the text
-    # tokens of context; default: the configuration's max_seq_length, or the model's longest
-    window: int | None = None,
-    # tokens between two windows; default: the window, so that windows are disjoint as lm-eval's
-    stride: int | None = None,
-    batch_size: int = 16,            # windows per forward pass
-    max_tokens: int | None = None,   # score at most this many tokens of each text
-    resamples: int = 2000,           # of the bootstrap over documents; 0: no interval
-    output: str | None = None,       # JSON file for the scores; a page and the documents' scores are put beside it
-) -> int: # exit code
-    """Score text with a model: bits per byte, perplexity per token and per word
-
-    Ctrl-C keeps the documents that are done; the same command again continues. Examples:
-      peer-eval perplexity output/checkpoint-1000
-      peer-eval perplexity output/checkpoint-1000 --files a.txt b.txt --window 512 --stride 256 --output scores.json
-      peer-eval perplexity gpt2 --dataset Salesforce/wikitext --subset wikitext-2-raw-v1 --split test
-    """
-    sources = _sources(checkpoint, files, config, mix, dataset, split, subset, text_field, max_tokens)
-    model, tokenizer = load_checkpoint_model(checkpoint)
-    window = window or sources.window or model.config.max_position_embeddings
-    stride = stride or window
-    settings = dict(window=window, stride=stride, batch_size=batch_size)
-    whose = dict(model=model_fingerprint(model, tokenizer), **settings, max_tokens=max_tokens)
-    record = _record(Path(output), whose) if output else None
-    result = score_sources(model, tokenizer, sources, **settings, resamples=resamples, record=record,
-                           progress=show_progress)
-    if sys.stdout.isatty(): print()
-    if result["texts"]: print(scores_table({name: TextScore(**s) for name, s in result["texts"].items()}))
-    if "mix" in result: print(f"the mix, by weight: {result['mix']['bits_per_byte']:.4f} bits per byte")
-    if output:
-        write_json(output, result | dict(model=checkpoint, settings=whose))
-        perplexity_page(result, Path(output).with_suffix(".html"), checkpoint)
-    if result["partial"]: raise KeyboardInterrupt
-    return 0

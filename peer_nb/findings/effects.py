@@ -8,20 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import read_jsonl
 from ..stats import compare, holm
+from ..study.run import FINISHED
 
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['DONE', 'in_arm', 'usable', 'Contrast', 'contrast', 'table_rows', 'effects_table', 'interactions', 'read_items']
+__all__ = ['in_arm', 'usable', 'counted', 'Contrast', 'contrast', 'table_rows', 'effects_table', 'interactions']
 
 # %% ../../nbs/findings/00_effects.ipynb #65df7f72
-DONE = ("DONE", "REUSE")
-
 def in_arm(
     row: dict[str, Any], # of the table of runs
     arm: dict[str, str | list[str]], # axis: level, or several
@@ -33,10 +30,18 @@ def usable(
     row: dict[str, Any], # of the table of runs
     metric: str, # a column
 ) -> bool:
-    "Whether a run can be paired: finished, finite, and if it was taken over, under the same conditions"
+    "Whether a run counts: finished, finite, and if it was taken over, under the same conditions"
     value, differs = row.get(metric), row.get("reuse_differs")
     same = not (isinstance(differs, str) and differs)
-    return row["state"] in DONE and same and value is not None and math.isfinite(value)
+    return row["state"] in FINISHED and same and value is not None and math.isfinite(value)
+
+# %% ../../nbs/findings/00_effects.ipynb #4dd16177
+def counted(
+    rows: pd.DataFrame, # of a study's runs
+    metric: str, # a column; may be missing
+) -> pd.DataFrame: # some of the rows
+    "The runs that count, in means, differences and figures alike"
+    return rows[[usable(row, metric) for row in rows.to_dict("records")]]
 
 # %% ../../nbs/findings/00_effects.ipynb #288062e6
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def contrast(
     keys, seeds, pairs, lost = [k for k in first if k in second], {}, [], []
     for key in keys:
         bad = [r for r in (first[key], second[key]) if not usable(r, metric)]
-        lost += [r["run"] for r in bad if r["state"] in (*DONE, "FAILED")]
+        lost += [r["run"] for r in bad if r["state"] in (*FINISHED, "FAILED")]
         if bad: continue
         seeds.setdefault(key[-1], []).append(first[key][metric] - second[key][metric])
         pairs.append((first[key]["run"], second[key]["run"], key[-1]))
@@ -76,32 +81,40 @@ def contrast(
 
 # %% ../../nbs/findings/00_effects.ipynb #8da078da
 def table_rows(
-    rows: pd.DataFrame, # as read_runs gives them
+    rows: pd.DataFrame, # of a study's runs
 ) -> list[dict[str, Any]]: # one per run
     "A table as plain records"
     return rows.to_dict("records")
 
+# %% ../../nbs/findings/00_effects.ipynb #c597cd36
+def _against(records: list[dict], axes: dict, metric: str, axis: str, level: str, first: str) -> dict[str, Any]:
+    "A level against the first of its axis"
+    if level == first: return {"against": "", **asdict(compare([])), "seeds": 0, "pairs": 0, "planned": 0}
+    c = contrast(records, axes, metric, {axis: level}, {axis: first})
+    found = compare(c.seeds.values())
+    return {"against": first, **asdict(found), "seeds": found.n, "pairs": len(c.pairs), "planned": c.planned}
+
 # %% ../../nbs/findings/00_effects.ipynb #95598822
 def effects_table(
-    rows: pd.DataFrame, # as read_runs gives them
+    rows: pd.DataFrame, # of a study's runs
     axes: dict[str, list[str]], # axis: levels, the reference first
     metric: str, # a column
-) -> pd.DataFrame: # one row per level but the first: difference, interval, p, p after Holm, effect size
+) -> pd.DataFrame: # one row per level: its mean, and but for the first: difference, interval, p, p after Holm, effect size
     "Main effects with intervals over seeds"
     import pandas as pd
     records, out = table_rows(rows), []
-    for axis, (first, *levels) in axes.items():
+    for axis, levels in axes.items():
         for level in levels:
-            c = contrast(records, axes, metric, {axis: level}, {axis: first})
-            found = compare(c.seeds.values())
-            out.append({"axis": axis, "level": level, "against": first, **asdict(found),
-                        "seeds": found.n, "pairs": len(c.pairs), "planned": c.planned})
-    for row, p in zip(out, holm(r["p"] for r in out)): row["p_holm"] = p
-    return pd.DataFrame(out)
+            own = [r[metric] for r in records if r[axis] == level and usable(r, metric)]
+            out.append({"axis": axis, "level": level, "level_mean": sum(own)/len(own) if own else math.nan, "runs": len(own),
+                        **_against(records, axes, metric, axis, level, levels[0])})
+    asked = [row for row in out if row["against"]]
+    for row, p in zip(asked, holm(r["p"] for r in asked)): row["p_holm"] = p
+    return pd.DataFrame(out, columns=[*out[0], "p_holm"])
 
 # %% ../../nbs/findings/00_effects.ipynb #cc4dd1da
 def interactions(
-    rows: pd.DataFrame, # as read_runs gives them
+    rows: pd.DataFrame, # of a study's runs
     axes: dict[str, list[str]], # axis: levels, the reference first
     metric: str, # a column
 ) -> list[dict[str, Any]]: # one per pair of levels of two axes
@@ -118,12 +131,3 @@ def interactions(
                 out.append({"axis": x, "level": u, "with": y, "other": v, **asdict(found)})
     for row, p in zip(out, holm(r["p"] for r in out)): row["p_holm"] = p
     return out
-
-# %% ../../nbs/findings/00_effects.ipynb #3bf3bf3d
-def read_items(
-    run: str | Path, # folder of a run
-    metric: str, # such as mmlu/acc
-) -> dict[str, tuple[float, str]]: # item: value, cluster
-    "The scores of single items; empty where the run has none"
-    lines = (r for r in read_jsonl(Path(run)/"items.jsonl") if r.get("metric") == metric)
-    return {str(r["item"]): (float(r["value"]), str(r.get("cluster", r["item"]))) for r in lines}

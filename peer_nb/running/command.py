@@ -21,7 +21,8 @@ import yaml
 
 import peer_nb
 from .local import Devices, Event, Local, choose_devices, cpu_processes
-from ..findings.results import check_axes, run_state
+from ..study.run import BASE, FINISHED, PLAN, RUNS, STUDY, Run
+from ..findings.results import check_axes, load_runs
 from .register import earlier_studies, remember, study_folders
 from .reuse import Taken, take, taken_lines, taken_over
 from .slurm import Slurm, slurm_options
@@ -29,11 +30,13 @@ from .speed import Speeds, clocked_plan
 from .estimates import finished_runs, measured_rate, outlook, plan_text
 from ..study.places import at, read_place
 from ..study.plan import Cell, Plan, code_differences, load_plan, make_plan, plan_differences, save_plan
-from ..study.study import BUILTIN_AXES, Budget, Study, builtin_axes, find_template, load_study, template_hash
-from .watch import Screen, clock, follow, live_lines, look_at, summary, table_text
+from ..study.identity import find_template
+from ..study.study import BUILTIN_AXES, Budget, Study, builtin_axes, load_study
+from ..formats import clock
+from .watch import Screen, follow, live_lines, look_at, summary, table_text
 from ..cli import make_main
-from ..config import Config, UserError, load_config, load_data_mixes, save_config
-from ..files import folder_lock, read_json, writable_folder, write_atomic
+from ..config import Config, load_config, load_data_mixes, save_config
+from ..files import UserError, folder_lock, writable_folder, write_atomic
 
 # %% auto #0
 __all__ = ['main', 'Request', 'read_request', 'git_state', 'make_folder', 'newest_study', 'wait_for_orphans', 'left_to_do',
@@ -111,11 +114,11 @@ def make_folder(
     first = writable_folder(output_dir)/f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = next(f for f in (first.with_name(first.name + s) for s in ("", *(f"-{n}" for n in range(2, 1000)))) if not f.exists())
     folder.mkdir()
-    save_config(plan.start, folder/"base.yaml")
-    again = {**plan.study, "base_config": "base.yaml", "seeds": sorted({c.seed for c in plan.cells})}
-    write_atomic(folder/"study.yaml", yaml.safe_dump(again, sort_keys=False, allow_unicode=True))
-    (folder/"runs").mkdir()
-    save_plan(plan, folder/"plan.json", created=time.strftime("%Y-%m-%d %H:%M:%S%z"), device=device, git=git_state(), **beside)
+    save_config(plan.start, folder/BASE)
+    again = {**plan.study, "base_config": BASE, "seeds": sorted({c.seed for c in plan.cells})}
+    write_atomic(folder/STUDY, yaml.safe_dump(again, sort_keys=False, allow_unicode=True))
+    (folder/RUNS).mkdir()
+    save_plan(plan, folder, created=time.strftime("%Y-%m-%d %H:%M:%S%z"), device=device, git=git_state(), **beside)
     return folder
 
 # %% ../../nbs/running/10_command.ipynb #be6879fa
@@ -125,7 +128,7 @@ def newest_study(
 ) -> Path | None: # None when there is none
     "The study that was planned last"
     found = study_folders(output_dir)
-    named = [f for f in found if name is not None and load_plan(f/"plan.json").study["name"] == name]
+    named = [f for f in found if name is not None and load_plan(f).study["name"] == name]
     return (named or found or [None])[0]
 
 # %% ../../nbs/running/10_command.ipynb #ea20521f
@@ -137,10 +140,9 @@ def wait_for_orphans(
     "Wait until no run of an earlier runner is alive"
     until = time.monotonic() + seconds
     for cell in plan.cells:
-        run = folder/"runs"/cell.id
-        while run_state(run) == "RUNNING":
-            pid = (read_json(run/"status.json") or {}).get("pid")
-            if time.monotonic() > until: raise UserError(f"{run}: process {pid} is still working on it; wait until it is done, or stop it")
+        while (run := Run.of(folder, cell.id)).state == "RUNNING":
+            if time.monotonic() > until:
+                raise UserError(f"{run.folder}: process {run.status.pid} is still working on it; wait until it is done, or stop it")
             time.sleep(0.2)
 
 # %% ../../nbs/running/10_command.ipynb #d288163e
@@ -151,7 +153,7 @@ def left_to_do(
 ) -> list[Cell]:
     "The runs that are still to be made, or to be taken up"
     again = {"TODO", "STALE", "PREEMPTED", *(["FAILED"] if retry_failed else [])}
-    return [cell for cell in plan.cells if run_state(folder/"runs"/cell.id) in again]
+    return [cell for cell in plan.cells if Run.of(folder, cell.id).state in again]
 
 # %% ../../nbs/running/10_command.ipynb #f1ec25c0
 def set_aside(
@@ -164,13 +166,9 @@ def set_aside(
     for name in runs:
         fits = [c.id for c in plan.cells if c.id == name or c.id.partition("-")[0] == name.zfill(3)]
         if not fits: raise UserError(f"--rerun {name}: no such run in {folder}; it has {plan.cells[0].id} to {plan.cells[-1].id}")
-        if run_state(folder/"runs"/fits[0]) == "RUNNING": raise UserError(f"--rerun {name}: this run is under way; stop it first")
+        if Run.of(folder, fits[0]).state == "RUNNING": raise UserError(f"--rerun {name}: this run is under way; stop it first")
         found += fits
-    for name in found:
-        if not (folder/"runs"/name).exists(): continue
-        (folder/"earlier").mkdir(exist_ok=True)
-        count = sum(1 for _ in (folder/"earlier").glob(f"{name}-*"))
-        (folder/"runs"/name).rename(folder/"earlier"/f"{name}-{count + 1}")
+    for name in found: Run.of(folder, name).set_aside()
     return found
 
 # %% ../../nbs/running/10_command.ipynb #534bdce6
@@ -192,7 +190,7 @@ def check_same(
         else:
             from peer_nb.data.corpora import data_fingerprint
             data = {c.id: data_fingerprint(frozen.config(c)) for c in left}
-        lines = code_differences(frozen, template_hash(find_template(_template_name(frozen))), {c.id: data[c.id] for c in left if c.id in data})
+        lines = code_differences(frozen, find_template(_template_name(frozen)), {c.id: data[c.id] for c in left if c.id in data})
     if lines: raise UserError(f"{folder} cannot be continued: " + "; ".join(lines) + ". Leave out --resume to start a new study.")
 
 # %% ../../nbs/running/10_command.ipynb #855dea69
@@ -254,12 +252,12 @@ def finished_line(
     count: str, # such as 3/8
 ) -> str:
     "What happened to a run, in a line"
-    run = folder/"runs"/event.run
-    state, took = run_state(run), clock(event.seconds)
+    run = Run.of(folder, event.run)
+    state, took = run.state, clock(event.seconds)
     if state == "DONE":
-        value = read_json(run/"result.json")["metrics"].get(plan.metric)
+        value = run.result.metrics.get(plan.metric)
         return f"[{count}] done in {took}  {event.run}  {plan.metric} " + (f"{value:.4f}" if value is not None else "not measured")
-    error = (read_json(run/"status.json") or {}).get("error") or {"class": "killed", "message": event.note}
+    error = run.error or {"class": "killed", "message": event.note}
     kind = f"{error['kind']}, " if error.get("kind", "code") not in ("code", error["class"].lower()) else ""
     return f"[{count}] {state} after {took}  {event.run}  {kind}{error['class']}: {(error['message'].strip().splitlines() or [''])[0]}"
 
@@ -285,10 +283,13 @@ def run_cells(
     pause: float = 0.25, # seconds between two looks
 ):
     "Launch cells until none is left; the table is rewritten as they end"
-    from peer_nb.findings.results import write_csv
-    screen, done = Screen(), len(plan.cells) - len(todo)
-    draw = Sparingly(lambda: screen.draw(live_lines(look_at(folder, plan, launcher.slots))), 1.0)
-    table = Sparingly(lambda: write_csv(folder, plan))
+    screen, done, runs = Screen(), len(plan.cells) - len(todo), load_runs(folder, plan)
+    def now():
+        nonlocal runs
+        runs = load_runs(folder, plan, runs)
+        return runs
+    draw = Sparingly(lambda: screen.draw(live_lines(look_at(now(), launcher.slots))), 1.0)
+    table = Sparingly(lambda: now().write_csv())
     try:
         launcher.submit(todo)
         while launcher.busy:
@@ -321,13 +322,13 @@ def finish(
 ) -> int: # exit code: 0 when every run is done
     "Table, figures, page, and the study in a few lines"
     from peer_nb.findings.study_page import write_report
-    from peer_nb.findings.results import read_runs, summary_lines, write_csv, write_parquet
-    rows = read_runs(folder, plan)
-    write_csv(folder, plan, rows)
-    write_parquet(folder, plan, rows)
-    page = write_report(folder, rows)
-    print("", *summary_lines(rows, plan), f"page: {page}", sep="\n")
-    return 0 if set(rows.state) <= {"DONE", "REUSE"} else 1
+    from peer_nb.findings.summary import summary_lines
+    runs = load_runs(folder, plan)
+    runs.write_csv()
+    runs.write_parquet()
+    page = write_report(runs)
+    print("", *summary_lines(runs.rows, plan), f"page: {page}", sep="\n")
+    return 0 if {run.state for run in runs} <= {*FINISHED} else 1
 
 # %% ../../nbs/running/10_command.ipynb #c740ba15
 def _continued(output_dir: Path, request: Request | None) -> Path | None:
@@ -377,20 +378,20 @@ def _go(folder: Path, plan: Plan, place: Place, devices: Devices, retry_failed: 
             run_cells(folder, plan, todo, launcher)
             return finish(folder, plan)
         except KeyboardInterrupt:
-            from peer_nb.findings.results import write_csv
-            write_csv(folder, plan)
+            load_runs(folder, plan).write_csv()
             print(f"\nstopped; what is done is kept. {launcher.farewell}Go on with: peer-ablate --resume --output-dir {folder.parent}", file=sys.stderr)
             return 130
 
 # %% ../../nbs/running/10_command.ipynb #6b66e20e
 def _resume(folder: Path, request: Request | None, place: Place, retry_failed: bool, rerun: Iterable[str]) -> int:
     "Continue a study"
-    frozen, known = load_plan(folder/"plan.json"), read_json(folder/"plan.json")
+    frozen = load_plan(folder)
+    known = frozen.about
     device, asked = known.get("device"), (place.gpus, place.processes)
     place = place.after(known.get("place") or {})
     if asked == (None, None): place.gpus = 0 if device == "cpu" else frozen.world_size
     check_place(place)
-    left = left_to_do(folder, frozen, retry_failed) or [c for c in frozen.cells if run_state(folder/"runs"/c.id) == "RUNNING" or rerun]
+    left = left_to_do(folder, frozen, retry_failed) or [c for c in frozen.cells if Run.of(folder, c.id).state == "RUNNING" or rerun]
     devices = place_devices(place, len(left), known.get("threads"))
     if left and device != ("cuda" if devices.visible[0] else "cpu"):
         raise UserError(f"{folder} cannot be continued here: its runs were made on {device}; use --gpus {0 if device == 'cpu' else frozen.world_size} on a machine that has it")
@@ -409,7 +410,7 @@ def _begin(request: Request, place: Place, output_dir: Path, use: Use) -> int:
     there = _reused(plan, request, output_dir, device, use)
     folder = make_folder(output_dir, plan, device, place=asdict(place), threads=devices.threads, **({"speeds": speeds.record(plan)} if speeds else {}))
     for line in taken_lines(there, len(plan.cells)): print(line, flush=True)
-    for run, taken in there.items(): take(folder/"runs"/run, taken)
+    for run, taken in there.items(): take(Run.of(folder, run), taken)
     return _go(folder, plan, place, replace(devices, visible=devices.visible[:max(1, len(plan.cells) - len(there))]))
 
 # %% ../../nbs/running/10_command.ipynb #8a642605
@@ -504,7 +505,7 @@ def plan(
 # %% ../../nbs/running/10_command.ipynb #07109ca7
 def _study_folder(folder: Path) -> Path:
     "A study's folder, or the newest in a folder of studies"
-    if (found := newest_study(folder)) is None: raise UserError(f"{folder}: no study here; a study's folder has a plan.json")
+    if (found := newest_study(folder)) is None: raise UserError(f"{folder}: no study here; a study's folder has a {PLAN}")
     return found
 
 # %% ../../nbs/running/10_command.ipynb #648d5500
@@ -514,7 +515,7 @@ def status(
 ):
     "Show the state of every run"
     folder = _study_folder(folder)
-    table = look_at(folder)
+    table = look_at(load_runs(folder))
     short = len(table.rows) > 200 and not all
     print(folder, table_text(table, [s for s in table.counts if s not in ("TODO", "DONE")] if short else None), summary(table), sep="\n")
     if short: print("(runs that are done or wait are left out; --all shows them)")
@@ -535,11 +536,8 @@ def report(
 ):
     "Write the table, the figures and the page again"
     from peer_nb.findings.study_page import write_report
-    from peer_nb.findings.results import read_runs, write_csv, write_parquet
-    folder = _study_folder(folder)
-    frozen = load_plan(folder/"plan.json")
-    rows = read_runs(folder, frozen)
-    print(write_csv(folder, frozen, rows), write_parquet(folder, frozen, rows), write_report(folder, rows), sep="\n")
+    runs = load_runs(_study_folder(folder))
+    print(runs.write_csv(), runs.write_parquet(), write_report(runs), sep="\n")
 
 # %% ../../nbs/running/10_command.ipynb #a0b00af2
 main = make_main("peer-ablate", dict(run=run, plan=plan, status=status, watch=watch, report=report), default="run",

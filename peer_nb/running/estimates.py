@@ -13,16 +13,16 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..study.plan import Cell, Match, Plan, load_plan, matching, ratio_text, short_number, text_table, wall_seconds
-from ..findings.results import run_state
+from ..formats import duration, ratio_text, short_number, text_table
+from ..study.plan import Cell, Match, Plan, load_plan, matching, wall_seconds
+from ..study.run import Run, studies_in
 from ..stats import detectable
-from ..config import Config, UserError
-from ..files import read_json
+from ..config import Config
+from ..files import UserError
 
 # %% auto #0
-__all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'duration',
-           'estimated_memory', 'pair_spread', 'sight', 'difference', 'Outlook', 'outlook', 'plan_rows', 'match_rows',
-           'totals', 'plan_text']
+__all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'estimated_memory',
+           'pair_spread', 'sight', 'difference', 'Outlook', 'outlook', 'plan_rows', 'match_rows', 'totals', 'plan_text']
 
 # %% ../../nbs/running/06_estimates.ipynb #ed0f3173
 @dataclass(frozen=True)
@@ -44,25 +44,23 @@ class Finished:
         return self.flops/self.seconds if self.flops and self.seconds else None
 
 # %% ../../nbs/running/06_estimates.ipynb #84ab0992
-def _finished(run: Path, cell: Cell) -> Finished:
+def _finished(run: Run, cell: Cell) -> Finished:
     "A run that is done, read"
-    result, status = read_json(run/"result.json"), read_json(run/"status.json")
-    training, counted = result.get("training") or {}, result.get("parameters") or cell.parameters
+    result, training, counted = run.result, run.result.training, run.result.parameters or cell.parameters
     tokens = training.get("tokens")
     flops = 3.0*counted["flops_per_token"]*tokens if tokens and "flops_per_token" in counted else cell.flops
-    errors = {f"{n}/bits_per_byte": s["bits_per_byte_se"] for n, s in (result.get("heldout") or {}).items() if s.get("bits_per_byte_se") is not None}
-    return Finished(run, cell, flops, training.get("seconds"), status.get("seconds"), training.get("peak_memory_bytes"),
-                    (result.get("environment") or {}).get("device") or "cpu", result["metrics"], errors | (result.get("standard_errors") or {}))
+    return Finished(run.folder, cell, flops, training.get("seconds"), run.status.seconds, training.get("peak_memory_bytes"),
+                    result.environment.get("device") or "cpu", result.metrics, result.errors)
 
 def finished_runs(
     output_dir: str | Path, # folder of studies; may be missing
 ) -> list[Finished]: # of plans that this version can read
     "All runs of earlier studies that ended well"
     found = []
-    for path in sorted(Path(output_dir).glob("*/plan.json")):
-        try: plan = load_plan(path)
+    for folder in studies_in(output_dir):
+        try: plan = load_plan(folder)
         except UserError: continue   # of another version, or edited: nothing that a new plan may build on
-        found += [_finished(path.parent/"runs"/c.id, c) for c in plan.cells if run_state(path.parent/"runs"/c.id) == "DONE"]
+        found += [_finished(run, cell) for cell in plan.cells if (run := Run.of(folder, cell.id)).state == "DONE"]
     return found
 
 # %% ../../nbs/running/06_estimates.ipynb #9b82803e
@@ -95,14 +93,6 @@ def estimated_seconds(
     "How long a run will take"
     if wall is not None: return wall + (rate.overhead if rate else 0.0)
     return None if rate is None or cell.flops is None else rate.overhead + cell.flops/rate.flops_per_second
-
-def duration(
-    seconds: float | None, # any
-) -> str: # such as 40 s, 12 min, 3.5 h
-    "A rough duration"
-    if seconds is None: return "–"
-    if seconds < 90: return f"{seconds:.0f} s"
-    return f"{seconds/60:.0f} min" if seconds < 5400 else f"{seconds/3600:.1f} h" if seconds < 172_800 else f"{seconds/86_400:.1f} days"
 
 # %% ../../nbs/running/06_estimates.ipynb #e8459f14
 def estimated_memory(

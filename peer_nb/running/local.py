@@ -19,10 +19,10 @@ from typing import Literal, NamedTuple
 from fastcore.basics import patch
 
 from ..study.plan import Cell
+from ..study.run import Run
 from .warm import Forked, Warm, start_warm
 from .wrapper import command
-from ..config import UserError
-from ..files import read_json
+from ..files import UserError
 
 # %% auto #0
 __all__ = ['AGAIN', 'PAUSE', 'gpu_devices', 'Devices', 'choose_devices', 'cpu_processes', 'environment', 'Job', 'start_cold',
@@ -113,13 +113,13 @@ class Job:
     began: float # monotonic seconds
 
 def start_cold(
-    run: Path, # its folder
+    run: Run, # to be made
     limit: float | None, # seconds that it may take
     environment: dict[str, str], # of the process
 ) -> subprocess.Popen:
-    "Start the wrapper of a run in a Python of its own; all it says goes to log.txt"
-    with open(run/"log.txt", "ab") as log:
-        return subprocess.Popen(command(run, limit), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    "Start the wrapper of a run in a Python of its own; all it says goes to the run's log"
+    with open(run.path("log"), "ab") as log:
+        return subprocess.Popen(command(run.folder, limit), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 def start(
     folder: Path, # of the study
@@ -130,10 +130,9 @@ def start(
     warm: Warm | None = None, # starts it as a fork
 ) -> Job:
     "Start the wrapper of a run"
-    run, whole = (folder/"runs"/cell.id).resolve(), {**os.environ, **environment(devices.threads, visible, devices.processes)}
-    run.mkdir(exist_ok=True)
+    run, whole = Run.of(folder.resolve(), cell.id).make(), {**os.environ, **environment(devices.threads, visible, devices.processes)}
     if warm is None: return Job(cell, start_cold(run, limit, whole), time.monotonic())
-    with open(run/"log.txt", "ab") as log: return Job(cell, start_warm(warm, run, limit, whole, log, lambda: start_cold(run, limit, whole)), time.monotonic())
+    with open(run.path("log"), "ab") as log: return Job(cell, start_warm(warm, run.folder, limit, whole, log, lambda: start_cold(run, limit, whole)), time.monotonic())
 
 # %% ../../nbs/running/03_local.ipynb #26225a12
 def stop(
@@ -196,12 +195,12 @@ def requeue(self: Local,
     job: Job, # whose wrapper has ended
 ) -> Event | None: # None: the run does not ask for it, or has had it too often
     "Queue a run again that has saved and asks to go on"
-    cell, status = job.cell, read_json(self.folder/"runs"/job.cell.id/"status.json") or {}
+    cell, run = job.cell, Run.of(self.folder, job.cell.id)
     times = self.again.setdefault(cell.id, [])
-    if status.get("state") != "PREEMPTED" or len(times) == AGAIN: return None
+    if run.state != "PREEMPTED" or len(times) == AGAIN: return None
     times.append(time.monotonic())
     self.queue.append(cell)
-    return Event("requeued", cell.id, note=f": {status['error']['message']}; it has saved, and goes on ({len(times)} of {AGAIN} times)")
+    return Event("requeued", cell.id, note=f": {run.error.get('message', 'stopped')}; it has saved, and goes on ({len(times)} of {AGAIN} times)")
 
 @patch
 def next_cell(self: Local) -> Cell | None: # None: nothing waits, or what waits has to rest
@@ -220,7 +219,7 @@ def look(self: Local) -> list[Event]: # what happened since the last look
         out.append(self.requeue(job) or Event("ended", job.cell.id, time.monotonic() - job.began, f"the wrapper ended with {job.process.returncode}; see log.txt"))
     for slot, visible in enumerate(self.devices.visible):
         if slot in self.jobs or (cell := self.next_cell()) is None: continue
-        again = (self.folder/"runs"/cell.id/"status.json").exists()
+        again = Run.of(self.folder, cell.id).begun
         self.jobs[slot] = start(self.folder, cell, self.devices, visible, self.limit, self.warm)
         out.append(Event("resumed" if again else "started", cell.id))
     return out

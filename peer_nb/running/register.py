@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..study.plan import Plan
-from ..config import UserError
-from ..files import cache_folder, sha256_of, write_json
+from ..study.run import PLAN, is_study, studies_in
+from ..files import UserError, cache_folder, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['BEGINNING', 'PATIENCE', 'register_folder', 'remember', 'Earlier', 'registered', 'study_folders', 'earlier_studies']
@@ -49,7 +49,7 @@ def remember(
 @dataclass(frozen=True)
 class Earlier:
     "A study that may have computed something before"
-    folder: Path # with its plan.json
+    folder: Path # with its plan
     beginnings: frozenset[str] | None = None # of its runs' identities; None: the plan has to be asked
 
     def may_have(self,
@@ -67,7 +67,7 @@ def _entry(path: Path) -> Earlier | None: # None: of no use now, and perhaps rem
         found = json.loads(path.read_bytes())
         if found["schema"] != 1: return None   # of a later version
         study = Earlier(Path(found["folder"]), frozenset(found["runs"].split()))
-        if (study.folder/"plan.json").is_file(): return study
+        if is_study(study.folder): return study
         forget = study.folder.parent.is_dir() or time.time() - path.stat().st_mtime > PATIENCE
     except OSError: return None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError): forget = True
@@ -89,9 +89,7 @@ def study_folders(
     place: str | Path, # a study's folder, or a folder of studies
 ) -> list[Path]: # the newest first
     "The studies in a folder, or the one that it is"
-    place = Path(place)
-    if (place/"plan.json").is_file(): return [place]
-    return sorted((p.parent for p in place.glob("*/plan.json")), key=lambda f: ((f/"plan.json").stat().st_mtime_ns, f.name), reverse=True)
+    return sorted(studies_in(place), key=lambda f: ((f/PLAN).stat().st_mtime_ns, f.name), reverse=True)
 
 def earlier_studies(
     output_dir: str | Path, # of the new study; may be missing
@@ -100,7 +98,7 @@ def earlier_studies(
     "The studies to look through, the nearest first"
     known, out, named = {s.folder: s for s in registered()}, {}, reuse_from or {}
     for place, who in named.items():
-        if not study_folders(place): raise UserError(f"{who} {place}: " + ("no study here; a study's folder has a plan.json" if Path(place).is_dir() else "no such folder"))
+        if not study_folders(place): raise UserError(f"{who} {place}: " + (f"no study here; a study's folder has a {PLAN}" if Path(place).is_dir() else "no such folder"))
     for place in (output_dir, *named):
         for folder in map(Path.resolve, study_folders(place)): out.setdefault(folder, known.get(folder) or Earlier(folder))
     return [*out.values(), *(s for f, s in known.items() if f not in out)]

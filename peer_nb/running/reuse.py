@@ -5,7 +5,6 @@
 # %% ../../nbs/running/08_reuse.ipynb #7ecfe291
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -16,14 +15,14 @@ from typing import Any
 from ..study.places import at
 from ..study.plan import Cell, Plan, load_plan
 from .register import BEGINNING, Earlier
-from ..findings.results import valid_result
-from ..study.study import NOT_IDENTITY
-from ..config import UserError, flatten, load_config
-from ..files import read_json, write_json
+from ..study.run import FINISHED, Run
+from ..study.identity import NOT_IDENTITY
+from ..config import flatten, load_config
+from ..files import UserError
 
 # %% auto #0
-__all__ = ['HASHED', 'COPIED', 'torch_version', 'environment_differences', 'config_differences', 'differences', 'Taken',
-           'same_experiments', 'taken_over', 'take', 'taken_lines']
+__all__ = ['HASHED', 'torch_version', 'environment_differences', 'config_differences', 'differences', 'Taken', 'same_experiments',
+           'taken_over', 'take', 'taken_lines']
 
 # %% ../../nbs/running/08_reuse.ipynb #8ac70719
 @cache
@@ -54,11 +53,11 @@ def config_differences(
     return [f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in keys]
 
 # %% ../../nbs/running/08_reuse.ipynb #f5c63900
-def _code_differences(source: Path, plan: Plan, cell: Cell) -> list[str]:
+def _code_differences(source: Run, plan: Plan, cell: Cell) -> list[str]:
     "What an earlier run's own plan says of code and data"
     try:
-        theirs = load_plan(source.parent.parent/"plan.json")
-        other = next(c for c in theirs.cells if c.id == source.name)
+        theirs = load_plan(source.study)
+        other = next(c for c in theirs.cells if c.id == source.id)
     except (UserError, StopIteration): return ["code and data: not known there"]
     if other.identity == cell.identity: return []
     facts = {"the notebook's code": (theirs.template_hash, plan.template_hash), "the package's source": (theirs.package_hash, plan.package_hash),
@@ -66,14 +65,15 @@ def _code_differences(source: Path, plan: Plan, cell: Cell) -> list[str]:
     return [what for what, (there, here) in facts.items() if there != here]
 
 def differences(
-    source: Path, # folder of an earlier run
+    source: Run, # an earlier one
     plan: Plan, # of the new study
     cell: Cell, # which it may stand for
     device: str, # cpu or cuda
 ) -> list[str]: # empty: the same experiment
     "Everything in which an earlier run differs from a cell"
-    made = (read_json(source/"result.json") or {}).get("environment") or {}
-    if (source/"config.yaml").is_file(): own = config_differences(flatten(plan.config(cell)), flatten(load_config(source/"config.yaml")))
+    made = source.result.environment if source.result else {}
+    if source.path("config").is_file():
+        own = config_differences(flatten(plan.config(cell)), flatten(load_config(source.path("config"))))
     else: own = ["configuration: not known there"]
     return own + _code_differences(source, plan, cell) + environment_differences(made, device)
 
@@ -92,25 +92,23 @@ def _declared(plan: Plan, cell: Cell, device: str, where: str) -> Taken | None:
     for n, entry in enumerate(plan.study["reuse"]):
         if entry["cell"] != cell.levels or entry["seed"] not in (None, cell.seed): continue
         beside = Path(str(where)).parent/entry["source"]
-        source = (beside if beside.is_dir() else Path(entry["source"])).resolve()
-        result = read_json(source/"result.json")
-        if not valid_result(result): raise UserError(f"{at(where, f'reuse.{n}.source')}: reuse.{n}.source: {source} is no finished run; it has no valid result.json")
-        if plan.metric not in result["metrics"]: raise UserError(f"{at(where, f'reuse.{n}.source')}: reuse.{n}.source: {source} did not measure {plan.metric}, only {', '.join(result['metrics'])}")
-        return Taken(str(source), entry["reason"], differences(source, plan, cell, device))
+        source = Run((beside if beside.is_dir() else Path(entry["source"])).resolve())
+        here = f"{at(where, f'reuse.{n}.source')}: reuse.{n}.source: {source.folder}"
+        if not source.result:
+            raise UserError(f"{here} is no finished run; it has no valid result {source.problems.get('result', '')}".strip())
+        if plan.metric not in source.result.metrics:
+            raise UserError(f"{here} did not measure {plan.metric}, only {', '.join(source.result.metrics)}")
+        return Taken(str(source.folder), entry["reason"], differences(source, plan, cell, device))
     return None
 
 # %% ../../nbs/running/08_reuse.ipynb #241d0c34
 HASHED = "the same experiment, by hash"
 
-def _by_hash(run: Path, device: str) -> Taken | None: # None: not finished, not valid, or made elsewhere
+def _by_hash(run: Run, device: str) -> Taken | None: # None: not finished, not valid, or made elsewhere
     "A run of equal identity as something to take over"
-    try:
-        status = read_json(run/"status.json")
-        if not isinstance(status, dict) or status.get("state") not in ("DONE", "REUSE") or status.get("exit_code") != 0 or status.get("differs"): return None
-        result = read_json(run/"result.json")   # once, and only here: there may be ten thousand
-    except UserError: return None
-    if not valid_result(result) or environment_differences(result.get("environment") or {}, device): return None
-    return Taken(str(run), HASHED, origin=status.get("origin") or status.get("source") or "")
+    if run.state not in FINISHED or run.status.differs: return None
+    if environment_differences(run.result.environment, device): return None
+    return Taken(str(run.folder), HASHED, origin=run.status.origin or run.status.source or "")
 
 # %% ../../nbs/running/08_reuse.ipynb #02a16c6e
 def same_experiments(
@@ -123,10 +121,10 @@ def same_experiments(
     for study in studies:
         if not left: break
         if not study.may_have(left.keys()): continue
-        try: cells = [c for c in load_plan(study.folder/"plan.json").cells if left.get(c.identity[:BEGINNING]) == c.identity]
+        try: cells = [c for c in load_plan(study.folder).cells if left.get(c.identity[:BEGINNING]) == c.identity]
         except UserError: continue   # of another version, or edited: nothing that a new plan may build on
         for cell in cells:
-            if taken := _by_hash(study.folder/"runs"/cell.id, device): out[cell.identity] = taken; del left[cell.identity[:BEGINNING]]
+            if taken := _by_hash(Run.of(study.folder, cell.id), device): out[cell.identity] = taken; del left[cell.identity[:BEGINNING]]
     return out
 
 # %% ../../nbs/running/08_reuse.ipynb #fb777cea
@@ -142,19 +140,14 @@ def taken_over(
     return {c.id: taken for c in plan.cells if (taken := declared.get(c.id) or same.get(c.identity))}
 
 # %% ../../nbs/running/08_reuse.ipynb #1f07df84
-COPIED = ("result.json", "metrics.jsonl", "items.jsonl", "samples.jsonl", "usage.jsonl", "config.yaml", "notebook.ipynb", "report.html")
-
 def take(
-    run: Path, # folder of the new run
+    run: Run, # of the new study
     taken: Taken, # what stands for it
 ):
     "Copy an earlier run's files and write REUSE"
-    run.mkdir(parents=True, exist_ok=True)
-    source = Path(taken.source)
-    for name in COPIED:
-        if (source/name).is_file(): shutil.copyfile(source/name, run/name)
-    status = read_json(source/"status.json") or {}
-    write_json(run/"status.json", dict(state="REUSE", exit_code=0, seconds=status.get("seconds"), **asdict(taken)))
+    source = Run(taken.source)
+    run.make().take_from(source)
+    run.write_status(state="REUSE", exit_code=0, seconds=source.status.seconds, **asdict(taken))
 
 # %% ../../nbs/running/08_reuse.ipynb #94bc7f7d
 def taken_lines(
@@ -164,7 +157,7 @@ def taken_lines(
     "What is taken over, by study; a declared run by itself, with its differences"
     same = [t for t in there.values() if t.reason == HASHED and not t.differs]
     by_study, out = {}, []
-    for t in same: by_study.setdefault(Path(t.source).parent.parent, []).append(t)
+    for t in same: by_study.setdefault(Run(t.source).study, []).append(t)
     if same: out.append(f"{len(same)} of {runs} runs were computed before and are not computed again (equal hash, equal kind of device); --fresh computes them anew")
     for folder, those in by_study.items(): out.append(f"reuse: {len(those)} from {folder}" + (f", {handed} of them taken over there" if (handed := sum(bool(t.origin) for t in those)) else ""))
     for run, t in there.items():

@@ -20,10 +20,9 @@ from fastcore.basics import patch
 
 from .local import Devices, Event, environment
 from ..study.plan import Cell, Plan
-from ..findings.results import run_state
+from ..study.run import FINISHED, Run
 from .wrapper import REQUEUE, command
-from ..config import UserError
-from ..files import read_json, sha256_of, write_json
+from ..files import UserError, read_json, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['WAITING', 'ALIVE', 'TRIES', 'slurm_options', 'OnNode', 'requeue', 'Seen', 'read_squeue', 'ask', 'largest_array',
@@ -54,11 +53,11 @@ class OnNode:
         run: str, # its folder
     ) -> int: # the wrapper's exit code
         env = {**os.environ, **environment(self.threads, None if self.gpus else [], self.processes)}
-        with open(Path(run)/"log.txt", "ab") as log:
+        with open(Run(run).path("log"), "ab") as log:
             process = subprocess.Popen(command(Path(run)), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2): signal.signal(number, lambda n, _: process.send_signal(n))
         code = process.wait()
-        if code == REQUEUE and (read_json(Path(run)/"status.json") or {}).get("signal") != "SIGTERM": requeue()
+        if code == REQUEUE and Run(run).status.signal != "SIGTERM": requeue()
         return code
 
 # %% ../../nbs/running/04_slurm.ipynb #5659184c
@@ -124,7 +123,7 @@ def verdict(
     tries: int = 1, # jobs that the run has had from this launcher
 ) -> Verdict:
     "What became of a run whose job is over"
-    if state in ("DONE", "REUSE", "FAILED"): return Verdict(False)
+    if state in (*FINISHED, "FAILED"): return Verdict(False)
     if slurm in ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL"): return Verdict(True)
     if slurm in ("TIMEOUT", "DEADLINE"): return Verdict(False, "FAILED", "timeout", "the job reached its time limit; --retry-failed goes on from its checkpoint")
     if slurm == "OUT_OF_MEMORY": return Verdict(False, "FAILED", "out of memory", "Slurm ended the job for want of memory; --slurm mem=… gives it more")
@@ -223,9 +222,10 @@ def send(self: Slurm,
 ) -> str | None: # what sbatch said against it
     "Submit runs"
     name, place = new_record(self.folder, [c.id for c in cells])
-    begun = {c.id for c in cells if (self.folder/"runs"/c.id/"status.json").exists()}
-    for cell in cells: (self.folder/"runs"/cell.id).mkdir(exist_ok=True)
-    try: executor_for(self, name, place).map_array(OnNode(self.devices.threads, self.gpus, self.devices.processes), [str((self.folder/"runs"/c.id).resolve()) for c in cells])
+    runs = [Run.of(self.folder.resolve(), c.id).make() for c in cells]
+    begun = {run.id for run in runs if run.begun}
+    on_node = OnNode(self.devices.threads, self.gpus, self.devices.processes)
+    try: executor_for(self, name, place).map_array(on_node, [str(run.folder) for run in runs])
     except (subprocess.CalledProcessError, RuntimeError) as e: return str(e).strip()
     for element, cell in enumerate(cells):
         self.jobs[cell.id] = Ticket(cell, name, element, time.monotonic(), again=cell.id in begun)
@@ -244,7 +244,9 @@ def submit(self: Slurm,
     for record in records(self.folder):
         for element, run in enumerate(record["runs"]):
             job = seen.get((record["name"], element))
-            if job and job.state in WAITING | ALIVE: self.jobs[run] = Ticket(by_id[run], record["name"], element, time.monotonic(), job.state, (self.folder/"runs"/run/"status.json").exists())
+            if not job or job.state not in WAITING | ALIVE: continue
+            begun = Run.of(self.folder, run).begun
+            self.jobs[run] = Ticket(by_id[run], record["name"], element, time.monotonic(), job.state, begun)
     self.queue += [c for c in cells if c.id not in self.jobs]
 
 # %% ../../nbs/running/04_slurm.ipynb #49f7c67f
@@ -267,8 +269,8 @@ def settled(self: Slurm,
     slurm: str, # how
 ) -> Event | None: # None: not yet, or it goes on
     "Decide about a run whose job is over"
-    run = self.folder/"runs"/ticket.cell.id
-    state, now = run_state(run), time.monotonic()
+    run = Run.of(self.folder, ticket.cell.id)
+    state, now = run.state, time.monotonic()
     ticket.over = ticket.over or now
     if state in ("RUNNING", "TODO") and now - ticket.over < self.settle: return None   # files may come late over a network
     what = verdict(state, slurm, self.tries.get(ticket.cell.id, 1))
@@ -276,7 +278,7 @@ def settled(self: Slurm,
     if what.again: self.queue.append(ticket.cell); return None
     if what.state:
         error = {"class": slurm, "kind": what.kind, "message": what.message}
-        write_json(run/"status.json", {**(read_json(run/"status.json") or {}), "state": what.state, "exit_code": 1, "error": error})
+        run.write_status(**vars(run.status) | dict(state=what.state, exit_code=1, error=error))
     return Event("ended", ticket.cell.id, now - ticket.since, what.message or f"Slurm says {slurm}")
 
 # %% ../../nbs/running/04_slurm.ipynb #520a2e6b

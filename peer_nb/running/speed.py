@@ -24,9 +24,11 @@ from typing import Any
 
 from .local import Devices, environment
 from ..study.plan import DURATION, Cell, Plan, named
-from ..study.study import NOT_IDENTITY, Budget, package_hash
-from ..config import Config, UserError, apply_overrides, flatten, save_config
-from ..files import cache_folder, read_jsonl, sha256_of, write_json
+from ..study.run import Run
+from ..study.identity import NOT_IDENTITY, source_hash
+from ..study.study import Budget
+from ..config import Config, apply_overrides, flatten, save_config
+from ..files import UserError, cache_folder, read_jsonl, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['TIMELESS', 'ENDLESS', 'WARM', 'STEPS', 'SECONDS', 'PATIENCE', 'setup_of', 'machine_of', 'Speed', 'speed_text',
@@ -103,7 +105,8 @@ def speed_file(
     machine: dict[str, Any], # of `machine_of`
 ) -> Path: # may be missing
     "Where a time is kept"
-    return cache_folder()/"speeds"/f"{sha256_of([setup, machine, package_hash()])[:32]}.json"
+    code = source_hash(["from peer_nb.training.loop import main"])
+    return cache_folder()/"speeds"/f"{sha256_of([setup, machine, code])[:32]}.json"
 
 # %% ../../nbs/running/05_speed.ipynb #bc7c8c01
 def known_speed(
@@ -142,15 +145,15 @@ def pilot_config(
 @dataclass
 class Pilot:
     "A training that is watched"
-    folder: Path # config.yaml, log.txt, metrics.jsonl
+    run: Run # its folder has a configuration, a log and metrics, as a run's has
     process: subprocess.Popen
     begin: int = 0 # line of metrics after which its time counts
 
     def lines(self) -> list[dict]: # one a step
-        return read_jsonl(self.folder/"metrics.jsonl")
+        return read_jsonl(self.run.path("metrics"))
 
     def last_words(self) -> str:
-        said = (self.folder/"log.txt").read_text(errors="replace").strip().splitlines()
+        said = self.run.path("log").read_text(errors="replace").strip().splitlines()
         return said[-1] if said else f"exit code {self.process.returncode}"
 
 # %% ../../nbs/running/05_speed.ipynb #43f4cf04
@@ -169,13 +172,13 @@ def start_pilot(
     visible: list[str], # GPUs of its slot
 ) -> Pilot:
     "Begin to train, in the setting of a run"
-    folder.mkdir()
-    save_config(pilot_config(config, folder), folder/"config.yaml")
+    run = Run(folder).make()
+    save_config(pilot_config(config, folder), run.path("config"))
     code = "import sys; from peer_nb.files import die_with_parent; die_with_parent(int(sys.argv[1])); from peer_nb.training.loop import main; sys.exit(main(sys.argv[2:]))"
-    with open(folder/"log.txt", "wb") as log:
-        process = subprocess.Popen([sys.executable, "-c", code, str(os.getpid()), *pilot_words(folder/"config.yaml", devices)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+    with open(run.path("log"), "wb") as log:
+        process = subprocess.Popen([sys.executable, "-c", code, str(os.getpid()), *pilot_words(run.path("config"), devices)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                    env={**os.environ, **environment(devices.threads, visible, devices.processes)}, start_new_session=True)
-    return Pilot(folder, process)
+    return Pilot(run, process)
 
 # %% ../../nbs/running/05_speed.ipynb #fc273a4a
 WARM, STEPS, SECONDS, PATIENCE = 5, 20, 4.0, 120.0 # steps left out; timed at least; seconds of them at least; enough in any case, with three steps
@@ -268,7 +271,7 @@ class Speeds:
     def missing(self) -> dict[str, Cell]: # setup: a cell that has it
         return {s: c for s, c in self.cells.items() if s not in self.known}
 
-    def record(self, plan: Plan) -> dict[str, Any]: # for plan.json
+    def record(self, plan: Plan) -> dict[str, Any]: # to stand beside the plan
         "Where the token counts of a plan come from"
         of, setup = {}, {}
         for cell in plan.cells:

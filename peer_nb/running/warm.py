@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .spare_kernel import fork_spare, leave, preload
-from ..study.study import package_hash
+from ..study.identity import source_hash
 from ..files import die_with_parent
 
 # %% auto #0
@@ -228,7 +228,7 @@ class Forked:
 def stamp() -> tuple: # equal for equal code
     "What a server started now would import"
     places = {sysconfig.get_path(p) for p in ("purelib", "platlib")}
-    return package_hash(), *(os.stat(p).st_mtime_ns for p in sorted(places) if os.path.isdir(p))
+    return source_hash(["from peer_nb.training.loop import main"]), *(os.stat(p).st_mtime_ns for p in sorted(places) if os.path.isdir(p))
 
 # %% ../../nbs/running/02_warm.ipynb #68300aa6
 def start_host(

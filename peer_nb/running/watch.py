@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import html
-import os
 import shutil
 import sys
 import time
@@ -15,12 +14,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..study.plan import Plan, load_plan, text_table
-from ..findings.results import run_state, valid_result
-from ..files import read_json
+from ..formats import clock, text_table
+from ..study.run import FINISHED, Run
+from ..findings.results import StudyRuns, load_runs
 
 # %% auto #0
-__all__ = ['bar', 'clock', 'Progress', 'progress', 'Row', 'Table', 'look_at', 'remaining', 'summary', 'shown', 'table_text',
+__all__ = ['bar', 'Progress', 'progress', 'short_error', 'Row', 'Table', 'look_at', 'remaining', 'summary', 'shown', 'table_text',
            'table_html', 'Screen', 'live_lines', 'follow']
 
 # %% ../../nbs/running/09_watch.ipynb #2594b53b
@@ -31,14 +30,6 @@ def bar(
     "A bar of text"
     full = round(max(0.0, min(1.0, fraction))*width)
     return "█"*full + "░"*(width - full)
-
-# %% ../../nbs/running/09_watch.ipynb #beda55db
-def clock(
-    seconds: float, # a duration
-) -> str: # such as 4:05 or 1:00:07
-    "A duration for people"
-    minutes, s = divmod(int(round(seconds)), 60)
-    return f"{minutes//60}:{minutes%60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
 
 # %% ../../nbs/running/09_watch.ipynb #6de0c573
 @dataclass
@@ -51,14 +42,22 @@ class Progress:
     left: float | None = None # seconds of training
 
 def progress(
-    run: Path, # folder of a run
+    run: Run, # any
 ) -> Progress:
     "How far a run is"
-    beat = read_json(run/"heartbeat.json") or {}
+    beat = run.heartbeat
     step, total, speed, tokens = (beat.get(k) or 0 for k in ("step", "total_steps", "tokens_per_second", "tokens"))
     left = tokens/step*(total - step)/speed if step and speed and tokens else None
-    loss = beat.get("loss") if isinstance(beat.get("loss"), (int, float)) else None
-    return Progress(step/total if total else 0.0, speed or None, loss, beat.get("phase", ""), left)
+    return Progress(step/total if total else 0.0, speed or None, beat.get("loss"), beat.get("phase", ""), left)
+
+# %% ../../nbs/running/09_watch.ipynb #11943ea1
+def short_error(
+    error: dict[str, str], # class, kind and message; empty where there is none
+) -> str: # in a few words
+    "What ended a run: the kind of error and its class, or what cannot be read"
+    if not error: return ""
+    if error.get("class") == "Unreadable": return error["message"][:70]
+    return f"{error.get('kind', 'code')}: {error.get('class', 'unknown')}"
 
 # %% ../../nbs/running/09_watch.ipynb #63592f61
 @dataclass
@@ -71,18 +70,12 @@ class Row:
     seconds: float | None = None # of its process
     error: str = "" # kind and class
 
-def _row(run: Path, metric: str) -> Row:
-    "Read one run: one file for most, two for those under way or done"
-    status = read_json(run/"status.json")
-    if status is None: return Row(run.name, "TODO", Progress())
-    state, error = status["state"], status.get("error") or {}
-    if state in ("DONE", "REUSE"):
-        result = read_json(run/"result.json")
-        if not valid_result(result): return Row(run.name, "STALE", Progress())
-        return Row(run.name, state, Progress(1.0), result["metrics"].get(metric), status.get("seconds"))
-    state = run_state(run) if state == "RUNNING" else state
-    said = "" if state == "RUNNING" or not error else f"{error.get('kind', 'code')}: {error['class']}"
-    return Row(run.name, state, progress(run), None, status.get("seconds"), said)
+def _row(run: Run, metric: str) -> Row:
+    "Look at one run: one file for most, two for those under way or done"
+    state, seconds = run.state, run.status.seconds
+    if state == "TODO": return Row(run.id, state, Progress())
+    if state in FINISHED: return Row(run.id, state, Progress(1.0), run.result.metrics.get(metric), seconds)
+    return Row(run.id, state, progress(run), None, seconds, "" if state == "RUNNING" else short_error(run.error))
 
 # %% ../../nbs/running/09_watch.ipynb #8f62807b
 @dataclass(repr=False)
@@ -102,19 +95,11 @@ class Table:
         return not {"RUNNING", "TODO"} & {*self.counts}
 
 def look_at(
-    folder: str | Path, # of a study
-    plan: Plan | None = None, # read from the folder when not given
+    runs: StudyRuns, # of a study
     slots: int = 0, # runs at once, if it is known
 ) -> Table:
-    "Read the runs of a study"
-    folder = Path(folder)
-    plan = plan or load_plan(folder/"plan.json")
-    there = {e.name for e in os.scandir(folder/"runs")} if (folder/"runs").is_dir() else set()
-    rows = []
-    for cell in plan.cells:
-        begun = cell.id in there
-        rows.append(_row(folder/"runs"/cell.id, plan.metric) if begun else Row(cell.id, "TODO", Progress()))
-    return Table(folder, plan.metric, rows, slots)
+    "The runs of a study at a glance"
+    return Table(runs.folder, runs.plan.metric, [_row(run, runs.plan.metric) for run in runs], slots)
 
 # %% ../../nbs/running/09_watch.ipynb #08293e21
 def remaining(
@@ -229,10 +214,9 @@ def follow(
     every: float = 2.0, # seconds between two looks
 ) -> Table: # as it was at the end
     "Show a study until it is over; outside a terminal, a line whenever something changed"
-    folder, screen, before = Path(folder), Screen(), None
-    plan = load_plan(folder/"plan.json")
+    screen, runs, before = Screen(), load_runs(folder), None
     while True:
-        table = look_at(folder, plan)
+        table = look_at(runs := load_runs(folder, runs.plan, runs))
         if screen.live: screen.draw(live_lines(table))
         elif table.counts != before: screen.say(summary(table))
         before = table.counts

@@ -12,24 +12,23 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..findings.results import PULSE, process_mark, run_state, valid_result
+from ..study.run import BASE, FINISHED, Run, Status, process_mark, pulse
 from .spare_kernel import Spare, start_spare, use_spare, without_grammar
 from ..study.plan import Cell, Plan, load_plan
-from ..config import UserError, save_config
-from ..files import die_with_parent, read_json, write_json
+from ..config import save_config
+from ..files import UserError, die_with_parent
 
 # %% auto #0
-__all__ = ['REQUEUE', 'STOPPING', 'asks_again', 'memory_kills', 'error_kind', 'Watch', 'ending', 'begin', 'pulse', 'alone',
+__all__ = ['REQUEUE', 'STOPPING', 'asks_again', 'memory_kills', 'error_kind', 'Watch', 'ending', 'begin', 'alone',
            'parameters_for', 'check_parameters', 'kernel_manager', 'passing_on', 'execute', 'run_cell', 'main',
            'command']
 
@@ -84,14 +83,15 @@ def _dead(watch: Watch) -> tuple[str, str, str]: # state, kind, message
 # %% ../../nbs/running/01_wrapper.ipynb #6ba59cf2
 def ending(
     error: BaseException | None, # what executing the notebook raised
-    result: object, # the result file's content
+    run: Run, # with its result
     watch: Watch | None = None, # of the kernel
-) -> dict: # state, exit_code and, unless it is done, error: class, kind and message
+) -> dict: # of a Status: state, exit_code and, unless it is done, error: class, kind and message
     "How a run ended"
     watch = watch or Watch()
-    if error is None and valid_result(result): return dict(state="DONE", exit_code=0)
+    if error is None and run.result: return dict(state="DONE", exit_code=0)
     failed = lambda state, name, kind, message, code=1: dict(state=state, exit_code=code, error={"class": name, "kind": kind, "message": message})
-    if error is None: return failed("FAILED", "NoResult", "code", "the notebook ran to its end without leaving a valid result.json")
+    if error is None and run.problems: return failed("FAILED", "NoResult", run.error["kind"], run.error["message"])
+    if error is None: return failed("FAILED", "NoResult", "code", "the notebook ran to its end without leaving a result")
     name, message = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error))
     again, dead = asks_again(name, message, watch.exit_code), name == "DeadKernelError"
     if watch.reason == "timeout" and (again or dead): return failed("FAILED", "Timeout", "timeout", "ran longer than its time limit; --retry-failed goes on from its checkpoint")
@@ -106,53 +106,36 @@ def _now() -> str:
 
 # %% ../../nbs/running/01_wrapper.ipynb #0491d809
 def begin(
-    run: Path, # the run's folder
-) -> dict: # what was written
+    run: Run, # that this process works on
+) -> Status: # what was written
     "Write RUNNING; what an earlier attempt left as its result is no longer valid"
-    attempt = (read_json(run/"status.json") or {}).get("attempt", 0) + 1
-    (run/"result.json").unlink(missing_ok=True)
-    status = dict(state="RUNNING", pid=os.getpid(), mark=process_mark(os.getpid()), host=socket.gethostname(), started=_now(), attempt=attempt)
-    write_json(run/"status.json", status)
-    return status
-
-# %% ../../nbs/running/01_wrapper.ipynb #b06ae8f1
-@contextmanager
-def pulse(
-    run: Path, # the run's folder
-) -> Iterator[None]:
-    "Touch a file every few seconds, inside"
-    over = threading.Event()
-    def beat():
-        while not over.wait(PULSE): (run/"pulse").touch()
-    (run/"pulse").touch()
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try: yield
-    finally: over.set()
+    run.path("result").unlink(missing_ok=True)
+    me = dict(pid=os.getpid(), mark=process_mark(os.getpid()), host=socket.gethostname())
+    return run.write_status(state="RUNNING", **me, started=_now(), attempt=run.status.attempt + 1)
 
 # %% ../../nbs/running/01_wrapper.ipynb #fa86c09a
 @contextmanager
 def alone(
-    run: Path, # the run's folder
+    run: Run, # whose folder
     wait: float = 20, # seconds for another wrapper to end
 ) -> Iterator[None]:
     "Be the only wrapper in a run's folder"
     from filelock import FileLock, Timeout
-    lock = FileLock(run/".wrapper.lock")
+    lock = FileLock(run.path("lock"))
     try: lock.acquire(timeout=wait)
-    except Timeout: raise UserError(f"{run}: another process works on this run") from None
+    except Timeout: raise UserError(f"{run.folder}: another process works on this run") from None
     try: yield
     finally: lock.release()
 
 # %% ../../nbs/running/01_wrapper.ipynb #34718c65
 def parameters_for(
-    run: Path, # the run's folder
+    run: Run, # what is told to write where
     cell: Cell, # what is run
     resume: bool, # continue from the run's own checkpoint
 ) -> dict: # parameters of the template
     "What the template is told"
     own = {**cell.overrides, "train_config.seed": cell.seed}
-    given = dict(config_path=str(run.parent.parent/"base.yaml"), run_dir=str(run), levels=cell.levels, overrides=own, resume=resume)
+    given = dict(config_path=str(run.study/BASE), run_dir=str(run.folder), levels=cell.levels, overrides=own, resume=resume)
     return json.loads(json.dumps(given))
 
 # %% ../../nbs/running/01_wrapper.ipynb #2e0d67cb
@@ -206,7 +189,7 @@ def passing_on(
 # %% ../../nbs/running/01_wrapper.ipynb #fe0a41d0
 def execute(
     template: str | Path, # the notebook to run
-    run: Path, # the run's folder
+    run: Run, # whose notebook it becomes
     given: dict, # parameters
     watch: Watch, # learns of the kernel
     spare: Spare | None = None, # a kernel that has its imports behind it
@@ -217,7 +200,7 @@ def execute(
     for attempt in (1, 2):
         try:
             check_parameters(template, given)
-            papermill.execute_notebook(str(template), str(run/"notebook.ipynb"), parameters=given, kernel_name="python3", progress_bar=False,
+            papermill.execute_notebook(str(template), str(run.path("notebook")), parameters=given, kernel_name="python3", progress_bar=False,
                                        stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_manager_class=kernel_manager(watch, spare if attempt == 1 else None))
             return None
         except Exception as e:
@@ -227,7 +210,7 @@ def execute(
     return error
 
 # %% ../../nbs/running/01_wrapper.ipynb #9cdc076c
-def _report(run: Path, plan: Plan, cell: Cell, status: dict) -> dict:
+def _report(run: Run, plan: Plan, cell: Cell, status: Status) -> dict:
     "Draw the run's page; an error is logged and kept"
     from peer_nb.findings.run_page import run_report
     try: run_report(run, plan.study["name"], cell, status)
@@ -237,21 +220,20 @@ def _report(run: Path, plan: Plan, cell: Cell, status: dict) -> dict:
     return {}
 
 # %% ../../nbs/running/01_wrapper.ipynb #23d27bf3
-def _work(run: Path, plan: Plan, cell: Cell, limit: float | None, spare: Spare | None) -> dict: # the status
+def _work(run: Run, plan: Plan, cell: Cell, limit: float | None, spare: Spare | None) -> Status:
     "Execute a cell, alone in its folder"
-    again, start, watch = (run/"status.json").exists(), time.monotonic(), Watch()
+    again, start, watch = run.begun, time.monotonic(), Watch()
     spare = spare or start_spare(plan.template)
     status = begin(run)
-    with pulse(run):
+    with pulse(run.folder):
         with passing_on(watch, limit):
-            save_config(plan.start, run.parent.parent/"base.yaml")
-            save_config(plan.config(cell, run), run/"config.yaml")
+            save_config(plan.start, run.study/BASE)
+            save_config(plan.config(cell, run.folder), run.path("config"))
             error = execute(plan.template, run, parameters_for(run, cell, again), watch, spare)
             spare.dismiss()
-        status |= ending(error, read_json(run/"result.json"), watch)
-        status |= _report(run, plan, cell, status)
-        write_json(run/"status.json", {**status, "ended": _now(), "seconds": round(time.monotonic() - start, 1)})
-    return status
+        status = replace(status, **ending(error, Run(run.folder), watch))
+        said = _report(run, plan, cell, status) | dict(ended=_now(), seconds=round(time.monotonic() - start, 1))
+        return run.write_status(**vars(status) | said)
 
 # %% ../../nbs/running/01_wrapper.ipynb #773b1dd1
 def run_cell(
@@ -260,15 +242,13 @@ def run_cell(
     spare: Spare | None = None, # a kernel that has its imports behind it; None: start one
 ) -> int: # exit code
     "Execute one cell of a frozen plan in its folder, from its own checkpoint where there is one"
-    run = Path(run).resolve()
-    study = run.parent.parent
-    plan = load_plan(study/"plan.json")
-    cell = next((c for c in plan.cells if c.id == run.name), None)
-    if cell is None: raise UserError(f"{run}: {study/'plan.json'} has no run {run.name!r}")
-    run.mkdir(parents=True, exist_ok=True)
-    with alone(run):
-        if run_state(run) in ("DONE", "REUSE"): return 0
-        return _work(run, plan, cell, limit, spare)["exit_code"]
+    run = Run(Path(run).resolve())
+    plan = load_plan(run.study)
+    cell = next((c for c in plan.cells if c.id == run.id), None)
+    if cell is None: raise UserError(f"{run.folder}: the plan has no run {run.id!r}")
+    with alone(run.make()):
+        if run.state in FINISHED: return 0
+        return _work(run, plan, cell, limit, spare).exit_code
 
 # %% ../../nbs/running/01_wrapper.ipynb #88e7f1dc
 def main(

@@ -5,31 +5,26 @@
 # %% ../../nbs/study/02_study.ipynb #34158f07
 from __future__ import annotations
 
-import ast
 import itertools
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import peer_nb
 from .claims import read_claims
 from .places import at, chosen_levels, placed, read_place
-from ..config import Config, ConfigError, Count, DataMix, Seed, Text, UserError, apply_overrides
-from ..config import config_from_dict, convert, flatten, read_yaml, to_dict
+from ..config import Config, ConfigError, Count, DataMix, Seed, Text, apply_overrides
+from ..config import convert, read_yaml, to_dict
 from ..schema import Allowed, Positive
-from ..files import sha256_of
+from ..files import UserError, sha256_of
 
 # %% auto #0
-__all__ = ['Design', 'READERS', 'BUILTIN_AXES', 'STUDY_KEYS', 'NOT_IDENTITY', 'TEMPLATE_PARAMETERS', 'Budget', 'Primary', 'Study',
-           'known_keys', 'read_constraints', 'dropped', 'read_reuse', 'check_budget', 'study_from_dict', 'load_study',
-           'combinations', 'expert_setup_levels', 'selection_heads_levels', 'data_mix_levels', 'builtin_axes',
-           'heldout_sets', 'shared_overrides', 'check_owned', 'check_levels', 'cell_overrides', 'planned_tokens',
-           'section_hashes', 'identity', 'package_hash', 'find_template', 'template_hash']
+__all__ = ['Design', 'READERS', 'BUILTIN_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study', 'known_keys', 'read_constraints',
+           'dropped', 'read_reuse', 'check_budget', 'study_from_dict', 'load_study', 'combinations',
+           'expert_setup_levels', 'selection_heads_levels', 'data_mix_levels', 'builtin_axes', 'heldout_sets',
+           'shared_overrides', 'check_owned', 'check_levels', 'cell_overrides', 'planned_tokens']
 
 # %% ../../nbs/study/02_study.ipynb #60cea7fe
 @dataclass
@@ -370,68 +365,3 @@ def planned_tokens(
     if train.steps_per_epoch is not None: return int(train.num_train_epochs * train.steps_per_epoch) * step
     if streams := [d.name for d in data.datasets if d.streaming]:
         raise UserError(f"train_config.num_train_epochs: dataset {streams[0]!r} is a stream and has no end; set steps_per_epoch, or give --tokens")
-
-# %% ../../nbs/study/02_study.ipynb #d622d8cf
-NOT_IDENTITY = ("train_config.output_dir", "train_config.resume_from_checkpoint", "train_config.log_level", "train_config.logging_steps",
-                "train_config.save_steps", "train_config.save_total_limit", "wandb_config", "model_config.peer_config.log_expert_usage",
-                "model_config.peer_config.log_freq", "model_config.peer_config.usage_threshold")
-
-def section_hashes(
-    config: Config, # resolved
-) -> dict[str, str]: # section: hash of what matters in it
-    "What a configuration is, by section; settings of memory layers don't matter in a model that has none"
-    sections = {f.name: {} for f in fields(Config)}
-    bare = not config.model_config.use_peer or config.model_config.memory_layers == []
-    ignored = (*NOT_IDENTITY, "train_config.seed", *(["model_config.peer_config"] if bare else []))
-    for key, value in flatten(config).items():
-        if not key.startswith(ignored) or not any(key == n or key.startswith(n + ".") for n in ignored): sections[key.partition(".")[0]][key] = value
-    return {name: sha256_of(values) for name, values in sections.items()}
-
-def identity(
-    sections: dict[str, str], # hashes of the resolved configuration's sections
-    seed: int, # of the run
-    world_size: int, # GPUs of the run
-    template: str, # hash of the template's code
-    package: str, # hash of this package's source
-    data: str, # fingerprint of text and tokenizer
-) -> str: # 64 hexadecimal digits
-    "What makes two runs the same experiment"
-    return sha256_of(dict(sections=sections, seed=seed, world_size=world_size, template=template, package=package, data=data))
-
-# %% ../../nbs/study/02_study.ipynb #125b4c93
-@cache
-def package_hash() -> str: # hash
-    "Of this package's source files"
-    root = Path(peer_nb.__file__).parent
-    files = sorted(p for p in root.rglob("*.py") if p.name != "_modidx.py")
-    return sha256_of({str(p.relative_to(root)): p.read_text(encoding="utf-8") for p in files})
-
-# %% ../../nbs/study/02_study.ipynb #6e1e168c
-def find_template(
-    notebook: str, # name of an experiment, or a notebook's path
-) -> Path: # an existing file
-    "The template: a path as it stands, else by name in a checkout's nbs/experiments, else in the installed package"
-    package = Path(peer_nb.__file__).parent
-    places = [package.parent/"nbs"/"experiments", package/"experiments"]
-    candidates = [Path(notebook)] if notebook.endswith(".ipynb") else [p/f"{notebook}.ipynb" for p in places]
-    for path in candidates:
-        if path.is_file(): return path.resolve()
-    names = sorted({p.stem for place in places for p in place.glob("*.ipynb")})
-    raise UserError(f"notebook {notebook!r}: no such template; known by name: {', '.join(names) or 'none'}; or give the path of an .ipynb file")
-
-# %% ../../nbs/study/02_study.ipynb #d5f86b44
-TEMPLATE_PARAMETERS = ("config_path", "run_dir", "levels", "overrides", "resume")
-
-def template_hash(
-    path: Path, # a notebook
-) -> str: # hash of its code cells
-    "Check a template and hash its code"
-    try: cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
-    except (OSError, ValueError, KeyError, TypeError) as e: raise UserError(f"{path}: not a notebook ({e})") from e
-    source = lambda c: "".join(c["source"])
-    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
-    if not tagged: raise UserError(f"{path}: no code cell is tagged `parameters`, so the template cannot be told what to run")
-    names = {t.id for n in ast.walk(ast.parse(source(tagged[0]))) for t in [getattr(n, "target", None), *getattr(n, "targets", [])] if isinstance(t, ast.Name)}
-    if missing := [p for p in TEMPLATE_PARAMETERS if p not in names]:
-        raise UserError(f"{path}: the parameters cell lacks {', '.join(missing)}; it must define {', '.join(TEMPLATE_PARAMETERS)}")
-    return sha256_of([source(c) for c in cells])

@@ -162,6 +162,7 @@ class Task:
 
     @property
     def name(self) -> str: return self.generator.__name__ # in configurations, manifests and metrics
+    def __repr__(self) -> str: return f"Task({self.name})"
 
 # %% ../../nbs/tasks/00_task.ipynb #14da2e1d
 def typed(value: Any, kind: Any, name: str) -> Any:

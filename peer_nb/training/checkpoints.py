@@ -5,7 +5,6 @@
 # %% ../../nbs/training/03_checkpoints.ipynb #6a203ab0
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import re
@@ -21,18 +20,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from ..config import Config, UserError, config_hash, diff_configs, load_config, save_config
-from ..files import read_json, write_atomic, write_json
-from .parallel import ALONE, Processes, empty_sharded, read_sharded, sharded, split_sharded
+from ..config import Config, config_hash, diff_configs, load_config, save_config
+from ..files import SEAL, UserError, damages, read_json, seal_folder, write_atomic, write_json
+from ..processes import ALONE, Processes
+from .parallel import empty_sharded, read_sharded, sharded, split_sharded
 from .parallel import whole_weights, write_sharded
 
 if TYPE_CHECKING: from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['NAME', 'SEAL', 'FREE', 'FREE_SECTIONS', 'rng_state', 'set_rng_state', 'publish_folder', 'remove_folder',
-           'checkpoints', 'latest_checkpoint', 'seal_folder', 'check_seal', 'no_progress_bars', 'write_files',
-           'save_checkpoint', 'refuse_other_config', 'refuse_other_world', 'stored_names', 'load_weights',
-           'load_checkpoint']
+__all__ = ['NAME', 'FREE', 'FREE_SECTIONS', 'rng_state', 'set_rng_state', 'publish_folder', 'remove_folder', 'checkpoints',
+           'latest_checkpoint', 'check_seal', 'no_progress_bars', 'write_files', 'save_checkpoint',
+           'refuse_other_config', 'refuse_other_world', 'stored_names', 'load_weights', 'load_checkpoint']
 
 # %% ../../nbs/training/03_checkpoints.ipynb #029b9256
 def rng_state() -> dict: # lists and tensors only
@@ -63,6 +62,7 @@ def _sync(path: Path):
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../../nbs/training/03_checkpoints.ipynb #0c95431d
 def publish_folder(
     beside: Path,  # the finished folder under another name, on the same disk
     final: Path,   # its name from now on; a folder of that name is replaced
@@ -74,6 +74,7 @@ def publish_folder(
     os.replace(beside, final)
     _sync(final.parent)
 
+# %% ../../nbs/training/03_checkpoints.ipynb #6e5a553c
 def remove_folder(
     folder: Path, # may be missing
 ) -> None:
@@ -94,43 +95,20 @@ def checkpoints(
     found = [(int(match[1]), path) for path in folders if (match := NAME.fullmatch(path.name)) and path.is_dir()]
     return [path for _, path in sorted(found)]
 
+# %% ../../nbs/training/03_checkpoints.ipynb #2330b759
 def latest_checkpoint(
     output_dir: str | Path, # of a run; may be missing
 ) -> Path | None: # None when there is none
     "The newest whole checkpoint"
     return next(reversed(checkpoints(output_dir)), None)
 
-# %% ../../nbs/training/03_checkpoints.ipynb #5e460ba9
-SEAL = "trainer_state/files.json"
-
-def _fingerprints(folder: Path) -> dict[str, list]: # path inside -> [bytes, sha256]
-    "What is in a folder, its seal left out"
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if name == SEAL: continue
-        with open(path, "rb") as file: digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[name] = [path.stat().st_size, digest]
-    return found
-
-def seal_folder(
-    folder: Path, # with everything in it that a checkpoint holds
-) -> None:
-    "List every file with its size and hash"
-    write_json(folder/SEAL, _fingerprints(folder))
-
 # %% ../../nbs/training/03_checkpoints.ipynb #5e7ac1e1
 def check_seal(
     folder: Path, # a checkpoint
 ) -> None:
     "Raise a `UserError` that names what is missing, cut off or changed"
-    sealed, problems = read_json(folder/SEAL), []
-    if sealed is None: raise UserError(f"{folder}: not a whole checkpoint ({SEAL} is missing)")
-    here = _fingerprints(folder)
-    for name, (size, digest) in sealed.items():
-        if name not in here: problems.append(f"{name} is missing")
-        elif here[name][0] != size: problems.append(f"{name} has {here[name][0]:,} bytes instead of {size:,}")
-        elif here[name][1] != digest: problems.append(f"{name} was changed")
+    problems = damages(folder)
+    if problems is None: raise UserError(f"{folder}: not a whole checkpoint ({SEAL} is missing)")
     if not problems: return
     others = [path for path in reversed(checkpoints(folder.parent)) if path != folder]
     advice = "There is no other checkpoint beside it."

@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import listify
 from torch import nn
 
-from ..config import UserError
+from ..files import UserError
 
 # %% auto #0
 __all__ = ['log', 'WRAPPERS', 'ACTIONS', 'plain_name', 'pattern_regex', 'read_map', 'freeze_rules', 'freeze_model_layers',
@@ -51,6 +51,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if double: raise UserError(f"the key {double[0]!r} stands there {keys.count(double[0])} times; each may stand once")
     return dict(pairs)
 
+# %% ../../nbs/training/06_freezing.ipynb #dba882f2
 def read_map(
     spec: Any, # a mapping or a list; its JSON text; or the path of a JSON file
     what: str, # for errors, such as "freeze_layer_map"
@@ -92,6 +93,7 @@ def _named_tensors(parts: list[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]
     for part in parts:
         for name, tensor in part.named_parameters(remove_duplicate=False): yield plain_name(name), tensor
 
+# %% ../../nbs/training/06_freezing.ipynb #23fc3729
 def _decisions(
     parts: list[nn.Module], # of the model
     rules: list[tuple[str, re.Pattern, bool]], # of `freeze_rules`
@@ -156,6 +158,7 @@ def freeze_model_layers(
 # %% ../../nbs/training/06_freezing.ipynb #06031dc6
 def _stay_in_evaluation(module: nn.Module, _: Any) -> None: module.training = False
 
+# %% ../../nbs/training/06_freezing.ipynb #5c554dfc
 def hold_statistics(
     parts: list[nn.Module], # of the model
     rules: list[tuple[str, re.Pattern, bool]], # of `freeze_rules`

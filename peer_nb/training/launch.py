@@ -23,13 +23,13 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..config import Config, UserError, apply_overrides, save_config
-from ..files import die_with_parent, read_json, read_jsonl, write_json
+from ..config import Config, apply_overrides, save_config
+from ..files import UserError, die_with_parent, read_json, read_jsonl, write_json
 
 # %% auto #0
-__all__ = ['LAUNCHER', 'ERROR', 'STOPPED', 'REFUSED', 'STOP_SIGNALS', 'GRACE', 'ENTRY', 'as_rank', 'Rank', 'rank_environment',
-           'start_rank', 'cause', 'why', 'collected_signals', 'Ranks', 'run_ranks', 'how_many', 'train_in_processes',
-           'Follower', 'Launched', 'launch']
+__all__ = ['LAUNCHER', 'ERROR', 'STOPPED', 'REFUSED', 'STOPPING', 'STOP_SIGNALS', 'GRACE', 'ENTRY', 'as_rank', 'Rank',
+           'rank_environment', 'start_rank', 'cause', 'why', 'collected_signals', 'Ranks', 'run_ranks', 'how_many',
+           'train_in_processes', 'Follower', 'Launched', 'launch']
 
 # %% ../../nbs/training/08_launch.ipynb #5efb02f1
 LAUNCHER, ERROR = "PEER_NB_LAUNCHER", "PEER_NB_ERROR"   # environment: who started this rank, where its traceback goes
@@ -43,7 +43,8 @@ def as_rank(
     try: code = getattr(import_module(module), name)(sys.argv[1:])
     except SystemExit as stop: code = stop.code
     except BaseException as error:
-        write_json(os.environ[ERROR], dict(time=time.time(), error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc()))
+        said = dict(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        write_json(os.environ[ERROR], dict(time=time.time(), **said))
         code = 1
     sys.stdout.flush(); sys.stderr.flush()
     if code == 1: os._exit(1)
@@ -67,8 +68,9 @@ def rank_environment(
 ) -> dict[str, str]: # to add to the environment
     "What torchrun would tell a rank on this machine"
     threads = max(1, (os.cpu_count() or 1) // size)
-    found = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, GROUP_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-                 TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", threads))
+    found = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, GROUP_RANK=0,
+                 MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE=True,
+                 TORCHELASTIC_RESTART_COUNT=0, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", threads))
     return {name: str(value) for name, value in found.items()} | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})
 
 # %% ../../nbs/training/08_launch.ipynb #0272708e
@@ -84,9 +86,10 @@ def start_rank(
     error = place/f"rank-{number}.json"
     code = f"from peer_nb.training.launch import as_rank; as_rank({entry!r})"
     output = None if shown else subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", code, *words], env=os.environ | extra | {LAUNCHER: str(os.getpid()), ERROR: str(error)},
-                               stdin=subprocess.DEVNULL, stdout=output, stderr=None if shown else subprocess.STDOUT, text=True,
-                               errors="replace", start_new_session=True)
+    env = os.environ | extra | {LAUNCHER: str(os.getpid()), ERROR: str(error)}
+    process = subprocess.Popen([sys.executable, "-c", code, *words], env=env, stdin=subprocess.DEVNULL, stdout=output,
+                               stderr=None if shown else subprocess.STDOUT, text=True, errors="replace",
+                               start_new_session=True)
     rank = Rank(number, process, error, deque(maxlen=200))
     if not shown: threading.Thread(target=lambda: rank.said.extend(process.stdout), daemon=True).start()
     return rank
@@ -116,12 +119,14 @@ def why(
     if left: return f"{left['traceback']}{who} failed: {left['error']}"
     if code < 0:
         name = signal.Signals(-code).name
-        said += f"\n{who} was ended by {name}" + (": by somebody, or by the system for want of memory" if name == "SIGKILL" else "")
+        whom = ": by somebody, or by the system for want of memory" if name == "SIGKILL" else ""
+        said += f"\n{who} was ended by {name}{whom}"
     else: said += f"\n{who} ended with exit code {code}"
     return said.strip()
 
 # %% ../../nbs/training/08_launch.ipynb #d5f8e510
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+STOP_SIGNALS = tuple(getattr(signal, name) for name in STOPPING if hasattr(signal, name))
 
 @contextmanager
 def collected_signals() -> Iterator[list[int]]: # numbers, as they come in
@@ -152,6 +157,7 @@ def poll(self: Ranks) -> list[Rank]: # still running
         if rank.number not in self.seen and rank.process.poll() is not None: self.seen[rank.number] = time.time()
     return [rank for rank in self.ranks if rank.number not in self.seen]
 
+# %% ../../nbs/training/08_launch.ipynb #64c395fb
 @patch
 def gone(self: Ranks) -> list[Rank]:
     "Those that ended with neither 0 nor 75"
@@ -165,12 +171,14 @@ def send(self: Ranks,
     "A signal for all that still run"
     for rank in self.poll(): rank.process.send_signal(number)
 
+# %% ../../nbs/training/08_launch.ipynb #cf9cdf63
 @patch
 def kill(self: Ranks) -> None:
     "End all that still run, now"
     self.send(signal.SIGKILL)
     for rank in self.ranks: rank.process.wait()
 
+# %% ../../nbs/training/08_launch.ipynb #4948574f
 @patch
 def pass_on(self: Ranks,
     signals: list[int], # received so far
@@ -221,12 +229,14 @@ def run_ranks(
     cpu: bool = False,                       # hide the GPUs from them
     shown: bool = True,                      # rank 0 writes to this process's output
     each: Callable[[], Any] = lambda: None,  # called while they run
-) -> tuple[int, str]: # exit code: 0, 75 after a stop, 2 for a mistake, else what the failed rank had; what to tell the user
+) -> tuple[int, str]: # exit code (75 after a stop, 2 for a mistake, else the failed rank's); what to tell the user
     "Run a function in several processes that are one run"
     from torch.distributed import TCPStore   # a rank imports this module too, and may not need torch
     with tempfile.TemporaryDirectory() as place, collected_signals() as signals:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        start = lambda n: start_rank(entry, words, n, Path(place), rank_environment(n, size, store.port, cpu), shown and n == 0)
+        def start(n):
+            env = rank_environment(n, size, store.port, cpu)
+            return start_rank(entry, words, n, Path(place), env, shown and n == 0)
         ranks = Ranks([start(n) for n in range(size)], {})
         try: ranks.watch(signals, each)
         finally: ranks.kill()
@@ -239,7 +249,8 @@ def how_many(
     kind: str,               # train_config.parallel
 ) -> tuple[int, bool]: # number of ranks, whether GPUs are hidden from them
     "What is to be started"
-    if gpus is not None and processes is not None: raise UserError("--gpus and --processes: give one of them; --processes means the CPU")
+    if gpus is not None and processes is not None:
+        raise UserError("--gpus and --processes: give one of them; --processes means the CPU")
     for name, value in (("--gpus", gpus), ("--processes", processes)):
         if value is not None and value < 1: raise UserError(f"{name} {value}: at least 1 is needed")
     if processes is not None: return processes, True
@@ -247,8 +258,8 @@ def how_many(
     from torch.cuda import device_count   # only where it matters: torch takes seconds to load
     here = device_count()
     if gpus is not None and gpus > here:
-        raise UserError(f"--gpus {gpus}: this machine has {here or 'no'} CUDA device{'s'[:here != 1]}; --processes {gpus} starts as many "
-                        "processes on the CPU, to try things out")
+        raise UserError(f"--gpus {gpus}: this machine has {here or 'no'} CUDA device{'s'[:here != 1]}; "
+                        f"--processes {gpus} starts as many processes on the CPU, to try things out")
     return (max(1, here) if gpus is None else gpus), False
 
 # %% ../../nbs/training/08_launch.ipynb #e9f3865c
@@ -283,7 +294,8 @@ class Follower:
         self.beat = beat
         if self.bar is None: return
         loss = "" if beat["loss"] is None else f"  loss {beat['loss']:.4f}"
-        self.bar.comment = f"step {beat['step']:,}/{beat['total_steps']:,}{loss}  {beat['tokens_per_second']:,.0f} tokens/s"
+        place, speed = f"step {beat['step']:,}/{beat['total_steps']:,}", f"{beat['tokens_per_second']:,.0f} tokens/s"
+        self.bar.comment = f"{place}{loss}  {speed}"
         self.bar.update(beat["step"])
 
     def open(self, beat: dict):
@@ -301,11 +313,13 @@ class Launched:
     checkpoint: Path | None      # the newest
 
     def __repr__(self) -> str:
-        return f"{'stopped' if self.exit_code else 'finished'}, {self.checkpoint.name if self.checkpoint else 'no checkpoint'}"
+        name = self.checkpoint.name if self.checkpoint else "no checkpoint"
+        return f"{'stopped' if self.exit_code else 'finished'}, {name}"
 
     def _repr_markdown_(self) -> str:
         last = self.metrics[-1] if self.metrics else {}
-        rows = [f"| {key} | {value:,.4g} |" for key, value in last.items() if isinstance(value, (int, float)) and "second" not in key]
+        numbers = {k: v for k, v in last.items() if isinstance(v, (int, float)) and "second" not in k}
+        rows = [f"| {key} | {value:,.4g} |" for key, value in numbers.items()]
         return "\n".join(["| " + repr(self).replace(", ", " | ") + " |", "|---|---:|", *rows])
 
 # %% ../../nbs/training/08_launch.ipynb #511cc04d
@@ -317,13 +331,13 @@ def launch(
     resume: bool = False,          # continue the newest checkpoint of the output folder
     progress: bool = True,         # show a bar
 ) -> Launched:
-    "Train in processes of their own and follow them; UserError for a mistake, RuntimeError with the traceback of the rank that failed"
-    from peer_nb.training.checkpoints import latest_checkpoint   # brings torch, which a rank of something else may not need
+    "Train in processes of their own and follow them; RuntimeError with the traceback of the rank that failed"
+    from peer_nb.training.checkpoints import latest_checkpoint   # brings torch, which other ranks may not need
     size, cpu = how_many(gpus, processes, cfg.train_config.parallel)
     out = Path(cfg.train_config.output_dir)
     look = Follower(out/"heartbeat.json", progress)
     code, text = train_in_processes(cfg, size, ("--resume",) if resume else (), cpu=cpu, shown=False, each=look)
     look()
-    if code == REFUSED: raise UserError(text.rpartition("peer-train: error: ")[2])   # what comes before it is the rank's log
+    if code == REFUSED: raise UserError(text.rpartition("peer-train: error: ")[2])   # before it: the rank's log
     if code not in (0, STOPPED): raise RuntimeError(text)
     return Launched(code, read_jsonl(out/"metrics.jsonl"), latest_checkpoint(out))

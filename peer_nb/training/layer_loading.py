@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..config import UserError
+from ..files import UserError
 from .checkpoints import checkpoints
 from .freezing import pattern_regex, plain_name, read_map
 
@@ -31,6 +31,7 @@ __all__ = ['SECTIONS', 'LAYER', 'MapError', 'layer_range', 'layer_pairs', 'Compo
 class MapError(UserError):
     "A map of layers that cannot be meant"
 
+# %% ../../nbs/training/07_layer_loading.ipynb #e4d229bb
 SECTIONS = ("layer_mappings", "component_mappings")
 
 def layer_range(
@@ -74,6 +75,7 @@ class Component(NamedTuple):
         words = self.target.rstrip(".").split("*")
         return "".join(word + star for word, star in zip(words, [*stars, ""])) + inside
 
+# %% ../../nbs/training/07_layer_loading.ipynb #255f3d07
 def component_pairs(
     mappings: dict[str, Any], # source pattern -> target pattern
 ) -> list[Component]:
@@ -111,6 +113,7 @@ def _sections(found: dict[str, Any]) -> tuple[dict, dict]:
                        f"side; put them under {' and '.join(SECTIONS)}")
     return (found, {}) if numeric else ({}, found)
 
+# %% ../../nbs/training/07_layer_loading.ipynb #c63bc7a0
 def read_layer_map(
     spec: Any, # a mapping, its JSON text, or the path of a JSON file
 ) -> LayerMap:
@@ -130,13 +133,17 @@ class Stored(NamedTuple):
     bytes: int
     read: Callable[[], Tensor] # of all its values
 
+# %% ../../nbs/training/07_layer_loading.ipynb #b56b1f6b
 def _width(code: str) -> int: # bytes of a value; safetensors' names end in their bits, BOOL is a byte
     found = re.search(r"\d+", code)
     return max(1, int(found[0]) // 8) if found else 1
+
+# %% ../../nbs/training/07_layer_loading.ipynb #13c54417
 def _read_tensor(path: Path, name: str) -> Tensor:
     "All values of one tensor"
     with safe_open(path, "pt") as file: return file.get_tensor(name)
 
+# %% ../../nbs/training/07_layer_loading.ipynb #021ddcd1
 def safetensors_source(
     files: list[Path],
 ) -> dict[str, Stored]: # name -> tensor
@@ -160,6 +167,7 @@ def _model_name(name: str) -> str:
     "A name inside a checkpoint of several things (`model`, `optimizer`) as the model has it"
     return plain_name(re.sub(r"^(?:app\.|state\.)*model\.(?=model\.|lm_head\.)", "", name))
 
+# %% ../../nbs/training/07_layer_loading.ipynb #4e1140ef
 def _read_shards(folder: Path, key: str, kind: Any) -> Tensor:
     "All values of one tensor, wherever its shards are"
     import torch.distributed.checkpoint as dcp
@@ -169,6 +177,7 @@ def _read_shards(folder: Path, key: str, kind: Any) -> Tensor:
         dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
     return state[key]
 
+# %% ../../nbs/training/07_layer_loading.ipynb #26f06dc9
 def sharded_source(
     folder: Path, # with .metadata and *.distcp
 ) -> dict[str, Stored]: # name -> tensor
@@ -199,6 +208,7 @@ def checkpoint_folder(
     if (wanted := path/f"checkpoint-{step}") in found: return wanted
     raise UserError(f"{path}: has no checkpoint-{step}; there are {', '.join(p.name for p in found)}")
 
+# %% ../../nbs/training/07_layer_loading.ipynb #b0de2449
 def open_source(
     path: str | Path, # a .safetensors file; or a folder: of a run, a checkpoint, from the hub, or with shards
     step: int | None = None, # of a run's folder; None: the newest
@@ -223,6 +233,7 @@ class Move(NamedTuple):
     target: str # name in the model
     entry: str # of the map
 
+# %% ../../nbs/training/07_layer_loading.ipynb #1a6ba96b
 @dataclass
 class LoadReport:
     "What came over, and what did not"
@@ -282,6 +293,7 @@ def _write(target: Tensor, value: Tensor) -> None:
     if isinstance(target, DTensor): value = distribute_tensor(value, target.device_mesh, target.placements)
     target.copy_(value)
 
+# %% ../../nbs/training/07_layer_loading.ipynb #c0e8232c
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     "Parameters and buffers, under each of their names"
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

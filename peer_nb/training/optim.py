@@ -17,8 +17,10 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..config import Config, TrainConfig, UserError
-from .parallel import ALONE, Processes, whole
+from ..config import Config, TrainConfig
+from ..files import UserError
+from ..processes import ALONE, Processes
+from .parallel import whole
 from .table_optim import TableAdamW
 
 # %% auto #0
@@ -133,13 +135,16 @@ def gradient_values(
     p.grad = p.grad.coalesce()
     return p.grad.values()
 
+# %% ../../nbs/training/02_optim.ipynb #1d4f733e
 def length(
     gradients: list[Tensor], # of any types, all sharded over processes or none
 ) -> Tensor: # scalar
     "Norm of several gradients together, in float32 at least"
     if all(g.dtype != torch.bfloat16 for g in gradients): return whole(get_total_norm(gradients))
-    return torch.linalg.vector_norm(torch.stack([whole(torch.linalg.vector_norm(g, dtype=torch.float32)) for g in gradients]))
+    each = [whole(torch.linalg.vector_norm(g, dtype=torch.float32)) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack(each))
 
+# %% ../../nbs/training/02_optim.ipynb #ef36ae0b
 def clip_gradients(
     optimizer: TableAdamW,  # made by `build_optimizer`
     train: TrainConfig,     # max_grad_norm, table_max_grad_norm
@@ -172,6 +177,7 @@ def consuming_tables(
     group = dist.group.WORLD if processes.size > 1 else None
     return optimizer.consuming(train.table_max_grad_norm or train.max_grad_norm, scale, group)
 
+# %% ../../nbs/training/02_optim.ipynb #b5c5cdcf
 def lower_scale(
     optimizer: TableAdamW,         # after a backward pass
     scaler: torch.amp.GradScaler,  # of the loss

@@ -5,102 +5,25 @@
 # %% ../../nbs/training/01_parallel.ipynb #8ce88c3b
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import UserError
 from ..files import sha256_of
+from ..processes import Processes
 from .table_optim import gather_sparse
 
 if TYPE_CHECKING: from torch.distributed.tensor import DTensor
 
 # %% auto #0
-__all__ = ['KINDS', 'ALONE', 'TIMEOUT', 'SHARDED', 'place_of_rank', 'Processes', 'default_device', 'check_place',
-           'join_processes', 'shard_model', 'own_way', 'sharded', 'whole', 'Quiet', 'split_sharded', 'empty_sharded',
-           'write_sharded', 'read_sharded', 'cut_like', 'whole_weights']
-
-# %% ../../nbs/training/01_parallel.ipynb #fec3e323
-KINDS = ("none", "ddp", "fsdp2")
-
-def place_of_rank() -> tuple[int, int, int]: # rank, number of ranks, rank on this machine
-    "What torchrun says; (0, 1, 0) without it"
-    if "RANK" not in os.environ: return 0, 1, 0
-    try: return tuple(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    except (KeyError, ValueError) as e:
-        raise UserError(f"the environment has RANK={os.environ['RANK']}, but not the rest of what torchrun sets ({e}): start with "
-                        "torchrun or peer-train --gpus, or remove RANK") from None
-
-# %% ../../nbs/training/01_parallel.ipynb #8147f417
-@dataclass(frozen=True)
-class Processes:
-    "The processes of a run, seen from one of them"
-    device: torch.device        # of this process
-    kind: str = "none"          # how they share the work: none, ddp or fsdp2
-    rank: int = 0               # which one this is
-    size: int = 1               # how many there are
-    mesh: Any = None            # torch's DeviceMesh, for what is sharded; None when alone
-
-    @property
-    def main(self) -> bool: # the one that writes files and logs
-        "Whether this is rank 0"
-        return self.rank == 0
-
-ALONE = Processes(torch.device("cpu"))
-
-def default_device(
-    local_rank: int = 0, # of the ranks on this machine
-) -> torch.device:
-    "A GPU for each rank, or the CPU"
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-
-# %% ../../nbs/training/01_parallel.ipynb #33d27dc4
-TIMEOUT = timedelta(minutes=10)
-
-def check_place(
-    kind: str, # train_config.parallel
-    size: int, # ranks
-) -> None:
-    "Refuse ranks that nobody asked for"
-    if kind == "none" and size > 1:
-        raise UserError(f"{size} processes were started, but train_config.parallel is none: choose ddp (every process holds the model) "
-                        "or fsdp2 (each holds a part of it)")
-
-@contextmanager
-def join_processes(
-    kind: str, # train_config.parallel: none, ddp or fsdp2
-) -> Iterator[Processes]: # valid inside the block
-    "Meet the other ranks, if there are any, and part at the end"
-    rank, size, local_rank = place_of_rank()
-    check_place(kind, size)
-    device = default_device(local_rank)
-    if size == 1:
-        yield Processes(device)
-        return
-    guest, gpu = dist.is_initialized(), device if device.type == "cuda" else None
-    if gpu: torch.cuda.set_device(gpu)
-    if not guest: dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT, device_id=gpu)
-    mesh = dist.device_mesh.init_device_mesh(device.type, (size,)) if kind == "fsdp2" else None
-    if guest:
-        yield Processes(device, kind, rank, size, mesh)
-        return
-    try: yield Processes(device, kind, rank, size, mesh)
-    except Exception: raise   # the others are in no state to part from
-    except BaseException:     # all stop at the same step
-        dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
+__all__ = ['SHARDED', 'shard_model', 'ignored_by_ddp', 'wrapped', 'no_sync', 'share_sparse', 'sharded', 'whole', 'own_seed',
+           'Quiet', 'split_sharded', 'empty_sharded', 'write_sharded', 'read_sharded', 'cut_like', 'whole_weights']
 
 # %% ../../nbs/training/01_parallel.ipynb #f0d09ff9
 def shard_model(
@@ -113,7 +36,8 @@ def shard_model(
         fully_shard(layer.self_attn if model.config.share_memory else layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
-def own_way(
+# %% ../../nbs/training/01_parallel.ipynb #17327ca6
+def ignored_by_ddp(
     model: nn.Module, # a causal language model
 ) -> list[str]: # names of parameters
     "Tables whose gradients are not dense tensors at the end of a backward pass; DDP must leave them alone"
@@ -122,57 +46,48 @@ def own_way(
     if options.get("table_gradient", "dense") == "dense": return []
     return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, MemoryTable)]
 
-@patch
-def wrap(self: Processes,
+# %% ../../nbs/training/01_parallel.ipynb #9f4fbe30
+def wrapped(
     model: nn.Module, # on this process's device, the same on all ranks; changed in place by fsdp2
+    processes: Processes, # of the run
 ) -> nn.Module: # call this instead of the model
     "A model whose gradients are averaged over all ranks"
-    if self.kind == "ddp":
-        ids = [self.device.index] if self.device.type == "cuda" else None
+    if processes.kind == "ddp":
+        ids = [processes.device.index] if processes.device.type == "cuda" else None
         newer = "forward_sync_buffers" in signature(DistributedDataParallel).parameters   # since torch 2.13
         quiet = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_way(model))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored_by_ddp(model))
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **quiet)
-    if self.kind == "fsdp2": shard_model(model, self.mesh)
+    if processes.kind == "fsdp2": shard_model(model, processes.mesh)
     return model
 
-# %% ../../nbs/training/01_parallel.ipynb #c3defa54
-@patch
-def sums(self: Processes,
-    *values: float, # of this rank
-) -> list[float]: # over all ranks, the same everywhere
-    "Add numbers up over all ranks"
-    if self.size == 1: return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=self.device)
-    dist.all_reduce(total)
-    return total.tolist()
-
 # %% ../../nbs/training/01_parallel.ipynb #47fed8a9
-@patch
-def held_back(self: Processes,
-    forward: nn.Module, # what `wrap` gave, compiled or not
-    more: bool,         # whether this step has another batch after this one
+def no_sync(
+    forward: nn.Module,   # what `wrapped` gave, compiled or not
+    processes: Processes, # of the run
+    more: bool,           # whether this step has another batch after this one
 ) -> AbstractContextManager: # run forward and backward inside
     "Leave averaging to the step's last batch, where that saves something"
-    return forward.no_sync() if more and self.kind == "ddp" else nullcontext()
+    return forward.no_sync() if more and processes.kind == "ddp" else nullcontext()
 
 # %% ../../nbs/training/01_parallel.ipynb #63dfb229
-@patch
-def share_sparse(self: Processes,
-    model: nn.Module, # after a step's last backward pass
+def share_sparse(
+    model: nn.Module,     # after a step's last backward pass
+    processes: Processes, # of the run
 ) -> None:
     "Average the sparse gradients over all ranks"
-    if self.size == 1: return
+    if processes.size == 1: return
     for p in model.parameters():
-        if p.grad is not None and p.grad.is_sparse: p.grad = gather_sparse(p.grad / self.size)
+        if p.grad is not None and p.grad.is_sparse: p.grad = gather_sparse(p.grad / processes.size)
 
 # %% ../../nbs/training/01_parallel.ipynb #d444f603
 def sharded(
     value: Any, # anything
 ) -> bool:
     "Whether this is a tensor that is spread over ranks"
-    return isinstance(value, Tensor) and hasattr(value, "full_tensor")   # a DTensor, whose import costs most of a second
+    return isinstance(value, Tensor) and hasattr(value, "full_tensor")   # a DTensor; its import costs a second
 
+# %% ../../nbs/training/01_parallel.ipynb #9a9bf2c9
 def whole(
     value: Tensor, # a plain tensor, or one that is spread over ranks
 ) -> Tensor: # plain; with a sharded value, every rank must call this
@@ -180,50 +95,12 @@ def whole(
     return value.full_tensor() if sharded(value) else value
 
 # %% ../../nbs/training/01_parallel.ipynb #ef6798e2
-@patch
-def own_seed(self: Processes,
-    seed: int, # train_config.seed
+def own_seed(
+    seed: int,            # train_config.seed
+    processes: Processes, # of the run
 ) -> int | None: # None: go on with the numbers of the run's seed
     "Where this rank's random numbers start once the model is built"
-    return None if self.main else int(sha256_of(["rank", seed, self.rank])[:8], 16)
-
-# %% ../../nbs/training/01_parallel.ipynb #79bac85f
-@patch
-def from_main(self: Processes,
-    value: Any, # of rank 0; what the others give is not used
-) -> Any: # rank 0's, on every rank
-    "Tell every rank what rank 0 knows"
-    if self.size == 1: return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=self.device)
-    return box[0]
-
-@patch
-def to_main(self: Processes,
-    value: Any, # of this rank
-) -> list | None: # of all ranks, in their order; None on ranks other than 0
-    "Tell rank 0 what every rank knows"
-    if self.size == 1: return [value]
-    values = [None] * self.size
-    dist.all_gather_object(values, value)
-    return values if self.main else None
-
-@patch
-def wait(self: Processes) -> None:
-    "Go on when all ranks are here"
-    if self.size > 1: dist.barrier()
-
-# %% ../../nbs/training/01_parallel.ipynb #75b17f4e
-@patch
-def spread(self: Processes,
-    work: Callable[[Any], Any], # calls the model once; gives plain values
-    jobs: Sequence,             # the same on all ranks
-) -> list: # what `work` gives for each job, on every rank
-    "Share independent pieces of work among the ranks"
-    if self.size == 1: return list(map(work, jobs))
-    mine, values = [work(jobs[min(first + self.rank, len(jobs) - 1)]) for first in range(0, len(jobs), self.size)], [None]*self.size
-    dist.all_gather_object(values, mine)
-    return [values[i % self.size][i // self.size] for i in range(len(jobs))]
+    return None if processes.main else int(sha256_of(["rank", seed, processes.rank])[:8], 16)
 
 # %% ../../nbs/training/01_parallel.ipynb #d104920a
 class Quiet:
@@ -241,7 +118,8 @@ def split_sharded(
     "Take the sharded tensors out of a state"
     if sharded(state):
         cut, = state.placements
-        about = {SHARDED: path, "shape": list(state.shape), "dtype": str(state.dtype).removeprefix("torch."), "dim": getattr(cut, "dim", None)}
+        dtype = str(state.dtype).removeprefix("torch.")
+        about = {SHARDED: path, "shape": list(state.shape), "dtype": dtype, "dim": getattr(cut, "dim", None)}
         return about, {path: state}
     if not isinstance(state, (dict, list)): return state, {}
     items = state.items() if isinstance(state, dict) else enumerate(state)
@@ -260,7 +138,9 @@ def empty_sharded(
     if isinstance(state, dict) and SHARDED in state:
         cut = Replicate() if state["dim"] is None else Shard(state["dim"])
         dtype = getattr(torch, state["dtype"])
-        new = torch.zeros(state["shape"], dtype=dtype) if mesh is None else zeros(*state["shape"], dtype=dtype, device_mesh=mesh, placements=[cut])
+        shape = state["shape"]
+        if mesh is None: new = torch.zeros(shape, dtype=dtype)
+        else: new = zeros(*shape, dtype=dtype, device_mesh=mesh, placements=[cut])
         return new, {state[SHARDED]: new}
     if not isinstance(state, (dict, list)): return state, {}
     items = state.items() if isinstance(state, dict) else enumerate(state)
@@ -278,6 +158,7 @@ def write_sharded(
     from torch.distributed import checkpoint as dcp
     dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
+# %% ../../nbs/training/01_parallel.ipynb #3329cad0
 def read_sharded(
     tensors: dict[str, Tensor], # filled in place; sharded or not
     folder: Path,               # with safetensors files, of slices or whole
@@ -297,7 +178,8 @@ def cut_like(
     def cut(value, p):
         if not sharded(p) or sharded(value) or not isinstance(value, Tensor) or value.shape != p.shape: return value
         return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-    return {number: {name: cut(value, parameters[number]) for name, value in values.items()} for number, values in moments.items()}
+    return {number: {name: cut(value, parameters[number]) for name, value in values.items()}
+            for number, values in moments.items()}
 
 # %% ../../nbs/training/01_parallel.ipynb #c5355695
 def whole_weights(

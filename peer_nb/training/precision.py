@@ -12,7 +12,8 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from ..config import TrainConfig, UserError
+from ..config import TrainConfig
+from ..files import UserError
 
 # %% auto #0
 __all__ = ['log', 'set_backends', 'takes_float8', 'use_float8']

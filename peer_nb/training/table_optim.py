@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from ..config import UserError
+from ..files import UserError
 from ..models.kernels.ops import collect_factors, kernels
 
 if TYPE_CHECKING: from peer_nb.models.kernels.updates import FactoredGradient
@@ -53,6 +53,7 @@ def find_slots(
         for name in ("exp_avg", "exp_avg_sq"): state[name] = with_room(state[name], held, len(state["slot"]))
     return state["slot"][rows].long()
 
+# %% ../../nbs/training/00_table_optim.ipynb #d02c9a2d
 def with_room(
     moments: Tensor,  # [room, width]
     needed: int,      # rows
@@ -73,6 +74,7 @@ def rounding_seed(
     "Where the random numbers of one update begin"
     return crc32(f"{name} {step} {seed}".encode()) >> 2
 
+# %% ../../nbs/training/00_table_optim.ipynb #d3fe21be
 def rounded(
     x: Tensor,                                # float32
     dtype: torch.dtype,                       # of the result
@@ -127,6 +129,7 @@ def gather_rows(
         return torch.cat([part[:int(n)] for part, n in zip(others, counts)])
     return [gathered(mine) for mine in parts]
 
+# %% ../../nbs/training/00_table_optim.ipynb #eaa39afa
 def gather_sparse(
     grad: Tensor,                            # sparse by row; another one in each process
     group: dist.ProcessGroup | None = None,  # processes that sum; None: all
@@ -164,12 +167,14 @@ def local(
     "This process's part"
     return x.to_local() if hasattr(x, "to_local") else x
 
+# %% ../../nbs/training/00_table_optim.ipynb #45139d5c
 def sharded_as(
     x: Tensor,      # this process's part
     table: Tensor,  # sharded or not
 ) -> Tensor: # a DTensor if the table is one
     "A part as a part of something sharded as the table is"
-    return type(table).from_local(x, table.device_mesh, table.placements, run_check=False) if hasattr(table, "to_local") else x
+    if not hasattr(table, "to_local"): return x
+    return type(table).from_local(x, table.device_mesh, table.placements, run_check=False)
 
 # %% ../../nbs/training/00_table_optim.ipynb #74fec5e9
 def moment_state(
@@ -181,7 +186,8 @@ def moment_state(
     small = not eight or mine.numel() < 4096 or mine.numel() % BLOCK
     state = dict(step=torch.zeros(()), skipped=0, skipped_in_row=0)
     for name in ("exp_avg", "exp_avg_sq"):
-        state[name] = sharded_as(torch.zeros(mine.shape, dtype=torch.float32 if small else torch.uint8, device=mine.device), table)
+        kind = torch.float32 if small else torch.uint8
+        state[name] = sharded_as(torch.zeros(mine.shape, dtype=kind, device=mine.device), table)
         if not small: state[name + "_scale"] = sharded_as(torch.zeros(mine.numel() // BLOCK, device=mine.device), table)
     return state
 
@@ -194,6 +200,7 @@ def read_moment(
     "Numbers from their eight bits"
     return codes if scale is None else quantisation().dequant_with_qmap(codes, code_values(signed, codes.device), scale)
 
+# %% ../../nbs/training/00_table_optim.ipynb #9c01b256
 def write_moment(
     x: Tensor,             # float32
     codes: Tensor,         # changed in place
@@ -205,7 +212,8 @@ def write_moment(
         x, largest = quantisation().scale_tensor(x, BLOCK)
         scale.copy_(largest)
         rounded_codes = quantisation().quantize_8bit_with_qmap(x, code_values(signed, codes.device))
-        x = rounded_codes if signed else rounded_codes.maximum((x > 0).to(torch.uint8))   # code 1: the smallest above zero
+        least = (x > 0).to(torch.uint8)   # code 1: the smallest above zero
+        x = rounded_codes if signed else rounded_codes.maximum(least)
     codes.copy_(x)
 
 # %% ../../nbs/training/00_table_optim.ipynb #e6c33b44
@@ -249,7 +257,8 @@ def adamw_factors(
     state["step"] += 1
     updates, eight = kernels("updates"), "exp_avg_scale" in state
     parts = (state.get(name) for name in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale"))
-    moments = updates.Moments(*parts, *(code_values(signed, table.device) if eight else None for signed in (True, False)))
+    codes = [code_values(signed, table.device) if eight else None for signed in (True, False)]
+    moments = updates.Moments(*parts, *codes)
     updates.adamw_(table.detach(), grad, moments, torch.tensor(factor, device=table.device), state["step"], seed,
                    *(group[key] for key in ("lr", "betas", "eps", "weight_decay")))
 
@@ -264,8 +273,11 @@ def gather_factors(
 
 # %% ../../nbs/training/00_table_optim.ipynb #4d7203a5
 log = logging.getLogger("peer_nb")
-RULES = {"sparse": (lazy_state, lazy_adam), "consumed": (moment_state, adamw_8bit),   # table_gradient -> first state, update
-         "rounded": (partial(moment_state, eight=False), adamw_8bit)}                  # dense gradients of a table in bfloat16
+RULES = {   # table_gradient -> first state, update
+    "sparse": (lazy_state, lazy_adam),
+    "consumed": (moment_state, adamw_8bit),
+    "rounded": (partial(moment_state, eight=False), adamw_8bit),   # dense gradients of a table in bfloat16
+}
 
 class TableAdamW(AdamW):
     "AdamW; groups whose `table_gradient` is sparse, consumed or rounded have their own moments and updates"
@@ -274,14 +286,15 @@ class TableAdamW(AdamW):
         **keys,              # of AdamW
     ):
         super().__init__(groups, **keys)
-        self._step_supports_amp_scaling = False   # a scaler asks before a step; the fused kernel would not ask for the tables
+        self._step_supports_amp_scaling = False   # a scaler asks before a step; fused kernels ask for no tables
         self.table_norms: list[float] = []        # of the gradients that the last backward pass has consumed
-        self.factors: dict[int, list] = {}        # place in memory of a table -> factors of its gradient, until they are used
+        self.factors: dict[int, list] = {}        # place of a table in memory -> factors of its gradient, till used
 
     def tables(self) -> Iterator[tuple[nn.Parameter, str, dict]]: # table, its name, its group
         "Tables with a rule of their own"
         for group in self.param_groups:
-            if group.get("table_gradient") in RULES: yield from ((p, name, group) for p, name in zip(group["params"], group["names"]))
+            if group.get("table_gradient") not in RULES: continue
+            for table, name in zip(group["params"], group["names"]): yield table, name, group
 
     def update(self, table: nn.Parameter, name: str, grad: Tensor | FactoredGradient, group: dict, **keys) -> None:
         "Update a table by its group's rule"
@@ -322,8 +335,9 @@ def load_state_dict(self: TableAdamW,
     AdamW.load_state_dict(self, saved | {"state": {i: state for i, state in saved["state"].items() if i not in own}})
     for i, table in own.items():
         if i not in saved["state"]: continue
-        self.state[table] = {key: value.to("cpu" if key == "step" else table.device, copy=True) if isinstance(value, Tensor) else value
-                             for key, value in saved["state"][i].items()}
+        self.state[table] = state = dict(saved["state"][i])
+        for key, value in state.items():
+            if isinstance(value, Tensor): state[key] = value.to("cpu" if key == "step" else table.device, copy=True)
 
 # %% ../../nbs/training/00_table_optim.ipynb #57a6cd66
 @patch
@@ -332,9 +346,12 @@ def take(self: TableAdamW,
     factors: FactoredGradient,
 ) -> None:
     "Keep a part of a gradient until all of it is there"
-    if table.data_ptr() not in self.factors: raise RuntimeError(f"a table of shape {tuple(table.shape)} is trained with table_gradient 'consumed', and this optimizer doesn't have it")
+    if table.data_ptr() not in self.factors:
+        raise RuntimeError(f"a table of shape {tuple(table.shape)} is trained with table_gradient 'consumed', "
+                           "and this optimizer doesn't have it")
     self.factors[table.data_ptr()].append(factors)
 
+# %% ../../nbs/training/00_table_optim.ipynb #3981aff8
 @patch
 def whole_gradient(self: TableAdamW,
     table: nn.Parameter,                    # has just got its whole gradient, or all of its factors
@@ -343,7 +360,9 @@ def whole_gradient(self: TableAdamW,
     "Take a gradient away from its table"
     factors, grad, table.grad = self.factors.get(table.data_ptr(), []), table.grad, None
     if factors:
-        if grad is not None and not grad.is_sparse: raise RuntimeError("a table has a gradient of its own beside that of its memory layer: use kernel 'eager', or table_gradient 'dense'")
+        if grad is not None and not grad.is_sparse:
+            raise RuntimeError("a table has a gradient of its own beside that of its memory layer: "
+                               "use kernel 'eager', or table_gradient 'dense'")
         updates = kernels("updates")
         grad = updates.joined(factors, len(table))
         factors.clear()
@@ -377,8 +396,8 @@ def consume(self: TableAdamW,
     state["skipped"] += 1; state["skipped_in_row"] += 1
     log.warning("%s not updated: gradient norm %s (%d times so far)", name, norm, state["skipped"])
     if state["skipped_in_row"] >= MAX_SKIPPED:
-        raise UserError(f"training stopped: {name} had a gradient that is not finite {MAX_SKIPPED} times in a row. A lower "
-                        "train_config.table_learning_rate or a longer warmup_ratio may help")
+        raise UserError(f"training stopped: {name} had a gradient that is not finite {MAX_SKIPPED} times in a row. "
+                        "A lower train_config.table_learning_rate or a longer warmup_ratio may help")
 
 # %% ../../nbs/training/00_table_optim.ipynb #b21a0d20
 @patch
@@ -390,7 +409,8 @@ def consuming(self: TableAdamW,
 ) -> Iterator[None]:
     "Around one backward pass: tables whose group says consumed are updated in it"
     self.table_norms = []
-    consumed = [(table, partial(self.consume, name=name, group=group, max_norm=max_norm, scale=scale, processes=processes))
+    keys = dict(max_norm=max_norm, scale=scale, processes=processes)
+    consumed = [(table, partial(self.consume, name=name, group=group, **keys))
                 for table, name, group in self.tables() if group["table_gradient"] == "consumed"]
     sharded = any(hasattr(table, "to_local") for table, _ in consumed)   # layers read copies of them
     hooks = [table.register_post_accumulate_grad_hook(consume) for table, consume in consumed]
@@ -423,6 +443,8 @@ def table_memory(
     "Memory of expert tables while they are trained; gradients that are made, as without fused kernels"
     size, read, held = rows * width, rows if read is None else read, rows if held is None else held
     moments = {"dense": 8 * size, "sparse": 8 * held * width + 4 * rows, "consumed": 2 * size + 2 * 4 * size // BLOCK}
-    gradients = {"dense": number * size * tables, "sparse": read * (number * width + 8) * tables, "consumed": number * size * at_once}
-    parts = dict(weights=number * size * tables, moments=moments[table_gradient] * tables, gradients=gradients[table_gradient])
+    gradients = {"dense": number * size * tables, "sparse": read * (number * width + 8) * tables,
+                 "consumed": number * size * at_once}
+    parts = dict(weights=number * size * tables, moments=moments[table_gradient] * tables,
+                 gradients=gradients[table_gradient])
     return parts | dict(total=sum(parts.values()))

@@ -1,0 +1,206 @@
+"What the interventions claim, against weights that are edited, scores of all rows, and one whole evaluation per key."
+import pytest
+import torch
+
+from peer_nb.analysis.interventions import MODES, answers_of, clean_pass, effects_of, random_keys, setting_of
+from peer_nb.config import DatasetConfig
+from peer_nb.data.corpora import load_tokenizer
+from peer_nb.evaluation.recall import Question, encode_questions
+from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
+from peer_nb.models.product_keys import SCORES
+
+TEXTS = [("7:", "31"), ("12:", "4"), ("905:", "77"), ("3:", "9"), ("44:", "123"), ("8:", "8")]
+
+
+def small(**options) -> PeerMLAForCausalLM:
+    "Memories in layers 1 and 2 of three, so that one is resumed and the other is the last"
+    torch.manual_seed(0)
+    peer = dict(num_experts=25, product_key_dim=[5, 5], num_heads=2, num_experts_per_tok=4, query_dim=8, query_norm="batch") | options.pop("peer_config", {})
+    sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, vocab_size=260, max_position_embeddings=64, peer_start_layer=1, initializer_range=.4)
+    attention = dict(q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=4, v_head_dim=8, qk_nope_head_dim=4)
+    model = PeerMLAForCausalLM(PeerMLAConfig(**sizes, mla_config=attention, peer_config=peer, **options))
+    for layer in (model.model.layers[n].memory for n in (1, 2)):
+        for name in layer.table_names: torch.nn.init.normal_(getattr(layer, name).weight)
+    return model.double().eval()
+
+
+@pytest.fixture(scope="module")
+def encoded():
+    tokenizer = load_tokenizer(DatasetConfig(tokenizer_name="bytes"))
+    return encode_questions(tokenizer, [Question(f"test/{i}", "test", prompt, answer, " ") for i, (prompt, answer) in enumerate(TEXTS)])
+
+
+@torch.no_grad()
+def asked(model, encoded) -> list[tuple[float, bool]]:
+    "Log-probability of each answer and whether it is the likeliest, by a whole forward pass"
+    rows, found = [e.context + e.answer for e in encoded], []
+    width = max(map(len, rows))
+    logits = model(torch.tensor([row + [0]*(width - len(row)) for row in rows])).logits
+    for e, row in zip(encoded, logits):
+        logp, right = row[len(e.context) - 1:len(e.context) + len(e.answer) - 1].log_softmax(-1), torch.tensor(e.answer)
+        found.append((logp.gather(1, right[:, None]).sum().item(), bool((logp.argmax(-1) == right).all())))
+    return found
+
+
+def all_scores(layer, x):
+    query = layer.queries(x)
+    first, second = layer.similarities(query)
+    return (first[..., :, None] + second[..., None, :]).flatten(-2), query          # [tokens, heads, N]
+
+
+def with_scores(layer, change):
+    "The layer's router by brute force over scores that were changed"
+    def route(x, mask=None):
+        scores, query = all_scores(layer, x)
+        best, index = change(scores, query).topk(layer.top_k, -1)
+        return SCORES[layer.score](best), index
+    return route
+
+
+def renormed(layer, key):
+    def route(x, mask=None):
+        best, index = all_scores(layer, x)[0].topk(layer.top_k, -1)
+        weights = SCORES[layer.score](best)
+        left = weights * (index != key)
+        return left * (weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True).clamp_min(1e-300)), index
+    return route
+
+
+def put(scores, key, value):
+    scores = scores.clone()
+    scores[..., key] = value
+    return scores
+
+
+def mean_read(layer, key, mean):
+    def read(x, weights, index):
+        kept = torch.where(index == key, 0, weights)
+        return type(layer).read(layer, x, kept, index) + (weights - kept).sum(1, keepdim=True) * mean
+    return read
+
+
+@torch.no_grad()
+def naive(model, encoded, number, mode, key, setting) -> list[tuple[float, bool]]:
+    "One whole evaluation of a model in which one key is ablated"
+    layer = model.model.layers[number].memory
+    tables = [getattr(layer, name).weight for name in layer.table_names]
+    before = [t.clone() for t in tables]
+    if mode == "drop": tables[-1][key] = 0
+    elif mode == "sub-key":
+        first, second = torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij")
+        tables[-1][(first.flatten() == key) | (second.flatten() == key - 5)] = 0
+    elif mode == "resample":
+        for t in tables: t[key] = t[setting.stand_ins(number)[key]]
+    elif mode == "mean": layer.read = mean_read(layer, key, setting.mean[number])
+    elif mode == "renorm": layer.route = renormed(layer, key)
+    elif mode == "refill": layer.route = with_scores(layer, lambda s, q: put(s, key, -torch.inf))
+    elif mode == "zero-key": layer.route = with_scores(layer, lambda s, q: put(s, key, 0))
+    elif mode == "random-key":
+        vector = random_keys(layer, number, torch.tensor([key]), setting.seed)[0]                  # [heads, query_dim]
+        layer.route = with_scores(layer, lambda s, q: put(s, key, torch.einsum('thc,hc->th', q, vector)))
+    try: return asked(model, encoded)
+    finally:
+        for t, was in zip(tables, before): t.copy_(was)
+        for name in ("route", "read"): vars(layer).pop(name, None)
+
+
+def fast(model, encoded, number, mode, setting, room=40):
+    "Log-probability and exactness of each example and key, [E, keys]; which pairs were computed"
+    units, found = 10 if mode == "sub-key" else 25, clean_pass(model, answers_of(encoded))
+    after, exact = found.logprob.sum(-1)[:, None].repeat(1, units), found.right.all(-1)[:, None].repeat(1, units)
+    computed = torch.zeros_like(exact)
+    for part in effects_of(model, found, [number], *(("sub-keys", "drop") if mode == "sub-key" else ("keys", mode)), setting, room):
+        after[part.example, part.unit], exact[part.example, part.unit] = part.logprob, part.exact
+        assert not computed[part.example, part.unit].any()
+        computed[part.example, part.unit] = True
+    return after, exact, computed
+
+
+def compare(model, encoded, modes, numbers=(1, 2)) -> int: # pairs that needed no computation
+    setting = setting_of(model, [answers_of(encoded)], seed=3)
+    missed = 0
+    for number in numbers:
+        for mode in modes:
+            after, exact, computed = fast(model, encoded, number, mode, setting)
+            for key in range(after.shape[1]):
+                truth = naive(model, encoded, number, mode, key, setting)
+                worst = max(abs(a - t) for a, (t, _) in zip(after[:, key].tolist(), truth))
+                assert worst <= 1e-9, f"layer {number}, {mode}, key {key}: {worst}"
+                assert exact[:, key].tolist() == [e for _, e in truth]
+            missed += int((~computed).sum())
+    return missed
+
+
+@pytest.mark.parametrize("kind", ["peer", "pkm", "memory_plus"])
+def test_every_key_layer_and_mode_equals_one_evaluation_per_key(kind, encoded):
+    "The naive loop edits tables, or routes by the scores of all rows; nothing of it is shared with the code it judges"
+    assert compare(small(memory_kind=kind), encoded, [*MODES, "sub-key"]) > 0
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "relu"])
+def test_other_scores(score, encoded):
+    model = small(memory_kind="memory_plus", peer_config=dict(score=score, expert_hidden_size=2, shared_keys=True, query_norm="layer"))
+    compare(model, encoded, ["drop", "renorm", "refill", "zero-key", "random-key"])
+
+
+def test_a_table_that_is_read_whole_has_nothing_to_fill_in(encoded):
+    "k rows of k: the next best row does not exist"
+    model = small(memory_kind="pkm", peer_config=dict(num_experts=4, product_key_dim=[2, 2]))
+    setting = setting_of(model, [answers_of(encoded)])
+    for mode in MODES:
+        found = clean_pass(model, answers_of(encoded))
+        for part in effects_of(model, found, [1], "keys", mode, setting):
+            for example, key, logprob in zip(part.example.tolist(), part.unit.tolist(), part.logprob.tolist()):
+                assert logprob == pytest.approx(naive(model, encoded, 1, mode, key, setting)[example][0], abs=1e-9)
+
+
+def test_rows_that_come_in_would_be_missed_by_looking_at_retrieved_ones_only(encoded):
+    "An edit of a key changes examples that did not retrieve it, and the certificate names every one of them"
+    model = small(memory_kind="pkm")
+    setting = setting_of(model, [answers_of(encoded)], seed=3)
+    retrieved = clean_pass(model, answers_of(encoded))
+    for mode in ("zero-key", "random-key"):
+        after, _, computed = fast(model, encoded, 1, mode, setting)
+        changed = (after - retrieved.logprob.sum(-1)[:, None]).abs() > 1e-12
+        had = torch.zeros_like(computed)
+        for part in effects_of(model, retrieved, [1], "keys", "drop"): had[part.example, part.unit] = True
+        assert (changed & ~had).any() and not (changed & ~computed).any()
+
+
+@pytest.mark.parametrize("kind", ["peer", "memory_plus"])
+def test_a_shared_row_is_left_out_wherever_it_is_read(kind, encoded):
+    model = small(memory_kind=kind, share_memory=True)
+    table = getattr(model.model.layers[1].memory, model.model.layers[1].memory.table_names[-1]).weight
+    found, seen = clean_pass(model, answers_of(encoded)), set()
+    clean = found.logprob.sum(-1).tolist()
+    after = [clean.copy() for _ in range(25)]
+    for part in effects_of(model, found, [1, 2]):
+        for example, key, logprob in zip(part.example.tolist(), part.unit.tolist(), part.logprob.tolist()):
+            assert (example, key) not in seen
+            seen.add((example, key))
+            after[key][example] = logprob
+    for key in range(25):
+        with torch.no_grad():
+            was, table[key] = table[key].clone(), 0
+            assert [p for p, _ in asked(model, encoded)] == pytest.approx(after[key], abs=1e-9)
+            table[key] = was
+
+
+@pytest.mark.parametrize("what", ["heads", "positions", "layer"])
+def test_heads_positions_and_layers_against_a_layer_that_is_written_out(what, encoded):
+    model = small(memory_kind="pkm")
+    for number in (1, 2):
+        layer = model.model.layers[number].memory
+        found = clean_pass(model, answers_of(encoded))
+        for part in effects_of(model, found, [number], what):
+            for example, unit, logprob in zip(part.example.tolist(), part.unit.tolist(), part.logprob.tolist()):
+                def forward(x, mask=None):
+                    weights, index = layer.route(x.flatten(0, 1))
+                    weights = weights.unflatten(0, x.shape[:2]).clone()
+                    if what == "heads": weights[:, :, unit] = 0
+                    elif what == "positions": weights[:, unit] = 0
+                    else: weights[:] = 0
+                    return torch.einsum("btp,btpd->btd", weights.flatten(2), layer.values.weight[index.view(*x.shape[:2], -1)])
+                layer.forward = forward
+                assert asked(model, encoded)[example][0] == pytest.approx(logprob, abs=1e-9)
+                del layer.forward
