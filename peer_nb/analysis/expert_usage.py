@@ -47,8 +47,7 @@ def usage_summary(
     for number, layer in memory_layers(model).items():
         collected = layer.usage
         if collected is None: continue
-        scores = collected.scores
-        uses = np.zeros(layer.num_experts) if scores is None else scores.double().cpu().numpy()
+        uses = collected.uses().numpy()
         layers[str(number)] = dict(tokens=collected.tokens, **usage_statistics(uses, threshold),
                                    hot_rows=hot_rows(uses, threshold), histogram=usage_histogram(uses))
     def mean(key): return float(np.mean([layer[key] for layer in layers.values()])) if layers else None
