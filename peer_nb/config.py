@@ -308,10 +308,11 @@ class _Reader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
-            name = (key.tag, str(key.value))
-            if name in seen and key.tag != "tag:yaml.org,2002:merge":
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge": continue
+            value = self.construct_object(key)   # 0.001 and 1e-3 are one key
+            if value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
-            seen.add(name)
+            seen.add(value)
         return super().construct_mapping(node, deep)
 
 # %% ../nbs/02_config.ipynb #9f269708
