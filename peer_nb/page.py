@@ -24,7 +24,7 @@ if TYPE_CHECKING: import plotly.graph_objects as go
 # %% auto #0
 __all__ = ['VARIABLES', 'COLOURS', 'GREY', 'TEXT', 'PARTS', 'TABLES', 'STYLE', 'PAINT', 'SORT', 'SCRIPT', 'FILTERS', 'SHELL',
            'TABLE', 'PLOT', 'render', 'page_html', 'heading', 'section_html', 'facts_html', 'note_html', 'text_html',
-           'Shown', 'shown', 'table_html', 'figure_html', 'charts_html', 'write_plotly', 'write_page']
+           'Shown', 'as_cell', 'table_html', 'figure_html', 'charts_html', 'write_plotly', 'write_page']
 
 # %% ../nbs/06_page.ipynb #5cc0d9ce
 VARIABLES = """
@@ -243,7 +243,7 @@ class Shown:
         if missing(self.value): return ""
         return str(self.value).replace("inf", "Infinity") if isinstance(self.value, Real) else str(self.value)
 
-def shown(
+def as_cell(
     value: Any, # number, text, Markup, None, or Shown already
 ) -> Shown:
     "A value as a cell"
@@ -273,7 +273,7 @@ def table_html(
     sort: bool = False, # by a click on a heading
 ) -> Markup:
     "A table; a column with a number in it stands on the right"
-    cells = [[shown(row.get(key)) for key in columns] for row in rows]
+    cells = [[as_cell(row.get(key)) for key in columns] for row in rows]
     right = {n for row in cells for n, cell in enumerate(row) if cell.kind == "n"}
     kinds = ["n" if n in right else "" for n in range(len(columns))]
     return render(TABLE, heads=list(zip(columns.values(), kinds)), rows=cells, kinds=kinds, sort=sort)
