@@ -37,6 +37,7 @@ class Sources:
     batch_size: int = 16                               # the configuration's
     weights: dict[str, float] | None = None            # of a mix, summing to 1
 
+# %% ../../nbs/evaluation/09_perplexity_command.ipynb #ed76a7b6
 def set_sources(
     name: str,                     # hub name, or a local .jsonl, .csv, .txt or .parquet
     split: str = "train",          # of a hub set
@@ -159,6 +160,7 @@ def files_beside(
     "What else a scoring writes"
     return tuple(output.with_suffix(ending) for ending in (".html", ".documents.jsonl", ".settings.json"))
 
+# %% ../../nbs/evaluation/09_perplexity_command.ipynb #5b24b03b
 def is_scoring(
     file: Path, # there, or not
     keys: set[str], # that it has if it is ours
