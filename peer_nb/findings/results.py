@@ -60,7 +60,8 @@ def load_runs(
     for cell in plan.cells:
         runs[cell.id] = run = Run.of(folder, cell.id)
         if cell.id not in there: run.status = Status("TODO")
-        elif before and before[cell.id].state in FINISHED and before.stamps[cell.id] == run.stamp: runs[cell.id] = before[cell.id]
+        elif before and before[cell.id].state in FINISHED and before.stamps[cell.id] == run.stamp:
+            runs[cell.id] = before[cell.id]
     return StudyRuns(folder, plan, runs)
 
 # %% ../../nbs/findings/01_results.ipynb #34a534a7
@@ -164,7 +165,9 @@ def metric_names(
 @patch
 def write_csv(self: StudyRuns) -> Path: # ablation_results.csv
     "Write the table of all runs; a text that a spreadsheet would compute has an apostrophe before it"
-    def safe(value): return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    def safe(value): return f"'{value}" if isinstance(value,
+                                                      str) and value.startswith(("=", "+", "-", "@", "\t",
+                                                          "\r")) else value
     return write_atomic(self.folder/"ablation_results.csv", self.rows.map(safe).to_csv(index=False))
 
 # %% ../../nbs/findings/01_results.ipynb #93ee29ea
@@ -195,7 +198,8 @@ def check_axes(
     "Refuse an axis that would be the second column of its name"
     for axis in axes:
         here = f"{at(where, f'axes.{axis}')}: axis {axis!r}"
-        if "/" in axis: raise UserError(f"{here}: a slash in a column's name says that it is a metric; choose another name")
+        if "/" in axis:
+            raise UserError(f"{here}: a slash in a column's name says that it is a metric; choose another name")
         if axis in {*COLUMNS, "metric", "kind", "value", "column"}:
             raise UserError(f"{here}: the results have a column of this name; choose another")
 

@@ -517,7 +517,8 @@ def runs_part(
     columns, runs = run_table(rows, plan)
     losses = figure_html(loss_figure(read, plan, next(iter(plan.axes))), "losses")
     failures = rows[rows.state == "FAILED"].to_dict("records")
-    return render(RUNS_TABLE, address=address, restyle=recolouring(plan), losses=losses, columns=columns, runs=runs, failures=failures)
+    return render(RUNS_TABLE, address=address, restyle=recolouring(plan), losses=losses, columns=columns, runs=runs,
+                  failures=failures)
 
 # %% ../../nbs/findings/06_study_page.ipynb #5229b167
 def taken_from(
@@ -526,10 +527,12 @@ def taken_from(
     "The runs that were taken over, by the study that they come from"
     groups = {}
     for r in rows[rows.state == "REUSE"].to_dict("records"):
-        source, origin, reason, differs = (v if isinstance(v := r.get(f"reuse_{k}"), str) else "" for k in ("source", "origin", "reason", "differs"))
+        source, origin, reason, differs = (v if isinstance(v := r.get(f"reuse_{k}"), str) else ""
+                                           for k in ("source", "origin", "reason", "differs"))
         studies = (str(Path(run).parent.parent) if run else "" for run in (source, origin))
         groups.setdefault((*studies, reason, differs), []).append(r["run"].split("-")[0])
-    return [dict(zip(("runs", "source", "origin", "reason", "differs"), (", ".join(runs), *key))) for key, runs in groups.items()]
+    return [dict(zip(("runs", "source", "origin", "reason", "differs"), (", ".join(runs), *key))) for key,
+            runs in groups.items()]
 
 TAKEN = """
 <h3>Taken over from earlier studies</h3>

@@ -65,7 +65,8 @@ def wall_time_rows(
         means = {k: float(group[k].mean()) for k in ("tokens", "tokens_per_second")}
         out.append(dict(levels=dict(zip(plan.axes, levels)), runs=len(group), **means, low=float(seconds.min()),
                         high=float(seconds.max()), missed_low=low, missed_high=high,
-                        missed=" to ".join(dict.fromkeys(map(_percent, (low, high)))), matched=max(-low, high) <= THRESHOLD))
+                        missed=" to ".join(dict.fromkeys(map(_percent, (low, high)))),
+                        matched=max(-low, high) <= THRESHOLD))
     return out
 
 # %% ../../nbs/findings/03_summary.ipynb #042055c7
@@ -92,7 +93,8 @@ def done_words(
     reused = states.get("REUSE", 0)
     share = "all" if reused == len(rows) else reused
     said = f", {share} of them taken over from earlier studies" if reused else ""
-    return int(states.get("DONE", 0) + reused), said + "".join(f", {n} {s}" for s, n in states.items() if s not in FINISHED)
+    return int(states.get("DONE", 0) + reused), said + "".join(f", {n} {s}" for s, n in states.items()
+                                                               if s not in FINISHED)
 
 # %% ../../nbs/findings/03_summary.ipynb #672d3c7d
 ANECDOTAL = ("One seed: anecdotal. Another seed may turn small differences round; differences are shown, "
@@ -101,7 +103,8 @@ ANECDOTAL = ("One seed: anecdotal. Another seed may turn small differences round
 def _failures(rows: pd.DataFrame) -> list[str]:
     "The first runs that failed, each with the first line of its error"
     first = rows[rows.state == "FAILED"].head(3)
-    return [f"FAILED {r.run}: {r.error_class}: {(str(r.error or '').strip().splitlines() or [''])[0]}" for r in first.itertuples()]
+    return [f"FAILED {r.run}: {r.error_class}: {(str(r.error or '').strip().splitlines() or [''])[0]}"
+            for r in first.itertuples()]
 
 def summary_lines(
     rows: pd.DataFrame, # of a study's runs

@@ -148,7 +148,8 @@ def judge(
 ) -> list[Finding]: # the planned ones first
     "Every claim with what became of it and whether it was planned"
     edits, added = claim_edits(planned, planned if now is None else now)
-    first = [replace(f, origin=edits.get(f.claim["name"], "planned")) for f in evaluate_claims(planned, rows, axes, runs)]
+    first = [replace(f, origin=edits.get(f.claim["name"], "planned"))
+             for f in evaluate_claims(planned, rows, axes, runs)]
     later = evaluate_claims(added, rows, axes, runs)
     return first + [replace(f, origin="added after the plan was fixed") for f in later]
 
@@ -165,7 +166,9 @@ def study_findings(
     "The claims of a study and what became of them"
     plan, path, now, broken = runs.plan, runs.folder/STUDY, None, ""
     if path.exists():
-        try: now = [_complete(c, plan) for c in read_claims(read_yaml(path).get("claims") or [], plan.study["axes"], str(path))]
+        try:
+            now = [_complete(c, plan)
+                   for c in read_claims(read_yaml(path).get("claims") or [], plan.study["axes"], str(path))]
         except UserError as e: broken = f"study.yaml cannot be compared: {e}"
     found = judge(plan.study["claims"], now, runs.rows, plan.axes, runs.runs)
     return [replace(f, origin=broken) for f in found] if broken else found

@@ -49,7 +49,8 @@ def identity(
     data: str, # fingerprint of text and tokenizer
 ) -> str: # 64 hexadecimal digits
     "What makes two runs the same experiment"
-    return sha256_of(dict(sections=sections, seed=seed, world_size=world_size, template=template, package=package, data=data))
+    return sha256_of(dict(sections=sections, seed=seed, world_size=world_size, template=template, package=package,
+                          data=data))
 
 # %% ../../nbs/study/03_identity.ipynb #6e1e168c
 def find_template(
@@ -62,7 +63,8 @@ def find_template(
     for path in candidates:
         if path.is_file(): return path.resolve()
     names = sorted({p.stem for place in places for p in place.glob("*.ipynb")})
-    raise UserError(f"notebook {notebook!r}: no such template; known by name: {', '.join(names) or 'none'}; or give the path of an .ipynb file")
+    raise UserError(f"notebook {notebook!r}: no such template; known by name: {', '.join(names) or 'none'}; or give "
+                    f"the path of an .ipynb file")
 
 # %% ../../nbs/study/03_identity.ipynb #ad02ade0
 def code_cells(
@@ -80,7 +82,8 @@ def parsed(
     "A cell's syntax, without magics"
     lines = ("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
     try: return ast.parse("\n".join(lines))
-    except SyntaxError as e: raise UserError(f"{where}: a code cell cannot be read: {e.msg}: {(e.text or '').strip()!r}") from e
+    except SyntaxError as e:
+        raise UserError(f"{where}: a code cell cannot be read: {e.msg}: {(e.text or '').strip()!r}") from e
 
 # %% ../../nbs/study/03_identity.ipynb #d5f86b44
 TEMPLATE_PARAMETERS = ("config_path", "run_dir", "levels", "overrides", "resume")
@@ -130,7 +133,8 @@ def _module(name: str, root: Path) -> Path | None:
     first, *parts = name.split(".")
     place = root.joinpath(*parts)
     if first != "peer_nb": return None
-    return next((p for p in (place.with_suffix(".py"), place/"__init__.py") if p.is_file() and p != root.with_suffix(".py")), None)
+    return next((p for p in (place.with_suffix(".py"), place/"__init__.py") if p.is_file()
+                 and p != root.with_suffix(".py")), None)
 
 # %% ../../nbs/study/03_identity.ipynb #2a9c61eb
 def executed(

@@ -235,8 +235,10 @@ def read_metrics(
     if not path.exists(): return [], []
     try: lines = json.loads("[" + ",".join(filter(None, path.read_text(encoding="utf-8").splitlines())) + "]")
     except ValueError: lines = read_jsonl(path)
-    if odd := [line for line in lines if not isinstance(line, dict)]: raise UserError(f"{path}: {odd[0]!r:.40} is no record")
-    losses = {line.get("tokens", line.get("step")): line.get("loss") for line in lines}   # a resumed run may have written a step twice
+    if odd := [line for line in lines if not isinstance(line, dict)]:
+        raise UserError(f"{path}: {odd[0]!r:.40} is no record")
+    # a resumed run may have written a step twice
+    losses = {line.get("tokens", line.get("step")): line.get("loss") for line in lines}
     drawn = sorted((t, loss) for t, loss in losses.items() if fits(t, float) and fits(loss, float))
     return drawn, [line for line in lines if any(key.startswith("eval/") for key in line)]
 

@@ -60,7 +60,8 @@ def differences_table(
     config: Config, # of the run
 ) -> Table:
     "How a run differs from its configuration file"
-    short = [[key, *(f"`{str(value)[:160]}`" for value in pair)] for key, pair in told_differences(base, config).items()]
+    short = [[key, *(f"`{str(value)[:160]}`" for value in pair)] for key,
+             pair in told_differences(base, config).items()]
     return table(["key", "file", "this run"], short, "None: it is the file as it stands.")
 
 # %% ../../nbs/study/06_tables.ipynb #b62f4e46
@@ -103,9 +104,11 @@ def recall_table(
     "What a model remembers, by split"
     def row(name, task, split, s):
         exact = s["exact_match"]
-        return [name, task, split, f"{exact['n']:,}", f"**{exact['value']:.3f}**", f"{exact['low']:.3f} – {exact['high']:.3f}",
+        return [name, task, split, f"{exact['n']:,}", f"**{exact['value']:.3f}**",
+                f"{exact['low']:.3f} – {exact['high']:.3f}",
                 f"{s['digit_accuracy']['value']:.3f}", f"{s['answer_logprob']['value']:.2f}"]
-    head = ["data set", "task", "split", "questions", "exact match", "95 % interval", "characters right", "log p (nats)"]
+    head = ["data set", "task", "split", "questions", "exact match", "95 % interval", "characters right",
+            "log p (nats)"]
     return table(head, (row(*one) for one in found), "This run has no generated task.")
 
 def benchmarks_table(
