@@ -26,6 +26,7 @@ def in_arm(
     "Whether a run has an arm's levels"
     return all(row[axis] in (levels if isinstance(levels, list) else [levels]) for axis, levels in arm.items())
 
+# %% ../../nbs/findings/00_effects.ipynb #b4948e8f
 def usable(
     row: dict[str, Any], # of the table of runs
     metric: str, # a column

@@ -49,6 +49,7 @@ def _there(folder: Path) -> set[str]:
     "The runs that have a folder"
     return {e.name for e in os.scandir(folder/RUNS)} if (folder/RUNS).is_dir() else set()
 
+# %% ../../nbs/findings/01_results.ipynb #86bc553f
 def load_runs(
     folder: str | Path, # of a study
     plan: Plan | None = None, # read from the folder when not given
@@ -155,6 +156,7 @@ def _rows(self: StudyRuns) -> pd.DataFrame: # one row per planned run, in the pl
     last = [c for c in COLUMNS if c in rows and c not in lead]
     return rows[lead + sorted(c for c in rows.columns if c not in lead + last) + last]
 
+# %% ../../nbs/findings/01_results.ipynb #ec53db02
 def metric_names(
     rows: pd.DataFrame, # of a study's runs
 ) -> list[str]: # such as docs/loss
@@ -183,6 +185,7 @@ def long_table(
     long["kind"] = parts[2].where(parts[2] != "", "final")
     return long[["run", *axes, "seed", "state", "metric", "kind", "value"]].reset_index(drop=True)
 
+# %% ../../nbs/findings/01_results.ipynb #b71b044e
 @patch
 def write_parquet(self: StudyRuns) -> Path: # ablation_results.parquet
     "Write the long table"

@@ -35,6 +35,7 @@ def _how_sure(e: Any) -> str:
     if e.low is None or e.low != e.low: return f"{e.seeds} seeds, all alike"
     return f"95 % {signed(e.low)} to {signed(e.high)}, {e.seeds} seeds, p {e.p_holm:.2g} after Holm"
 
+# %% ../../nbs/findings/03_summary.ipynb #12da0bde
 def effect_sentence(
     axis: str, # one axis
     effects: pd.DataFrame, # effects_table of one metric
@@ -52,6 +53,7 @@ def _percent(share: float) -> str:
     "A share with its sign"
     return f"{signed(100*share, 1)} %"
 
+# %% ../../nbs/findings/03_summary.ipynb #6e2c0b47
 def wall_time_rows(
     rows: pd.DataFrame, # of a study's runs
     plan: Plan, # of the study
@@ -106,6 +108,7 @@ def _failures(rows: pd.DataFrame) -> list[str]:
     return [f"FAILED {r.run}: {r.error_class}: {(str(r.error or '').strip().splitlines() or [''])[0]}"
             for r in first.itertuples()]
 
+# %% ../../nbs/findings/03_summary.ipynb #941ac6d4
 def summary_lines(
     rows: pd.DataFrame, # of a study's runs
     plan: Plan, # of the study

@@ -125,6 +125,7 @@ def _evidence(claim: dict, rows: list[dict], axes: Iterable[str], runs: Mapping[
     words = [_words(by_item, c, "item"), said, "for these trained models, other seeds are not covered"]
     return by_item, c, apart, "; ".join(filter(None, words))
 
+# %% ../../nbs/findings/02_verdicts.ipynb #236b9064
 def evaluate_claims(
     claims: list[dict[str, Any]], # with metric and direction
     rows: pd.DataFrame | list[dict[str, Any]], # every planned run
@@ -160,6 +161,7 @@ def _complete(claim: dict[str, Any], plan: Plan) -> dict[str, Any]:
     way = plan.direction if metric == plan.metric else better(metric)
     return {**claim, "metric": metric, "direction": claim["direction"] or way}
 
+# %% ../../nbs/findings/02_verdicts.ipynb #28fdd60a
 def study_findings(
     runs: StudyRuns, # of a study
 ) -> list[Finding]: # the planned claims first

@@ -75,6 +75,7 @@ def code_cells(
     except (OSError, ValueError, KeyError, TypeError) as e: raise UserError(f"{path}: not a notebook ({e})") from e
     return [("".join(c["source"]), c.get("metadata", {}).get("tags", [])) for c in cells if c["cell_type"] == "code"]
 
+# %% ../../nbs/study/03_identity.ipynb #8bbea4d1
 def parsed(
     source: str, # of a cell
     where: str | Path, # notebook, for the message
@@ -93,6 +94,7 @@ def _assigned(tree: ast.Module) -> set[str]:
     targets = (t for n in ast.walk(tree) for t in [getattr(n, "target", None), *getattr(n, "targets", [])])
     return {name.id for t in targets if t is not None for name in ast.walk(t) if isinstance(name, ast.Name)}
 
+# %% ../../nbs/study/03_identity.ipynb #b247f22f
 def template_hash(
     path: Path, # a notebook
 ) -> str: # hash of its code cells
@@ -128,6 +130,7 @@ def _imports_of(path: Path, root: Path, stamp: tuple) -> set[str]:
     "What a module of the package imports, read again when the file has changed"
     return imports(ast.parse(path.read_bytes()), ("peer_nb", *path.parent.relative_to(root).parts))
 
+# %% ../../nbs/study/03_identity.ipynb #58850747
 def _module(name: str, root: Path) -> Path | None:
     "The file of a module of the package"
     first, *parts = name.split(".")
@@ -152,6 +155,7 @@ def executed(
         todo |= _imports_of(path, root, _stamp(path))
     return sorted(p.relative_to(root) for p in found)
 
+# %% ../../nbs/study/03_identity.ipynb #e3476eae
 def _stamp(path: Path) -> tuple[int, int]:
     "Tells whether a file was written again"
     return path.stat().st_mtime_ns, path.stat().st_size
@@ -165,6 +169,7 @@ def source_hash(
     root = root or Path(peer_nb.__file__).parent
     return sha256_of({path.as_posix(): sha256_of((root/path).read_bytes()) for path in executed(sources, root)})
 
+# %% ../../nbs/study/03_identity.ipynb #6fefde97
 def package_hash(
     template: str | Path, # a notebook
     root: Path | None = None, # the package; None: this one

@@ -33,6 +33,7 @@ def _walk(node: yaml.Node | None, path: str, lines: dict[str, int]):
         lines[key] = where.start_mark.line + 1
         _walk(value, key, lines)
 
+# %% ../../nbs/study/00_places.ipynb #6d4a3dbc
 def read_place(
     path: str | Path, # a YAML file
 ) -> Place: # without lines where the file is no YAML, which whoever reads it will say
@@ -69,6 +70,7 @@ def _known(name: Any, names: list[str], what: str, file: str, key: str) -> str:
     raise ConfigError(file, key, f"unknown {what} {str(name)!r}; " + (f"did you mean {near[0]!r}? " if near else "")
                       + f"known: {', '.join(names)}")
 
+# %% ../../nbs/study/00_places.ipynb #39fcaca1
 def chosen_levels(
     data: Any, # mapping of axis to a level, or to a list of levels
     axes: dict[str, Any], # axis, level

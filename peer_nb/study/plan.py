@@ -26,9 +26,9 @@ from ..config import Config, ConfigError, apply_overrides, config_from_dict, dif
 from ..files import UserError, read_json, sha256_of, write_json
 
 # %% auto #0
-__all__ = ['DURATION', 'THRESHOLD', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver', 'matched_tokens',
-           'wall_seconds', 'named', 'default_seeds', 'make_plan', 'Match', 'matching', 'save_plan', 'load_plan',
-           'plan_differences', 'code_differences']
+__all__ = ['DURATION', 'THRESHOLD', 'COUNTED', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver',
+           'matched_tokens', 'wall_seconds', 'named', 'default_seeds', 'make_plan', 'Match', 'matching', 'save_plan',
+           'load_plan', 'plan_differences', 'code_differences']
 
 # %% ../../nbs/study/05_plan.ipynb #f6e533bf
 def run_id(
@@ -117,8 +117,11 @@ def recalled(
     "Whether a generated task of the configuration gives a number of this name"
     tasks = {e.name: e.task for e in [*config.dataset_config.datasets, *(config.eval_config.datasets or [])] if e.task}
     entry, _, rest = name.partition("/")
-    return entry in tasks and re.fullmatch(rf"({_SPLITS[tasks[entry]]})(/\w+=[^/]+)?/(exact_match|first_digit_accuracy|digit_accuracy|answer_logprob)", rest) is not None
+    if entry not in tasks: return False
+    score = "exact_match|first_digit_accuracy|digit_accuracy|answer_logprob"
+    return re.fullmatch(rf"({_SPLITS[tasks[entry]]})(/\w+=[^/]+)?/({score})", rest) is not None
 
+# %% ../../nbs/study/05_plan.ipynb #e77d8541
 def measured(
     config: Config, # with its held-out sets
     metric: str, # such as docs/loss, or docs/loss:degradation
@@ -126,12 +129,11 @@ def measured(
     "Whether the runs will have a metric"
     names = [e.name for e in config.eval_config.datasets or config.dataset_config.datasets]
     name, _, part = metric.partition(":")
-    known = name in [f"{n}/{m}" for n in names
-                     for m in ("bits_per_byte", "loss",
-                               "perplexity")] or name.partition("/")[0] in config.eval_config.evals or recalled(config,
-                                   name)
+    scores = [f"{n}/{m}" for n in names for m in ("bits_per_byte", "loss", "perplexity")]
+    known = name in scores or name.partition("/")[0] in config.eval_config.evals or recalled(config, name)
     return known and part in ("", "peak", "degradation")
 
+# %% ../../nbs/study/05_plan.ipynb #7aa800d1
 def _primary_metric(study: Study, base: Config, where: str) -> str:
     "The study's primary metric, which must be one that its runs will have"
     names = [e.name for e in base.eval_config.datasets or base.dataset_config.datasets]
@@ -216,8 +218,7 @@ def wall_seconds(
 
 # %% ../../nbs/study/05_plan.ipynb #49cebdec
 def _allowance(plan: Plan, rate: float | None) -> float | None:
-    ("FLOPs that each run may spend; None where tokens are what is matched, where the first cell will say, or where no "
-     "FLOPs per second are known")
+    "FLOPs that each run may spend; None where tokens are matched, the first cell will say, or no speed is known"
     budget = plan.study["budget"]
     if budget["matched"] != "wall_time" or not (speed := budget["flops_per_second"] or rate): return None
     return budget["seconds"]*speed
@@ -290,6 +291,7 @@ def cells(self: _Planner,
     self.plan.left_out[named(levels)] = f"the same experiment as {named(same)}"
     return []
 
+# %% ../../nbs/study/05_plan.ipynb #be61b22c
 def named(
     levels: dict[str, str], # axis: level
 ) -> str: # for messages
@@ -304,6 +306,7 @@ def default_seeds(
     "The seeds of a study"
     return study.seeds or [base.train_config.seed + n for n in range(3)]
 
+# %% ../../nbs/study/05_plan.ipynb #b06bcab8
 def make_plan(
     study: Study, # what to compare
     base: Config, # its base, loaded
@@ -343,6 +346,7 @@ def make_plan(
 # %% ../../nbs/study/05_plan.ipynb #bd4f1461
 THRESHOLD = 0.05
 
+COUNTED = ("optimizer steps", "held-out window") # not in plans of earlier versions
 QUANTITIES = {
     "tokens": lambda c: c.tokens, "optimizer steps": lambda c: c.parameters.get("steps"),
     "held-out window": lambda c: c.parameters.get("context"), "total parameters": lambda c: c.parameters["total"],
@@ -384,6 +388,7 @@ def matching(
             groups.setdefault(same, []).append(c)
         for quantity, of in QUANTITIES.items():
             values = [of(c) for c in plan.cells]
+            if quantity in COUNTED and all(v is None for v in values): continue
             known = all(v is not None for v in values)
             spreads = [_spread([of(c) for c in group]) for group in groups.values()]
             out.append(Match(axis, quantity, min(values) if known else None, max(values) if known else None,
@@ -419,8 +424,8 @@ def load_plan(
 # %% ../../nbs/study/05_plan.ipynb #719b4a8d
 def _levels(levels: dict | None) -> str:
     "Levels with what they set, for a message"
-    return "no such axis" if levels is None else "; ".join(f"{l} {json.dumps(o, ensure_ascii=False)}" for l,
-                                                           o in levels.items())
+    if levels is None: return "no such axis"
+    return "; ".join(f"{l} {json.dumps(o, ensure_ascii=False)}" for l, o in levels.items())
 
 # %% ../../nbs/study/05_plan.ipynb #9f82adb9
 def plan_differences(

@@ -36,6 +36,7 @@ class Budget:
     # what the device makes of a run, stated; null: every configuration is timed
     flops_per_second: Positive | None = None
 
+# %% ../../nbs/study/02_study.ipynb #370b0761
 @dataclass
 class Primary:
     "The number that the study is about, named before the runs"
@@ -95,6 +96,7 @@ def _name(value: Any, names: Iterable[str], file: str, key: str) -> str:
                           f"{name!r} is there twice, once as a number and once as text; names must differ as text")
     return name
 
+# %% ../../nbs/study/02_study.ipynb #d50cfc9e
 def _axes(data: Any, file: str) -> dict[str, dict[str, dict[str, Any]]]:
     "The axes of a study file, names as text"
     if not isinstance(data, dict): raise ConfigError(file, "axes", f"{data!r} is not a mapping of axes")
@@ -374,8 +376,7 @@ def check_levels(
     axes: dict[str, dict[str, dict]], # axis, level, overrides
     where: str, # study file, for messages
 ) -> list[Config]: # each level applied to the base
-    ("Refuse a level that no configuration can have, that takes what is the study's, or that equals another level of "
-     "its axis")
+    "Refuse a level that no configuration can have, that takes what is the study's, or that equals another"
     configs = []
     for axis, levels in axes.items():
         seen = {}
@@ -418,6 +419,7 @@ def step_tokens(
     rows = train.per_device_train_batch_size*train.gradient_accumulation_steps*world_size
     return rows*config.dataset_config.max_seq_length
 
+# %% ../../nbs/study/02_study.ipynb #215da6ad
 def planned_tokens(
     config: Config, # one cell's
     world_size: int = 1, # GPUs of a run
