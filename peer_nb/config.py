@@ -308,10 +308,11 @@ class _Reader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
-            name = (key.tag, str(key.value))
-            if name in seen and key.tag != "tag:yaml.org,2002:merge":
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge": continue
+            value = self.construct_object(key)   # 0.001 and 1e-3 are one key
+            if value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
-            seen.add(name)
+            seen.add(value)
         return super().construct_mapping(node, deep)
 
 # %% ../nbs/02_config.ipynb #9f269708
@@ -425,7 +426,12 @@ def _write_sequence(writer: _Writer, items: list) -> yaml.Node:
     plain = not any(isinstance(item, (dict, list)) for item in items)
     return writer.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=plain)
 
+def _write_text(writer: _Writer, text: str) -> yaml.Node:
+    "Text: quoted with escapes where it holds a line break of Unicode, which would not come back"
+    return writer.represent_scalar("tag:yaml.org,2002:str", text, '"' if re.search("[\x85\u2028\u2029]", text) else None)
+
 _Writer.add_representer(list, _write_sequence)
+_Writer.add_representer(str, _write_text)
 _Writer.ignore_aliases = lambda self, data: True   # a list that comes twice is written twice
 
 def to_yaml(

@@ -18,7 +18,7 @@ from peer_nb.findings.verdicts import item_evidence  # noqa: E402
 from peer_nb.study.run import Run  # noqa: E402
 from peer_nb.config import Config, DatasetConfig, EvalConfig, config_from_dict, to_dict  # noqa: E402
 from peer_nb.data.corpora import load_tokenizer  # noqa: E402
-from peer_nb.evaluation.benchmarks import FEWSHOT_SEED, Answers, ask, benchmark_metrics, item_scores, load_tasks, prepare, run_benchmarks, run_tasks  # noqa: E402
+from peer_nb.evaluation.benchmarks import FEWSHOT_SEED, Answers, benchmark_metrics, evaluate_tasks, item_scores, load_tasks, prepare, run_benchmarks, run_tasks  # noqa: E402
 from peer_nb.evaluation.command import main  # noqa: E402
 from peer_nb.evaluation.items import write_hub_shape  # noqa: E402
 from peer_nb.files import UserError, read_json, read_jsonl  # noqa: E402
@@ -90,7 +90,7 @@ def choice_tasks(root):
     "Multiple-choice tasks with their questions built, and which answers are right"
     loaded = load_tasks([*CHOICE, "truthfulqa_mc2"], root)
     prepare(loaded)
-    ask(Scripted(lambda context, rest: 0.0), loaded, limit=60)
+    evaluate_tasks(Scripted(lambda context, rest: 0.0), loaded, limit=60)
     return loaded, {name: key_of(task) for name, task in loaded.tasks.items()}
 
 
@@ -317,3 +317,13 @@ def test_end_to_end_on_real_items(checkpoint, tmp_path):
     assert main(["benchmark", str(checkpoint), "hellaswag", "gsm8k", "--data-root", REAL, "--limit", "3", "--fewshot", "0", "--max-new-tokens", "8", "--window", "320", "--output", str(tmp_path)]) == 0
     result = read_json(tmp_path/"results.json")
     assert result["tasks"]["hellaswag"]["items"] == 3 and result["tasks"]["hellaswag"]["items_in_set"] == 10042
+
+
+def test_missing_protection_is_told(items, monkeypatch):
+    "What the sandbox cannot do on a system stands among the caveats of the score; where it does not work at all, nothing is scored"
+    from peer_nb.evaluation import benchmarks
+    from peer_nb.evaluation.sandbox import Outcome
+    monkeypatch.setattr(benchmarks, "run_code", lambda source: Outcome(True, "", ("files",)))
+    assert load_tasks(["humaneval"], items, allow_code=True).caveats[0].endswith("this system has no protection from using the network, ending other processes")
+    monkeypatch.setattr(benchmarks, "run_code", lambda source: Outcome(False, "no python"))
+    with pytest.raises(UserError, match="the sandbox for generated code does not work on this system: no python"): load_tasks(["humaneval"], items, allow_code=True)

@@ -7,18 +7,21 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from scipy import stats
 
 from peer_nb.study.claims import read_claims
 from peer_nb.findings.verdicts import ALPHA, evaluate_claims, study_findings
 from peer_nb.running.estimates import estimated_memory, sight
-from peer_nb.study.plan import load_plan, make_plan, save_plan
+from peer_nb.study.plan import load_plan, make_plan, matching, run_id, save_plan
+from peer_nb.study.run import file_name
+from peer_nb.findings.study_page import match_sentences
 from peer_nb.findings.results import COLUMNS, load_runs
 from peer_nb.findings.effects import contrast, effects_table, interactions
 from peer_nb.stats import compare, holm, power
 from peer_nb.study.study import combinations, load_study
-from peer_nb.config import config_from_dict
-from peer_nb.files import write_json
+from peer_nb.config import config_from_dict, load_config
+from peer_nb.files import UserError, write_json
 
 from test_ablation import BASE, STUDY, call, write_study
 
@@ -150,6 +153,8 @@ WRONG = [(dict(budget={"tokens": 0}), "tokens: 0", "budget.tokens: 0 is not allo
          (dict(claims=[dict(name="c", a={"rate": "lo"}, b={"rate": "high"})]), "rate: lo", "unknown level of rate 'lo'; did you mean 'low'?"),
          (dict(claims=[dict(name="c", a={"rate": "low"}, b={"rate": "high"}, metric="docs/loss")]), "claims:", "metric 'docs/loss' will not be measured"),
          (dict(primary={"metric": "docs/loss"}), "metric: docs/loss", "will not be measured"), (dict(notebook="nowhere.ipynb"), "notebook:", "no such template"),
+         (dict(axes={"heads": {1: {}, "1": HEADS["two"]}}), "'1':", "there twice, once as a number and once as text"), (dict(axes={"heads": {"NA": {}, "two": HEADS["two"]}}), "NA: {}", "read as an empty cell"),
+         (dict(axes={"heads": {"None": {}, "two": HEADS["two"]}}), "None: {}", "read as an empty cell"), (dict(axes={"optimizer/rate": HEADS}), "optimizer/rate:", "a slash in a column's name"), (dict(axes={"column": HEADS}), "column:", "a column of this name"),
          (dict(base_config="missing.yaml"), "base_config:", "missing.yaml: cannot be read"), (dict(budget={"matched": "wall_time"}), "budget:", "budget.seconds: is missing")]
 
 
@@ -172,6 +177,41 @@ def test_a_plan_tells_cost_sight_reuse_and_writes_nothing(tmp_path, capsys):
     out = shown[0][1]
     for said in ("learning_rate: 0.02", "9 runs; ", "time: not known", "equal tokens", "3 seeds, power 80 %", "claim: low is better", "left out: heads 'two', rate 'high': diverges"): assert said in out, out
     assert sorted(work.rglob("*")) == before
+
+
+def test_one_number_spelled_in_two_ways_is_one_level_and_refused(tmp_path):
+    work = write_study(tmp_path)
+    text = yaml.safe_dump({**STUDY, "axes": {"rate": {"FIRST": {}, "SECOND": {"train_config.learning_rate": 0.02}}}})
+    (work/"study.yaml").write_text(text.replace("FIRST", "0.001").replace("SECOND", "1e-3"))
+    with pytest.raises(UserError, match="the key 1e-3 is there twice"): load_study(work/"study.yaml")
+
+
+def test_names_that_no_file_system_takes_are_cut_and_stay_apart(tmp_path):
+    "Twelve axes with level names in words, and a study's name of 300 letters"
+    levels = [{f"axis {n}": f"another {'long ' * 8}name {n + k}" for n in range(12)} for k in range(2)]
+    ids = [run_id(1, l, 42) for l in levels]
+    assert ids[0] != ids[1] and all(len(name) < 130 and name.startswith("001-") and name.endswith("-seed42") for name in ids)
+    assert run_id(3, {"mix": "docs+source", "setup": "128×128", "heads": "4 heads × 8"}, 42) == "003-docs+source-128x128-4headsx8-seed42"
+    names = [file_name(letter*300) for letter in "nm"] + [file_name("n"*299 + "/")]
+    assert len({*names}) == 3 and all(len(name) <= 80 for name in names) and file_name("a study/of: mine") == "a-study-of-mine"
+
+
+def test_no_cell_of_the_table_is_a_formula(finished):
+    folder, plan = finished
+    runs = load_runs(folder)
+    next(iter(runs)).write_status(state="FAILED", exit_code=1, error={"class": "E", "kind": "code", "message": "=HYPERLINK(1)"})
+    back = pd.read_csv(load_runs(folder).write_csv())
+    assert back.error[0] == "'=HYPERLINK(1)" and not any(str(v).startswith(("=", "+", "-", "@")) for v in back.select_dtypes("str").stack())
+
+
+def test_a_longer_context_is_no_equal_condition(tmp_path):
+    "At equal tokens, twice the context halves the optimizer steps and doubles the window of held-out text"
+    axes = {"context": {"short": {}, "long": {"dataset_config.max_seq_length": 64}}}
+    work = write_study(tmp_path, {**STUDY, "axes": axes}, {**BASE, "dataset_config": {**BASE["dataset_config"], "max_seq_length": 32}})
+    plan = make_plan(load_study(work/"study.yaml"), load_config(work/"base.yaml"), fingerprint=lambda c: "text")
+    found = {m.quantity: (m.low, m.high) for m in matching(plan) if m.axis == "context"}
+    assert found["tokens"] == (640, 640) and found["optimizer steps"] == (10, 20) and found["held-out window"] == (32, 64)
+    assert "optimizer steps by 2×" in match_sentences(plan)[-1][0] and "held-out window by 2×" in match_sentences(plan)[-1][0]
 
 
 def test_a_study_file_without_seeds_has_three(tmp_path):

@@ -1,7 +1,11 @@
 "What the interventions claim, against weights that are edited, scores of all rows, and one whole evaluation per key."
+import json
+import shutil
+
 import pytest
 import torch
 
+from peer_nb.analysis.command import main
 from peer_nb.analysis.interventions import MODES, answers_of, clean_pass, effects_of, random_keys, setting_of
 from peer_nb.config import DatasetConfig
 from peer_nb.data.corpora import load_tokenizer
@@ -204,3 +208,67 @@ def test_heads_positions_and_layers_against_a_layer_that_is_written_out(what, en
                 layer.forward = forward
                 assert asked(model, encoded)[example][0] == pytest.approx(logprob, abs=1e-9)
                 del layer.forward
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    "A checkpoint and a data set of a few facts, hardly learned"
+    from peer_nb.analysis.worked_example import learn_facts
+    return learn_facts(facts=6, enough=1.5).save(tmp_path_factory.mktemp("facts"))
+
+
+def lines(file) -> list[dict]: return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def keyed(file) -> dict:
+    found = {(r["id"], r["what"], r["layer"], r["key"]): r for r in lines(file)}
+    assert len(found) == len(lines(file)), "a pair stands twice"
+    return found
+
+
+def test_a_command_killed_anywhere_goes_on_and_repeats_nothing(learned, tmp_path, capsys):
+    "Files cut as a kill cuts them, between batches and within a line"
+    checkpoint, data = learned
+    words = ["ablate", str(checkpoint), str(data), "--all", "--batch-tokens", "30", "--output"]
+    assert main([*words, str(tmp_path/"whole")]) == 0
+    whole, result = keyed(tmp_path/"whole"/"effects.jsonl"), json.loads((tmp_path/"whole"/"ablate.json").read_text())
+    assert {w for _, w, _, _ in whole} == {"keys", "layers", "heads", "positions"} and result["examples"] == 7
+    assert "<h1>What each memory does</h1>" in (tmp_path/"whole"/"index.html").read_text()
+    for done, share in ((0, .1), (2, .55), (4, .9)):
+        cut = tmp_path/f"cut{done}"
+        shutil.copytree(tmp_path/"whole", cut)
+        examples, effects = (cut/"examples.jsonl").read_bytes().splitlines(True), (cut/"effects.jsonl").read_bytes()
+        names = {json.loads(line)["id"] for line in examples[:done]}
+        last = max((i for i, line in enumerate(effects.splitlines(True)) if json.loads(line)["id"] in names), default=-1)
+        least = len(b"".join(effects.splitlines(True)[:last + 1]))
+        (cut/"examples.jsonl").write_bytes(b"".join(examples[:done]) + b'{"id": "torn')
+        (cut/"effects.jsonl").write_bytes(effects[:max(least, int(share * len(effects)))])
+        assert main([*words, str(cut)]) == 0
+        again = keyed(cut/"effects.jsonl")
+        assert set(again) == set(whole)
+        for pair, record in again.items():
+            assert record["delta_logprob"] == pytest.approx(whole[pair]["delta_logprob"], abs=1e-9) and record["exact_after"] == whole[pair]["exact_after"]
+        now = json.loads((cut/"ablate.json").read_text())
+        assert [k["key"] for k in now["keys"]] == [k["key"] for k in result["keys"]]
+    assert main([*words[:-1], "--seed", "5", "--output", str(tmp_path/"whole")]) == 2 and "seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--layers", "0"], "layer 0 is none of the memory layers: 1"), (["--mode", "refill", "--what", "sub-keys"], "is for keys"),
+    (["--what", "rows"], "rows"), (["--limit", "0"], "too small")])
+def test_mistakes_end_in_one_line_and_nothing_is_written(learned, tmp_path, capsys, words, said):
+    checkpoint, data = learned
+    assert main(["ablate", str(checkpoint), str(data), "--output", str(tmp_path/"none"), *words]) == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.count("\n") == 1 and not (tmp_path/"none").exists()
+
+
+def test_questions_of_a_file_and_a_text(learned, tmp_path, capsys):
+    checkpoint, _ = learned
+    (tmp_path/"q.jsonl").write_text('{"prompt": "123456:", "answer": "654321"}\n{"prompt": "1:", "answer": "2"}\n')
+    (tmp_path/"t.txt").write_text("0123456789" * 3)
+    (tmp_path/"none.jsonl").write_text("")
+    for name, examples in (("q.jsonl", 2), ("t.txt", 3)):
+        assert main(["ablate", str(checkpoint), str(tmp_path/name), "--window", "12", "--output", str(tmp_path/name[0])]) == 0
+        assert json.loads((tmp_path/name[0]/"ablate.json").read_text())["examples"] == examples
+    assert main(["ablate", str(checkpoint), str(tmp_path/"none.jsonl"), "--output", str(tmp_path/"no")]) == 2

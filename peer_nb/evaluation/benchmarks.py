@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from .items import configurations, data_root, find_items, reading_cache, trial_note
 from .openai_evals import eval_task, find_eval, read_registry
+from .loading import check_finite, check_tokenizer
 from .perplexity import autocast_for
-from .sandbox import CodeEval
-from ..files import UserError, append_jsonl, cache_folder, read_json, read_jsonl, sha256_of, write_atomic, write_json
+from .sandbox import CodeEval, exposure_note, run_code
+from ..files import UserError, append_jsonl, cache_folder, read_json, read_jsonl, sha256_of, write_json
+from ..stats import wilson
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -35,11 +37,11 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 # %% auto #0
-__all__ = ['ALIASES', 'GROUPS', 'FEWSHOT_SEED', 'require_lm_eval', 'names_in', 'task_folders', 'resolve_names', 'family',
-           'task_manager', 'point_offline', 'quiet_engine', 'LoadedTasks', 'load_tasks', 'Answers', 'question_keys',
-           'Remembering', 'causal_lm', 'prepare', 'cut_prompts', 'Scored', 'ask', 'interval', 'chance_level',
-           'summarize', 'sample_lines', 'item_scores', 'run_tasks', 'run_benchmarks', 'check_benchmarks',
-           'benchmark_metrics']
+__all__ = ['ALIASES', 'PARTS_OF', 'FEWSHOT_SEED', 'require_lm_eval', 'names_in', 'task_folders', 'resolve_names', 'family',
+           'task_manager', 'point_offline', 'quiet_engine', 'LoadedTasks', 'runs_code', 'sandbox_note', 'load_tasks',
+           'Answers', 'question_keys', 'Remembering', 'causal_lm', 'check_shots', 'set_length', 'prepare',
+           'cut_prompts', 'Scored', 'evaluate_tasks', 'interval', 'chance_level', 'summarize', 'sample_lines',
+           'item_scores', 'run_tasks', 'run_benchmarks', 'check_benchmarks', 'benchmark_metrics']
 
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #a00c0cd6
 def require_lm_eval() -> Path: # the folder of its tasks
@@ -59,22 +61,26 @@ def names_in(
     clean = {word.split(" #")[0].strip().strip("\"'") for word in words}
     return {word for word in clean if word and not re.search(r"[\s,:{\[]", word)}
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #689bdbf8
 def task_folders() -> dict[str, list[str]]: # name of a task, group or tag -> folders of lm-eval's tasks
     "Where each of lm-eval's names occurs"
     home = require_lm_eval()
     kept = cache_folder()/f"lm_eval-{version('lm_eval')}-tasks.json"
     if (found := read_json(kept)) is not None: return found
     found = {}
-    for path in sorted(p for p in home.rglob("*") if p.is_file() and p.suffix in ("", ".yaml") or p.name.endswith("_yaml")):
-        if path.parent == home: continue
-        for name in names_in(path.read_text(encoding="utf-8", errors="replace")): found.setdefault(name, set()).add(path.relative_to(home).parts[0])
+    for path in sorted(p for p in home.rglob("*") if p.is_file()):
+        if path.parent == home or path.suffix not in ("", ".yaml") and not path.name.endswith("_yaml"): continue
+        place = path.relative_to(home).parts[0]
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for name in names_in(text): found.setdefault(name, set()).add(place)
     found = {name: sorted(places) for name, places in sorted(found.items())}
     write_json(kept, found)
     return found
 
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #3fcc5376
-ALIASES = {"math500": "hendrycks_math500", "math": "hendrycks_math", "minerva": "minerva_math500", "truthfulqa": "truthfulqa_mc"}
-GROUPS = {"truthfulqa_mc": ["truthfulqa_mc1", "truthfulqa_mc2"]}   # without the tasks that need a judge
+ALIASES = {"math500": "hendrycks_math500", "math": "hendrycks_math", "minerva": "minerva_math500",
+           "truthfulqa": "truthfulqa_mc"}
+PARTS_OF = {"truthfulqa_mc": ["truthfulqa_mc1", "truthfulqa_mc2"]}   # without the tasks that need a judge
 
 def resolve_names(
     names: Iterable[str],               # of tasks, groups, tags, or evals of the registry
@@ -84,7 +90,7 @@ def resolve_names(
     known, tasks, strange = task_folders(), [], []
     for name in dict.fromkeys(names):
         alias = ALIASES.get(name.lower(), name)
-        if alias in GROUPS: tasks += GROUPS[alias]
+        if alias in PARTS_OF: tasks += PARTS_OF[alias]
         elif alias in known: tasks.append(alias)
         elif alias.lower() in known: tasks.append(alias.lower())
         else: strange.append(name)
@@ -92,7 +98,8 @@ def resolve_names(
     for name in strange:
         if name in evals: continue
         near = difflib.get_close_matches(name.lower(), [*known, *ALIASES, *evals], 4, 0.5)
-        raise UserError(f"no benchmark {name!r}" + (f"; the nearest are {', '.join(near)}" if near else "") + (f" ({len(known):,} are known)"))
+        nearest = f"; the nearest are {', '.join(near)}" if near else ""
+        raise UserError(f"no benchmark {name!r}{nearest} ({len(known):,} are known)")
     return list(dict.fromkeys(tasks)), strange
 
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #eb3385aa
@@ -110,9 +117,11 @@ def family(
         kind = entry.kind.name if entry else ""
         members = sorted(entry.tags) if kind == "TAG" else entry.cfg.get("task") or [] if kind == "GROUP" else []
         if isinstance(members, str): members = [members]
-        rest += [m if isinstance(m, str) else m.get("task") or m.get("group") for m in members if isinstance(m, str) or not isinstance(m.get("task"), list)]
+        plain = [m for m in members if isinstance(m, str) or not isinstance(m.get("task"), list)]
+        rest += [m if isinstance(m, str) else m.get("task") or m.get("group") for m in plain]
     return found
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #033890ac
 def task_manager(
     names: list[str], # of lm-eval
 ) -> TaskManager:
@@ -133,11 +142,14 @@ def _told(name: str) -> Iterator[None]:
     "lm-eval's errors of loading in words for people"
     try: yield
     except UserError: raise
-    except (ModuleNotFoundError, AssertionError) as error: raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+    except (ModuleNotFoundError, AssertionError) as error:
+        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{name}: the items cannot be loaded ({text[:300]}); offline, give --data-root or set PEER_NB_DATA") from error
+        raise UserError(f"{name}: the items cannot be loaded ({text[:300]}); offline, give --data-root or set "
+                        "PEER_NB_DATA") from error
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #f14a2e52
 def _offline_entry(entry: Any, root: Path, notes: list[str]) -> str: # why it can't be had; empty: it can
     "Point a task at its items in the folder"
     from lm_eval.tasks.manager import load_yaml
@@ -153,6 +165,7 @@ def _offline_entry(entry: Any, root: Path, notes: list[str]) -> str: # why it ca
     entry.cfg, entry.yaml_path = definition | {"dataset_path": str(folder), "dataset_kwargs": options}, None
     return ""
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #f14a2e53
 def point_offline(
     manager: TaskManager,
     names: list[str], # asked for
@@ -161,9 +174,12 @@ def point_offline(
     "Point all tasks beneath some names at their items in a folder"
     index, notes = manager.task_index, []
     below = {name: [n for n in family(index, [name]) if index[n].kind.name == "TASK"] for name in names}
-    lacking = {n: why for n in dict.fromkeys(n for tasks in below.values() for n in tasks) if (why := _offline_entry(index[n], root, notes))}
+    wanted = dict.fromkeys(n for tasks in below.values() for n in tasks)
+    lacking = {n: why for n in wanted if (why := _offline_entry(index[n], root, notes))}
     for name, tasks in below.items():
-        if all(t in lacking for t in tasks): raise UserError(f"{name}: {lacking[tasks[0]] if tasks else 'no tasks'}; give --data-root a folder that has it, or leave it and PEER_NB_DATA unset to use the hub")
+        if any(t not in lacking for t in tasks): continue
+        raise UserError(f"{name}: {lacking[tasks[0]] if tasks else 'no tasks'}; give --data-root a folder that has it, "
+                        "or leave it and PEER_NB_DATA unset to use the hub")
     for name in lacking: del index[name]
     for name in reversed(family(index, names)): _drop_members(index, name)
     return notes + [f"{name}: {sum(t not in lacking for t in tasks)} of its {len(tasks)} tasks are in the folder"
@@ -179,7 +195,8 @@ def _drop_members(index: dict, name: str):
         empty = not entry.tags
     else:
         listed = entry.cfg.get("task")
-        kept = [m for m in ([listed] if isinstance(listed, str) else listed or []) if not isinstance(m, str) or m in index]
+        listed = [listed] if isinstance(listed, str) else listed or []
+        kept = [m for m in listed if not isinstance(m, str) or m in index]
         entry.cfg, entry.yaml_path, empty = entry.cfg | {"task": kept}, None, not kept
     if empty: del index[name]
 
@@ -192,7 +209,7 @@ def quiet_engine() -> Iterator[None]:
     import lm_eval.api.task as engine
     real_load, real_bar, log = evaluate.load, engine.tqdm, logging.getLogger("lm_eval")
     level, bars = log.level, datasets.utils.logging.is_progress_bar_enabled()
-    evaluate.load = lambda path, *args, **kwargs: CodeEval() if path == "code_eval" else real_load(path, *args, **kwargs)
+    evaluate.load = lambda path, *rest, **more: CodeEval() if path == "code_eval" else real_load(path, *rest, **more)
     engine.tqdm = lambda items, **_: items
     log.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
@@ -218,6 +235,22 @@ class LoadedTasks:
         for key, value in part.items(): self.engine[key] |= value
 
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #0302fb16
+def runs_code(
+    manager: TaskManager,
+    name: str, # of a task, group or tag
+) -> bool:
+    "Whether a task beneath a name runs programs that the model writes"
+    there = [manager.task_index[n] for n in family(manager.task_index, [name]) if n in manager.task_index]
+    return any((entry.cfg or {}).get("unsafe_code") for entry in there)
+
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #24d7f41c
+def sandbox_note() -> str: # for the reader of a score
+    "What the sandbox keeps programs from here; `UserError` where it does not work at all"
+    tried = run_code("pass")
+    if not tried.passed: raise UserError(f"the sandbox for generated code does not work on this system: {tried.reason}")
+    return exposure_note(tried.protected)
+
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #0302fb17
 def load_tasks(
     names: Iterable[str],               # tasks, groups, tags, evals
     root: Path | None = None,           # folder of benchmark items; None: the hub
@@ -230,12 +263,14 @@ def load_tasks(
     loaded = LoadedTasks(dict(tasks={}, groups={}, group_map={}))
     with quiet_engine():
         manager = task_manager(wanted) if wanted else None
-        for name in [*wanted]:
-            code = [n for n in family(manager.task_index, [name]) if n in manager.task_index and (manager.task_index[n].cfg or {}).get("unsafe_code")]
-            if not code or allow_code: continue
-            if not skip_code: raise UserError(f"{name} runs programs that the model writes; say --allow-code-execution if you want that")
-            loaded.skipped[name] = "runs generated code; peer-eval benchmark --allow-code-execution does that"
-            wanted.remove(name)
+        code = [name for name in wanted if runs_code(manager, name)]
+        if code and allow_code: loaded.caveats.append(sandbox_note())
+        elif code and not skip_code:
+            raise UserError(f"{code[0]} runs programs that the model writes; say --allow-code-execution if you want "
+                            "that")
+        elif code:
+            how = "runs generated code; peer-eval benchmark --allow-code-execution does that"
+            loaded.skipped, wanted = dict.fromkeys(code, how), [name for name in wanted if name not in code]
         if root and wanted: loaded.caveats += point_offline(manager, wanted, root)
         for name in wanted:
             with _told(name): loaded.add(manager.load([name]))
@@ -259,6 +294,7 @@ class Answers:
         self.known.update(zip(questions, answers))
         if self.path: append_jsonl(self.path, dict(questions=questions, answers=answers))
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #435bb563
 def question_keys(
     kind: str,                # loglikelihood, loglikelihood_rolling, generate_until
     requests: list[Instance], # lm-eval's
@@ -292,15 +328,26 @@ class Remembering:
         for start in range(0, len(todo), self.block):
             if self.progress: self.progress(len(requests) - len(todo) + start, len(requests))
             asked, block = zip(*todo[start:start + self.block])
-            self.answers.add(list(asked), list(getattr(self.lm, kind)(list(block), disable_tqdm=True)))
+            found = list(getattr(self.lm, kind)(list(block), disable_tqdm=True))
+            if kind != "generate_until": check_finite([float(a[0] if isinstance(a, tuple) else a) for a in found])
+            self.answers.add(list(asked), found)
         if self.progress: self.progress(len(requests), len(requests))
         return [tuple(a) if isinstance(a := self.answers.known[key], list) else a for key in keys]
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]: return self._ask("loglikelihood", requests)
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]: return self._ask("loglikelihood_rolling", requests)
-    def generate_until(self, requests: list[Instance]) -> list[str]: return self._ask("generate_until", requests)
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        return self._ask("loglikelihood", requests)
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        return self._ask("loglikelihood_rolling", requests)
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        return self._ask("generate_until", requests)
 
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #5485f429
+def _finite_scores(ids, scores): # a logits processor of transformers
+    "The next token's scores as they are, if they are numbers"
+    check_finite(scores.amax(-1))
+    return scores
+
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #beecf869
 def causal_lm(
     model: Any,      # a causal language model
     tokenizer: Any,  # from transformers; copied, since lm-eval gives it a padding token
@@ -313,31 +360,61 @@ def causal_lm(
     class CheckedLM(HFLM):
         def _encode_pair(self, context, continuation):
             before, after = super()._encode_pair(context, continuation)
-            if len(after) > self.max_length: raise UserError(f"an answer has {len(after)} tokens, and the window only {self.max_length}: {continuation[:60]!r}; this benchmark needs a longer window")
-            return before, after
+            if len(after) <= self.max_length: return before, after
+            raise UserError(f"an answer has {len(after)} tokens, and the window only {self.max_length}: "
+                            f"{continuation[:60]!r}; this benchmark needs a longer window")
 
-    with quiet_engine(): return CheckedLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size, max_length=window, device=str(model.device), logits_cache=False)
+        def _model_generate(self, context, max_length, stop, **options):
+            return super()._model_generate(context, max_length, stop, logits_processor=[_finite_scores], **options)
+
+    check_tokenizer(model, tokenizer)
+    options = dict(batch_size=batch_size, max_length=window, device=str(model.device), logits_cache=False)
+    with quiet_engine(): return CheckedLM(pretrained=model, tokenizer=deepcopy(tokenizer), **options)
 
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #dfc2d191
+def check_shots(
+    name: str,  # of the task
+    task: Task, # with its number of examples set
+) -> None:
+    "Refuse more examples than there are"
+    wanted = task.get_config("num_fewshot") or 0
+    with quiet_engine(): there = len(list(task.fewshot_docs() or ())) if wanted else 0
+    if wanted > there: raise UserError(f"{name}: --fewshot {wanted}: there are only {there} examples")
+
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #cbfa2306
+def set_length(
+    loaded: LoadedTasks,
+    name: str,                  # of a task that generates
+    window: int | None,         # as in `prepare`
+    max_new_tokens: int | None, # as in `prepare`
+) -> None:
+    "How many tokens an answer may have"
+    task = loaded.tasks[name]
+    wanted = task.get_config("generation_kwargs").get("max_gen_toks", 256)
+    length = max_new_tokens or (min(wanted, window // 2) if window else wanted)
+    if window and length >= window:
+        raise UserError(f"--max-new-tokens {length}: must be smaller than the window of {window} tokens")
+    task.set_config("generation_kwargs", {"max_gen_toks": length}, update=True)
+    if length != wanted:
+        loaded.caveats.append(f"{name}: at most {length:,} tokens are generated, the task asks for {wanted:,}")
+
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #dfc2d192
 def prepare(
     loaded: LoadedTasks,
     window: int | None = None,         # the model's; None: as the task wants
     num_fewshot: int | None = None,    # examples in each prompt; None: the task's own number
     max_new_tokens: int | None = None, # to generate at most; None: the task's own number, or half the window
-):
+) -> None:
     "Number of examples and length of answers, as lm-eval's command line sets them"
     for name, task in loaded.tasks.items():
         own = task.get_config("num_fewshot")
-        if num_fewshot is not None and own == 0 and num_fewshot: loaded.caveats.append(f"{name}: asked without examples, as the task lays down")
+        if num_fewshot and own == 0: loaded.caveats.append(f"{name}: asked without examples, as the task lays down")
         elif num_fewshot is not None: task.set_config("num_fewshot", num_fewshot)
         elif own is None: task.set_config("num_fewshot", 0)
-        if task.get_config("output_type") != "generate_until": continue
-        wanted = task.get_config("generation_kwargs").get("max_gen_toks", 256)
-        length = max_new_tokens or (min(wanted, window // 2) if window else wanted)
-        if window and length >= window: raise UserError(f"--max-new-tokens {length}: must be smaller than the window of {window} tokens")
-        task.set_config("generation_kwargs", {"max_gen_toks": length}, update=True)
-        if length != wanted: loaded.caveats.append(f"{name}: at most {length:,} tokens are generated, the task asks for {wanted:,}")
+        if num_fewshot: check_shots(name, task)
+        if task.get_config("output_type") == "generate_until": set_length(loaded, name, window, max_new_tokens)
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #dfc2d193
 def cut_prompts(
     task: Task,   # with its requests built
     lm: Any,      # with tok_encode
@@ -360,6 +437,7 @@ class Scored:
     partial: bool           # interrupted: only some items
     caveats: list[str]      # what a reader must know
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #436d30c0
 def _answered(task: Task, answers: Answers) -> list[int]: # ids
     "The first items, as far as all their questions are answered"
     whole: dict[int, bool] = {}
@@ -369,9 +447,10 @@ def _answered(task: Task, answers: Answers) -> list[int]: # ids
         whole[request.doc_id] = whole.get(request.doc_id, True) and all(k in answers.known for k in keys)
     return list(takewhile(whole.get, whole))
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #f6e43d7e
 FEWSHOT_SEED = 1234   # lm-eval's
 
-def ask(
+def evaluate_tasks(
     lm: Any,                         # a model as lm-eval wants it
     loaded: LoadedTasks,
     answers: Answers | None = None,  # None: memory only
@@ -383,16 +462,17 @@ def ask(
     from lm_eval.evaluator import evaluate
     answers = answers or Answers()
     options = dict(bootstrap_iters=1000, log_samples=True, confirm_run_unsafe_code=True)
-    def seeded(tasks: dict[str, Task]) -> dict: # lm-eval's dictionary of tasks, examples drawn from the start again
-        for task in tasks.values(): task.set_fewshot_seed(FEWSHOT_SEED)
-        return loaded.engine | {"tasks": tasks}
+    def seeded(names: Iterable[str]) -> dict: # lm-eval's dictionary of tasks, examples drawn from the start again
+        for name in names: loaded.tasks[name].set_fewshot_seed(FEWSHOT_SEED)
+        return loaded.engine | {"tasks": {name: loaded.tasks[name] for name in names}}
     with quiet_engine():
-        try: result, partial = evaluate(Remembering(lm, answers, block, progress), seeded(loaded.tasks), limit=limit, **options), False
+        asked = Remembering(lm, answers, block, progress)
+        try: return Scored(evaluate(asked, seeded(loaded.tasks), limit=limit, **options), False, [])
         except KeyboardInterrupt:
             done = {name: ids for name, task in loaded.tasks.items() if (ids := _answered(task, answers))}
             if not done: return Scored({}, True, [])
-            result, partial = evaluate(Remembering(None, answers), seeded({name: loaded.tasks[name] for name in done}), samples=done, **options), True
-    return Scored(result, partial, [])
+            known = Remembering(None, answers)
+            return Scored(evaluate(known, seeded(done), samples=done, **options), True, [])
 
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #83428183
 def interval(
@@ -401,53 +481,77 @@ def interval(
     se: float | None,    # standard error of the mean
 ) -> list[float] | None: # [low, high], 95 %
     "Wilson's interval for right-or-wrong items, a normal one otherwise"
-    from scipy.stats import binomtest
     if values and all(v in (0, 1) for v in values) and math.isclose(sum(values) / len(values), mean, abs_tol=1e-9):
-        bounds = binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
-        return [float(bounds.low), float(bounds.high)]
+        return list(wilson(int(sum(values)), len(values)))
     return None if se is None else [mean - 1.96*se, mean + 1.96*se]
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #54a048b9
 def chance_level(
     task: Task, # with its requests built
 ) -> float | None: # None where guessing has no meaning
     "Mean of one over the number of choices"
-    if task.get_config("output_type") != "multiple_choice" or task.get_config("process_results") is not None: return None
+    own_rule = task.get_config("process_results") is not None
+    if task.get_config("output_type") != "multiple_choice" or own_rule: return None
     choices: dict[int, int] = {}
     for request in task.instances: choices[request.doc_id] = choices.get(request.doc_id, 0) + 1
     return sum(1/n for n in choices.values()) / len(choices)
 
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #65518343
-def _metrics(row: dict, items: list[dict], better: dict[str, bool]) -> dict[str, dict]: # name -> value, se, ci, higher_is_better
+def _metrics(
+    row: dict,               # lm-eval's results of one task
+    items: list[dict],       # its samples
+    better: dict[str, bool], # metric -> whether higher is better
+) -> dict[str, dict]: # name -> value, se, ci, higher_is_better
     "lm-eval's metrics of one task, named without a filter where there is only one"
     keys = [k for k in row if "," in k and not k.split(",")[0].endswith("_stderr")]
     found = {}
     for key in keys:
         metric, kept = key.split(",", 1)
         alone = sum(k.split(",")[0] == metric for k in keys) == 1
-        se = row.get(f"{metric}_stderr,{kept}")
+        se, value = row.get(f"{metric}_stderr,{kept}"), float(row[key])
         se = float(se) if isinstance(se, (int, float)) and math.isfinite(se) else None
-        values = [float(i[metric]) for i in items if i["filter"] == kept and isinstance(i.get(metric), (int, float, bool))]
-        found[metric if alone else f"{metric}/{kept}"] = dict(value=float(row[key]), se=se, ci=interval(values, float(row[key]), se), higher_is_better=better.get(metric, True))
+        values = [i[metric] for i in items if i["filter"] == kept and isinstance(i.get(metric), (int, float, bool))]
+        ci = interval([float(v) for v in values], value, se)
+        found[metric if alone else f"{metric}/{kept}"] = dict(
+            value=value, se=se, ci=ci, higher_is_better=better.get(metric, True))
     return found
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #65518344
 def _leaves(name: str, below: dict[str, list[str]]) -> list[str]:
     "The tasks beneath a group"
     return [leaf for part in below[name] for leaf in _leaves(part, below)] if name in below else [name]
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #bc3d4674
+def _of_row(
+    name: str, row: dict, # lm-eval's result of a task or group
+    leaves: list[str],    # the tasks beneath it
+    scored: Scored, loaded: LoadedTasks,
+) -> dict: # metrics, items, items_in_set, chance
+    "What is said of a task and of a group alike"
+    engine = scored.engine
+    items = [item for leaf in leaves for item in engine["samples"][leaf]]
+    counts = [engine["n-samples"][leaf] for leaf in leaves]
+    chances = [chance_level(loaded.tasks[leaf]) for leaf in leaves]
+    asked, chance = sum(n["effective"] for n in counts), None
+    if chances and None not in chances: chance = sum(c*n["effective"] for c, n in zip(chances, counts)) / asked
+    metrics = _metrics(row, items, engine["higher_is_better"].get(name) or {})
+    return dict(metrics=metrics, items=row.get("sample_len", 0), items_in_set=sum(n["original"] for n in counts),
+                chance=chance)
+
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #65518345
 def summarize(
     scored: Scored,
     loaded: LoadedTasks,
 ) -> dict[str, dict]: # {"tasks": name -> metrics and counts, "groups": the same}
     "Scores of tasks and groups as plain data"
-    tasks, groups = {}, {}
-    engine = scored.engine
+    tasks, groups, engine = {}, {}, scored.engine
     for name, row in engine.get("results", {}).items():
         leaves = [leaf for leaf in _leaves(name, engine["group_subtasks"]) if leaf in engine["samples"]]
-        items, counts = [item for leaf in leaves for item in engine["samples"][leaf]], [engine["n-samples"][leaf] for leaf in leaves]
-        chances = [chance_level(loaded.tasks[leaf]) for leaf in leaves]
-        chance = None if None in chances or not chances else sum(c*n["effective"] for c, n in zip(chances, counts)) / sum(n["effective"] for n in counts)
-        found = dict(metrics=_metrics(row, items, engine["higher_is_better"].get(name) or {}), items=row.get("sample_len", 0), items_in_set=sum(n["original"] for n in counts), chance=chance)
-        if name in loaded.tasks: tasks[name] = found | dict(num_fewshot=engine["n-shot"].get(name), version=engine["versions"].get(name), output_type=loaded.tasks[name].get_config("output_type"))
+        found = _of_row(name, row, leaves, scored, loaded)
+        if name in loaded.tasks:
+            kind = loaded.tasks[name].get_config("output_type")
+            about = dict(num_fewshot=engine["n-shot"].get(name), version=engine["versions"].get(name), output_type=kind)
+            tasks[name] = found | about
         elif found["metrics"]: groups[name] = found | dict(tasks=leaves)
     return dict(tasks=tasks, groups=dict(sorted(groups.items(), key=lambda pair: -len(pair[1]["tasks"]))))
 
@@ -456,11 +560,18 @@ def sample_lines(
     items: list[dict], # lm-eval's samples of one task
 ) -> list[dict]:
     "The samples of a task without the items' texts"
-    kept = ("doc_id", "doc_hash", "prompt_hash", "target_hash", "filter", "target")
-    return [{key: item[key] for key in kept} | dict(answer=item["filtered_resps"], metrics={m: float(item[m]) if isinstance(item[m], (int, float)) else item[m] for m in item["metrics"]}) for item in items]
+    kept, lines = ("doc_id", "doc_hash", "prompt_hash", "target_hash", "filter", "target"), []
+    for item in items:
+        metrics = {m: float(v) if isinstance(v := item[m], (int, float)) else v for m in item["metrics"]}
+        lines.append({key: item[key] for key in kept} | dict(answer=item["filtered_resps"], metrics=metrics))
+    return lines
 
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #1dae1e58
-def _item_values(name: str, leaves: list[str], metric: str, samples: dict[str, list[dict]]) -> list[dict]: # metric, item, value, perhaps cluster
+def _item_values(
+    name: str, leaves: list[str],   # a task, or a group with its tasks
+    metric: str,                    # as the result names it
+    samples: dict[str, list[dict]], # lm-eval's
+) -> list[dict]: # metric, item, value, perhaps cluster
     "One metric of a task or a group, item by item"
     key, _, kept = metric.partition("/")
     found, seen = [], {}
@@ -473,6 +584,7 @@ def _item_values(name: str, leaves: list[str], metric: str, samples: dict[str, l
             found.append(dict(metric=f"{name}/{metric}", **again, value=item[key]))
     return found
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #59532dc3
 def item_scores(
     result: dict,   # plain data of `run_tasks`
     scored: Scored, # lm-eval's result
@@ -484,7 +596,8 @@ def item_scores(
             items = _item_values(name, row.get("tasks", [name]), metric, samples)
             if not items or not all(isinstance(i["value"], (bool, int, float)) for i in items): continue
             for i in items: i["value"] = float(i["value"])
-            if math.isclose(math.fsum(i["value"] for i in items) / len(items), m["value"], rel_tol=1e-9, abs_tol=1e-9): out += items
+            mean = math.fsum(i["value"] for i in items) / len(items)
+            if math.isclose(mean, m["value"], rel_tol=1e-9, abs_tol=1e-9): out += items
     return out
 
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #f2a3f42d
@@ -494,29 +607,31 @@ def run_tasks(
     window: int | None = None,         # the model's
     num_fewshot: int | None = None,    # see `prepare`
     max_new_tokens: int | None = None, # see `prepare`
-    **options,                         # of `ask`
+    **options,                         # of `evaluate_tasks`
 ) -> tuple[dict, Scored]: # (plain data, lm-eval's result)
     "Ask and sum up"
     prepare(loaded, window, num_fewshot, max_new_tokens)
-    scored = ask(lm, loaded, **options)
+    scored = evaluate_tasks(lm, loaded, **options)
     for name, task in loaded.tasks.items():
         cut, n = cut_prompts(task, lm, window) if window and task.instances else (0, 0)
-        if cut: loaded.caveats.append(f"{name}: {cut:,} of {n:,} prompts are longer than the window of {window:,} tokens and lost their beginning")
-    result = dict(schema=1, kind="benchmarks", partial=scored.partial, **summarize(scored, loaded), caveats=loaded.caveats, skipped=loaded.skipped,
-                  window=window, lm_eval=version("lm_eval"))
-    return result, scored
+        if cut: loaded.caveats.append(f"{name}: {cut:,} of {n:,} prompts are longer than the window of {window:,} "
+                                      "tokens and lost their beginning")
+    about = dict(caveats=loaded.caveats, skipped=loaded.skipped, window=window, lm_eval=version("lm_eval"))
+    return dict(schema=1, kind="benchmarks", partial=scored.partial, **summarize(scored, loaded), **about), scored
 
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #34d92bf9
 def run_benchmarks(
     model: Any,               # a causal language model; its mode is restored
     tokenizer: Any,           # the one it was trained with
-    cfg: Config,              # eval_config: evals, evals_registry_path, eval_batch_size; dataset_config.max_seq_length is the window
+    cfg: Config,              # eval_config; dataset_config.max_seq_length is the window
     limit: int | None = None, # items of each task; None: all
     allow_code: bool = False, # run programs that the model writes
 ) -> dict: # see `run_tasks`, and "item_scores"; "tasks" is empty where no benchmark is configured
-    "The benchmarks of a configuration"
+    "The benchmarks of a configuration: evals, evals_registry_path, eval_batch_size"
     chosen = cfg.eval_config
-    if not chosen.evals: return dict(schema=1, kind="benchmarks", partial=False, tasks={}, groups={}, caveats=[], skipped={}, item_scores=[])
+    if not chosen.evals:
+        empty = dict(tasks={}, groups={}, caveats=[], skipped={}, item_scores=[])
+        return dict(schema=1, kind="benchmarks", partial=False) | empty
     loaded = load_tasks(chosen.evals, data_root(), chosen.evals_registry_path, allow_code, skip_code=True)
     window, training = cfg.dataset_config.max_seq_length, model.training
     try:
@@ -526,12 +641,14 @@ def run_benchmarks(
             return result | dict(item_scores=item_scores(result, scored))
     finally: model.train(training)
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #34d92bfa
 def check_benchmarks(
     cfg: Config, # eval_config: evals, evals_registry_path
 ):
     "Refuse a name that nobody knows before a training is begun, not after it"
     if cfg.eval_config.evals: resolve_names(cfg.eval_config.evals, cfg.eval_config.evals_registry_path)
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #26f42414
 def benchmark_metrics(
     result: dict, # of `run_benchmarks`
 ) -> dict[str, float]: # "gsm8k/exact_match" -> value, "gsm8k/exact_match_se" -> standard error

@@ -163,8 +163,9 @@ def metric_names(
 # %% ../../nbs/findings/01_results.ipynb #fbb0a72e
 @patch
 def write_csv(self: StudyRuns) -> Path: # ablation_results.csv
-    "Write the table of all runs"
-    return write_atomic(self.folder/"ablation_results.csv", self.rows.to_csv(index=False))
+    "Write the table of all runs; a text that a spreadsheet would compute has an apostrophe before it"
+    def safe(value): return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    return write_atomic(self.folder/"ablation_results.csv", self.rows.map(safe).to_csv(index=False))
 
 # %% ../../nbs/findings/01_results.ipynb #93ee29ea
 def long_table(
@@ -193,8 +194,9 @@ def check_axes(
 ):
     "Refuse an axis that would be the second column of its name"
     for axis in axes:
-        if axis in {*COLUMNS, "metric", "kind", "value"}:
-            here = f"{at(where, f'axes.{axis}')}: axis {axis!r}"
+        here = f"{at(where, f'axes.{axis}')}: axis {axis!r}"
+        if "/" in axis: raise UserError(f"{here}: a slash in a column's name says that it is a metric; choose another name")
+        if axis in {*COLUMNS, "metric", "kind", "value", "column"}:
             raise UserError(f"{here}: the results have a column of this name; choose another")
 
 # %% ../../nbs/findings/01_results.ipynb #d1dce524

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +20,10 @@ from .figures import usage_figure, usages
 from .results import StudyRuns, metric_names
 from .summary import ANECDOTAL, best_run, done_words, effect_sentence, wall_time_rows, wall_time_sentence
 from .verdicts import Finding, study_findings
-from ..formats import decimals, ratio_text, short_number
+from ..formats import decimals, ratio_text, short_number, size_text
 from ..page import figure_html, page_html, render, write_plotly
 from ..study.plan import Match, Plan, matching
-from ..study.run import FILES, FINISHED, RUNS, STUDY
+from ..study.run import FILES, FINISHED, RUNS, STUDY, file_name
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -66,8 +65,9 @@ def shown_metrics(
     rows: pd.DataFrame, # of a study's runs
     plan: Plan, # its primary metric comes first
 ) -> list[str]: # columns
-    "The metrics that get figures: the primary one, bits per byte, and what the claims are about"
-    scores = [m for m in metric_names(rows) if m.endswith("/bits_per_byte")]
+    "The metrics that get figures: the primary one, bits per byte, benchmarks, and what the claims are about"
+    benchmarks = (plan.base.get("eval_config") or {}).get("evals") or []
+    scores = [m for m in metric_names(rows) if m.endswith("/bits_per_byte") or m.partition("/")[0] in benchmarks]
     claimed = [c["metric"] for c in plan.study["claims"] if c["metric"] and ":" not in c["metric"]]
     return [m for m in dict.fromkeys([plan.metric, *scores, *claimed]) if m in rows]
 
@@ -459,11 +459,11 @@ def run_table(
 ) -> tuple[list[tuple[str, str]], list[list[dict]]]: # (heading, class), rows of cells
     "All runs for a table that can be sorted: what is shown, and by what it is sorted"
     cost = {"parameters": short_number, "active_parameters": short_number,
-            "tokens": lambda v: f"{v:,.0f}", "seconds": lambda v: f"{v:.0f}"}
+            "tokens": lambda v: f"{v:,.0f}", "seconds": lambda v: f"{v:.0f}", "peak_memory_bytes": size_text}
     rest = {m: decimals for m in metric_names(rows) if rows[m].notna().any()}
     numbers = {**{m: decimals for m in shown_metrics(rows, plan)}, **cost, **rest}
     columns = ["run", "state", *plan.axes, "seed", *numbers]
-    spoken = {c: c.replace("_", " ") for c in numbers if "/" not in c}
+    spoken = {c: c.removesuffix("_bytes").replace("_", " ") for c in numbers if "/" not in c}
     heads = [(spoken.get(c, c), "n" if c in numbers else "") for c in columns]
     return heads, [[_run_cell(row, c, numbers) for c in columns] for _, row in rows.iterrows()]
 
@@ -651,10 +651,6 @@ def study_page(
     return page_html(plan.study["name"], body, "plotly.min.js", VERDICTS)
 
 # %% ../../nbs/findings/06_study_page.ipynb #f2f03b9a
-def _file_name(text: str) -> str:
-    "Text as part of a file's name"
-    return re.sub(r"[^A-Za-z0-9+._-]+", "-", text)
-
 def _one_figure(title: str, figure: Any) -> str:
     "A page with one figure"
     return page_html(title, render("<h2>{{ title }}</h2>", title=title) + figure_html(figure), "../plotly.min.js")
@@ -670,9 +666,9 @@ def _write_static(target: Path, name: str, figure: Any):
 # %% ../../nbs/findings/06_study_page.ipynb #0f84fa99
 def _metric_figures(target: Path, plan: Plan, rows: pd.DataFrame, metric: str, draw: Callable):
     "Effects of one metric: each axis as a page, all of them as a picture, and the intervals as both"
-    name, effects = _file_name(metric), effects_table(rows, plan.axes, metric)
+    name, effects = file_name(metric), effects_table(rows, plan.axes, metric)
     _write_static(target, f"effects-{name}", static_effects(rows, plan, metric))
-    for axis in plan.axes: draw(f"effects-{name}-{_file_name(axis)}", metric, effect_figure(rows, plan, axis, metric))
+    for axis in plan.axes: draw(f"effects-{name}-{file_name(axis)}", metric, effect_figure(rows, plan, axis, metric))
     if not effects.pairs.any(): return
     _write_static(target, f"intervals-{name}", static_intervals(effects, metric))
     draw(f"intervals-{name}", metric, interval_figure(effects))
@@ -692,8 +688,8 @@ def write_figures(
             draw(f"cost-{cost}", f"{metric} against {what}", cost_figure(rows, plan, cost, metric, direction))
     if used := usages(runs): _write_static(target, "usage", static_usage(used, plan))
     for axis in plan.axes:
-        _write_static(target, f"loss-{_file_name(axis)}", static_losses(read, plan, axis))
-        draw(f"loss-{_file_name(axis)}", f"training loss by {axis}", loss_figure(read, plan, axis))
+        _write_static(target, f"loss-{file_name(axis)}", static_losses(read, plan, axis))
+        draw(f"loss-{file_name(axis)}", f"training loss by {axis}", loss_figure(read, plan, axis))
 
 # %% ../../nbs/findings/06_study_page.ipynb #01ae7992
 def write_report(

@@ -5,8 +5,6 @@
 # %% ../../nbs/running/10_command.ipynb #8e7f1e59
 from __future__ import annotations
 
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,7 +19,7 @@ import yaml
 
 import peer_nb
 from .local import Devices, Event, Local, choose_devices, cpu_processes
-from ..study.run import BASE, FINISHED, PLAN, RUNS, STUDY, Run
+from ..study.run import BASE, FINISHED, PLAN, RUNS, STUDY, Run, file_name
 from ..findings.results import check_axes, load_runs
 from .register import earlier_studies, remember, study_folders
 from .reuse import Taken, take, taken_lines, taken_over
@@ -110,7 +108,7 @@ def make_folder(
     **beside, # more to remember, such as where it runs
 ) -> Path: # OUT/<study>-<timestamp>
     "A new study's folder with its frozen plan"
-    stem = re.sub(r"[^A-Za-z0-9+=._-]+", "-", plan.study["name"]).strip("-.") or "study"
+    stem = file_name(plan.study["name"]) or "study"
     first = writable_folder(output_dir)/f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = next(f for f in (first.with_name(first.name + s) for s in ("", *(f"-{n}" for n in range(2, 1000)))) if not f.exists())
     folder.mkdir()

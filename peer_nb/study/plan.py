@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -17,12 +18,14 @@ from fastcore.basics import patch
 
 from .claims import better, is_number
 from .places import at
-from .run import PLAN
+from .run import PLAN, file_name
 from .identity import find_template, identity, package_hash, section_hashes, template_hash
 from .study import Study, cell_overrides, check_levels, combinations, dropped, planned_tokens
-from .study import shared_overrides
+from .study import shared_overrides, step_tokens
 from ..config import Config, ConfigError, apply_overrides, config_from_dict, diff_configs, to_dict, validate
+from ..data.corpora import task_arguments
 from ..files import UserError, read_json, sha256_of, write_json
+from ..tasks.registry import find_task
 
 # %% auto #0
 __all__ = ['DURATION', 'THRESHOLD', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver', 'matched_tokens',
@@ -36,8 +39,10 @@ def run_id(
     seed: int, # of the run
 ) -> str: # such as 003-docs+source-128x128-4headsx8-seed42
     "A short, readable name that every file system takes"
-    words = [re.sub(r"([^A-Za-z0-9+=._]|\.{2,})+", "-", re.sub(r"\s+", "", l.replace("×", "x"))).strip("-.")[:24] for l in levels.values()]
-    return "-".join([f"{number:03d}", *filter(None, words), f"seed{seed}"])
+    plain = [re.sub(r"\s+", "", level.replace("×", "x")) for level in levels.values()]
+    words = "-".join(filter(None, (file_name(word)[:24] for word in plain)))
+    if len(words) > 100: words = f"{words[:91]}-{sha256_of(levels)[:8]}"
+    return "-".join(filter(None, [f"{number:03d}", words, f"seed{seed}"]))
 
 # %% ../../nbs/study/05_plan.ipynb #24ea8f0e
 @dataclass
@@ -104,16 +109,15 @@ def config(self: Plan,
     return apply_overrides(self.start, own)
 
 # %% ../../nbs/study/05_plan.ipynb #48ecd6bf
-_SPLITS = dict(synthetic_qa="known|val|test", digit_lookup="test_(known|novel)", two_hop="one_hop|known|novel|novel_ood", hashhop="test_.+")
-
 def recalled(
     config: Config, # with its data sets
     name: str, # such as facts/test_known/exact_match
 ) -> bool:
     "Whether a generated task of the configuration gives a number of this name"
-    tasks = {e.name: e.task for e in [*config.dataset_config.datasets, *(config.eval_config.datasets or [])] if e.task}
-    entry, _, rest = name.partition("/")
-    return entry in tasks and re.fullmatch(rf"({_SPLITS[tasks[entry]]})(/\w+=[^/]+)?/(exact_match|first_digit_accuracy|digit_accuracy|answer_logprob)", rest) is not None
+    entries = [*config.dataset_config.datasets, *(config.eval_config.datasets or [])]
+    tasks = {e.name: e for e in entries if e.task}
+    entry, _, metric = name.partition("/")
+    return entry in tasks and find_task(tasks[entry].task).measures(metric, **task_arguments(tasks[entry]))
 
 def measured(
     config: Config, # with its held-out sets
@@ -190,8 +194,7 @@ def matched_tokens(
     world_size: int = 1, # GPUs of a run
 ) -> int: # a whole number of steps, at least one
     "Tokens that a run can train on for so many operations, or in so many seconds"
-    train = config.train_config
-    step = train.per_device_train_batch_size * train.gradient_accumulation_steps * config.dataset_config.max_seq_length * world_size
+    step = step_tokens(config, world_size)
     return max(1, round(allowance/each/step))*step
 
 # %% ../../nbs/study/05_plan.ipynb #eb1665b7
@@ -228,6 +231,10 @@ class _Planner:
         counted = count_parameters(config.model_config, config.dataset_config.max_seq_length).to_dict()
         return counted, 3.0*counted["flops_per_token"]
 
+    def steps(self, config: Config) -> dict[str, int]: # of the optimizer; unknown where only the data can tell
+        tokens = planned_tokens(config, self.plan.world_size)
+        return {} if tokens is None else {"steps": math.ceil(tokens/step_tokens(config, self.plan.world_size))}
+
     def lengthened(self, own: dict, config: Config, each: float) -> dict: # overrides of the duration
         "How long a cell trains where something else than tokens is matched"
         matched, seconds = self.study.budget.matched, self.study.budget.seconds
@@ -257,7 +264,7 @@ def cells(self: _Planner,
     if (text := hashes["dataset_config"]) not in self.prints: self.prints[text] = self.fingerprint(config)
     tokens = planned_tokens(config, self.plan.world_size)
     out = [Cell("", levels, seed, own, identity(hashes, seed, self.plan.world_size, self.plan.template_hash, self.plan.package_hash, self.prints[text]),
-                self.prints[text], counted, tokens, None if tokens is None else each*tokens) for seed in seeds]
+                self.prints[text], counted | self.steps(config), tokens, None if tokens is None else each*tokens) for seed in seeds]
     same = self.seen.setdefault(out[0].identity, levels)
     if same is levels: return out
     self.plan.left_out[named(levels)] = f"the same experiment as {named(same)}"
@@ -310,8 +317,11 @@ def make_plan(
 # %% ../../nbs/study/05_plan.ipynb #bd4f1461
 THRESHOLD = 0.05
 
-QUANTITIES = {"tokens": lambda c: c.tokens, "total parameters": lambda c: c.parameters["total"], "active parameters": lambda c: c.parameters["active"],
-              "active experts per token": lambda c: c.parameters.get("active_experts_per_token"), "training FLOPs": lambda c: c.flops}
+QUANTITIES = {
+    "tokens": lambda c: c.tokens, "optimizer steps": lambda c: c.parameters.get("steps"),
+    "held-out window": lambda c: c.parameters.get("context"), "total parameters": lambda c: c.parameters["total"],
+    "active parameters": lambda c: c.parameters["active"],
+    "active experts per token": lambda c: c.parameters.get("active_experts_per_token"), "training FLOPs": lambda c: c.flops}
 
 # %% ../../nbs/study/05_plan.ipynb #5eaf3183
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import threading
@@ -22,12 +23,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastcore.basics import patch
 
-from ..files import UserError, read_json, read_jsonl, write_atomic, write_json
+from ..files import UserError, read_json, read_jsonl, sha256_of, write_atomic, write_json
 
 # %% auto #0
 __all__ = ['PLAN', 'STUDY', 'BASE', 'RUNS', 'EARLIER', 'FILES', 'State', 'FINISHED', 'PULSE', 'LOST', 'Losses', 'Items',
-           'is_study', 'studies_in', 'fits', 'shaped', 'NotFinite', 'Result', 'read_result', 'Status', 'process_mark',
-           'is_alive', 'pulse', 'read_metrics', 'read_items', 'read_heartbeat', 'Run', 'read_status']
+           'file_name', 'is_study', 'studies_in', 'fits', 'shaped', 'NotFinite', 'Result', 'read_result', 'Status',
+           'process_mark', 'is_alive', 'pulse', 'read_metrics', 'read_items', 'read_heartbeat', 'Run', 'read_status']
 
 # %% ../../nbs/study/04_run.ipynb #240696e5
 PLAN, STUDY, BASE, RUNS, EARLIER = "plan.json", "study.yaml", "base.yaml", "runs", "earlier"
@@ -39,6 +40,14 @@ FILES = dict(
     samples="samples.jsonl", items="items.jsonl", result="result.json") # of the notebook
 
 # %% ../../nbs/study/04_run.ipynb #66cbe52b
+def file_name(
+    text: str, # a name from a person's file
+    most: int = 80, # characters
+) -> str: # a long one is cut, and told apart from others by a hash
+    "A name that every file system takes"
+    name = re.sub(r"([^A-Za-z0-9+=._-]|\.{2,})+", "-", text).strip("-.")
+    return name if len(name) <= most else f"{name[:most - 9].rstrip('-.')}-{sha256_of(text)[:8]}"
+
 def is_study(
     folder: str | Path, # any
 ) -> bool:

@@ -21,10 +21,10 @@ from ..schema import Allowed, Positive
 from ..files import UserError, sha256_of
 
 # %% auto #0
-__all__ = ['Design', 'READERS', 'BUILTIN_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study', 'known_keys', 'read_constraints',
-           'dropped', 'read_reuse', 'check_budget', 'study_from_dict', 'load_study', 'combinations',
+__all__ = ['Design', 'NOTHING', 'READERS', 'BUILTIN_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study', 'known_keys',
+           'read_constraints', 'dropped', 'read_reuse', 'check_budget', 'study_from_dict', 'load_study', 'combinations',
            'expert_setup_levels', 'selection_heads_levels', 'data_mix_levels', 'builtin_axes', 'heldout_sets',
-           'shared_overrides', 'check_owned', 'check_levels', 'cell_overrides', 'planned_tokens']
+           'shared_overrides', 'check_owned', 'check_levels', 'cell_overrides', 'step_tokens', 'planned_tokens']
 
 # %% ../../nbs/study/02_study.ipynb #60cea7fe
 @dataclass
@@ -75,15 +75,28 @@ def known_keys(
     return data
 
 # %% ../../nbs/study/02_study.ipynb #7a8c3557
+NOTHING = ("", "NA", "N/A", "#N/A", "#NA", "<NA>", "NULL", "null", "NaN", "nan", "-NaN", "-nan", "n/a", "None")
+
+def _name(value: Any, names: Iterable[str], file: str, key: str) -> str:
+    "The name of an axis or a level as text; one that the table of results would lose is refused"
+    name = str(value)
+    if name in NOTHING: raise ConfigError(file, key, f"{name!r} is read as an empty cell by programs that open tables; name it otherwise")
+    if name in names: raise ConfigError(file, key, f"{name!r} is there twice, once as a number and once as text; names must differ as text")
+    return name
+
 def _axes(data: Any, file: str) -> dict[str, dict[str, dict[str, Any]]]:
     "The axes of a study file, names as text"
     if not isinstance(data, dict): raise ConfigError(file, "axes", f"{data!r} is not a mapping of axes")
-    out = {}
+    out: dict[str, dict[str, dict[str, Any]]] = {}
     for axis, levels in data.items():
-        if not isinstance(levels, dict) or not levels: raise ConfigError(file, f"axes.{axis}", "has no levels, so the study has no cell")
+        here = f"axes.{axis}"
+        if not isinstance(levels, dict) or not levels: raise ConfigError(file, here, "has no levels, so the study has no cell")
+        own = out[_name(axis, out, file, here)] = {}
         for level, overrides in levels.items():
-            if not isinstance(overrides, dict): raise ConfigError(file, f"axes.{axis}.{level}", f"{overrides!r} is not a mapping of overrides such as train_config.learning_rate: 1e-3")
-        out[str(axis)] = {str(level): dict(overrides) for level, overrides in levels.items()}
+            if not isinstance(overrides, dict):
+                raise ConfigError(file, f"{here}.{level}", f"{overrides!r} is not a mapping of overrides "
+                                  "such as train_config.learning_rate: 1e-3")
+            own[_name(level, own, file, f"{here}.{level}")] = dict(overrides)
     return out
 
 # %% ../../nbs/study/02_study.ipynb #a7f37692
@@ -351,13 +364,21 @@ def cell_overrides(
     return out
 
 # %% ../../nbs/study/02_study.ipynb #b18e2a0b
+def step_tokens(
+    config: Config, # one cell's
+    world_size: int = 1, # GPUs of a run
+) -> int:
+    "Tokens of one optimizer step"
+    train = config.train_config
+    rows = train.per_device_train_batch_size*train.gradient_accumulation_steps*world_size
+    return rows*config.dataset_config.max_seq_length
+
 def planned_tokens(
     config: Config, # one cell's
     world_size: int = 1, # GPUs of a run
 ) -> int | None: # None where only the data can tell
     "Tokens that a run will train on; a UserError where the run could never end"
-    train, data = config.train_config, config.dataset_config
-    step = train.per_device_train_batch_size * train.gradient_accumulation_steps * data.max_seq_length * world_size
+    train, data, step = config.train_config, config.dataset_config, step_tokens(config, world_size)
     if train.max_tokens is not None: return train.max_tokens
     if train.max_steps is not None: return train.max_steps * step
     if train.num_train_epochs is None:
