@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from peer_nb.models import product_keys
+from peer_nb.analysis.usage_statistics import hot_rows, usage_statistics
 from peer_nb.models.peer import MEMORY_KINDS, ExpertUsage, MemoryTable, ReadExperts, experts_reference, gather_dot, gather_dot_reference
 from peer_nb.models.product_keys import (ProductKeyRouter, add_by_row, brute_force_top_k, by_row, gather_sum, numpy_may, product_top_k, search,
                                          sorted_top)
@@ -251,7 +252,7 @@ def test_peer_is_the_public_implementations(table_gradient):
     x, g = torch.randn(2, 40, d), torch.randn(2, 40, d)
     got, want = gradients(ours, x, g), gradients(peer, x, g)
     query = want["to_queries.0.weight"].view(2, heads, d//2, d).transpose(0, 1).reshape(-1, d)
-    assert_same(got, {"output": want["output"], "input": want["input"], "keys": want["keys"].permute(0, 2, 1, 3).flatten(1, 2), "query_proj.weight": query,
+    assert_same(got, {"output": want["output"], "input": want["input"], "sub_keys": want["keys"].permute(0, 2, 1, 3).flatten(1, 2), "query_proj.weight": query,
                       "expert_down.weight": want["weight_down_embed.weight"], "expert_up.weight": want["weight_up_embed.weight"]}, rtol=1e-4, atol=1e-4)
 
 
@@ -371,12 +372,12 @@ def test_usage_by_its_definition(n, tokens, threshold, seed):
     usage.add(weights, index)
     z = torch.zeros(n).double()
     for i, w in zip(index.flatten().tolist(), weights.flatten().tolist()): z[i] += w
-    got = usage.summary(threshold)
-    assert got["usage"] == len(index.unique()) / n
+    got = usage_statistics(usage.uses(), threshold)
+    assert got["used"] == len(index.unique()) / n
     assert abs(got["unevenness"] - entropy(z, torch.ones(n))) < 1e-9
-    share = z / z.sum() * n
-    assert set(got["hot"]) == set((share > threshold).nonzero().flatten().tolist())
-    assert all(share[a] >= share[b] for a, b in zip(got["hot"], got["hot"][1:]))
+    share, hot = z / z.sum() * n, [found["row"] for found in hot_rows(usage.uses(), threshold, n)]
+    assert set(hot) == set((share > threshold).nonzero().flatten().tolist()) and got["hot"] == len(hot)
+    assert all(share[a] >= share[b] for a, b in zip(hot, hot[1:]))
 
 
 # checkpointing and several processes

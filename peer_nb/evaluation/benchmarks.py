@@ -61,6 +61,7 @@ def names_in(
     clean = {word.split(" #")[0].strip().strip("\"'") for word in words}
     return {word for word in clean if word and not re.search(r"[\s,:{\[]", word)}
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #689bdbf8
 def task_folders() -> dict[str, list[str]]: # name of a task, group or tag -> folders of lm-eval's tasks
     "Where each of lm-eval's names occurs"
     home = require_lm_eval()
@@ -120,6 +121,7 @@ def family(
         rest += [m if isinstance(m, str) else m.get("task") or m.get("group") for m in plain]
     return found
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #033890ac
 def task_manager(
     names: list[str], # of lm-eval
 ) -> TaskManager:
@@ -241,6 +243,7 @@ def runs_code(
     there = [manager.task_index[n] for n in family(manager.task_index, [name]) if n in manager.task_index]
     return any((entry.cfg or {}).get("unsafe_code") for entry in there)
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #24d7f41c
 def sandbox_note() -> str: # for the reader of a score
     "What the sandbox keeps programs from here; `UserError` where it does not work at all"
     tried = run_code("pass")
@@ -291,6 +294,7 @@ class Answers:
         self.known.update(zip(questions, answers))
         if self.path: append_jsonl(self.path, dict(questions=questions, answers=answers))
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #435bb563
 def question_keys(
     kind: str,                # loglikelihood, loglikelihood_rolling, generate_until
     requests: list[Instance], # lm-eval's
@@ -343,6 +347,7 @@ def _finite_scores(ids, scores): # a logits processor of transformers
     check_finite(scores.amax(-1))
     return scores
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #beecf869
 def causal_lm(
     model: Any,      # a causal language model
     tokenizer: Any,  # from transformers; copied, since lm-eval gives it a padding token
@@ -376,6 +381,7 @@ def check_shots(
     with quiet_engine(): there = len(list(task.fewshot_docs() or ())) if wanted else 0
     if wanted > there: raise UserError(f"{name}: --fewshot {wanted}: there are only {there} examples")
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #cbfa2306
 def set_length(
     loaded: LoadedTasks,
     name: str,                  # of a task that generates
@@ -431,6 +437,7 @@ class Scored:
     partial: bool           # interrupted: only some items
     caveats: list[str]      # what a reader must know
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #436d30c0
 def _answered(task: Task, answers: Answers) -> list[int]: # ids
     "The first items, as far as all their questions are answered"
     whole: dict[int, bool] = {}
@@ -478,6 +485,7 @@ def interval(
         return list(wilson(int(sum(values)), len(values)))
     return None if se is None else [mean - 1.96*se, mean + 1.96*se]
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #54a048b9
 def chance_level(
     task: Task, # with its requests built
 ) -> float | None: # None where guessing has no meaning
@@ -513,6 +521,7 @@ def _leaves(name: str, below: dict[str, list[str]]) -> list[str]:
     "The tasks beneath a group"
     return [leaf for part in below[name] for leaf in _leaves(part, below)] if name in below else [name]
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #bc3d4674
 def _of_row(
     name: str, row: dict, # lm-eval's result of a task or group
     leaves: list[str],    # the tasks beneath it
@@ -575,6 +584,7 @@ def _item_values(
             found.append(dict(metric=f"{name}/{metric}", **again, value=item[key]))
     return found
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #59532dc3
 def item_scores(
     result: dict,   # plain data of `run_tasks`
     scored: Scored, # lm-eval's result
@@ -638,6 +648,7 @@ def check_benchmarks(
     "Refuse a name that nobody knows before a training is begun, not after it"
     if cfg.eval_config.evals: resolve_names(cfg.eval_config.evals, cfg.eval_config.evals_registry_path)
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #26f42414
 def benchmark_metrics(
     result: dict, # of `run_benchmarks`
 ) -> dict[str, float]: # "gsm8k/exact_match" -> value, "gsm8k/exact_match_se" -> standard error

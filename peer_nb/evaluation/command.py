@@ -6,23 +6,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
-
-from fastprogress.fastprogress import progress_bar
 
 from ..cli import check_least, make_main
 from .benchmarks import Answers, LoadedTasks, Scored, causal_lm, load_tasks, run_tasks, sample_lines
 from .items import data_root as items_root
 from .loading import choose_window, claim_answers, load_model, model_fingerprint
-from .page import benchmark_page
+from .score_page import benchmark_page
 from .perplexity_command import perplexity
 from .recall_command import recall
 from ..files import folder_lock, writable_folder, write_atomic, write_json
+from ..progress import Progress
 
 # %% auto #0
-__all__ = ['COMMANDS', 'main', 'write_results', 'scores_lines', 'AskProgress', 'benchmark']
+__all__ = ['main', 'write_results', 'scores_lines', 'benchmark']
 
 # %% ../../nbs/evaluation/12_command.ipynb #36a07309
 def write_results(
@@ -56,26 +54,6 @@ def scores_lines(
                      f"  {row['items']:>6,}")
     return "\n".join(lines)
 
-# %% ../../nbs/evaluation/12_command.ipynb #4c0bcec0
-class AskProgress:
-    "How many questions are answered"
-    def __init__(self): self.bar, self.total, self.shown = None, 0, -1
-
-    def __call__(self,
-        done: int, # answered
-        total: int, # of this kind
-    ):
-        "Show it"
-        if total != self.total: self.bar, self.total, self.shown = None, total, -1
-        if sys.stdout.isatty():
-            if self.bar is None:
-                self.bar = progress_bar(range(total))
-                self.bar.update(0)
-            self.bar.update(done)
-        elif 10*done // max(1, total) > self.shown:
-            self.shown = 10*done // max(1, total)
-            print(f"{done:,} of {total:,} questions answered", flush=True)
-
 # %% ../../nbs/evaluation/12_command.ipynb #33f7de7d
 def _benchmark(
     model: Any, tokenizer: Any, loaded: LoadedTasks, # what answers, and what is asked
@@ -88,7 +66,7 @@ def _benchmark(
     claim_answers(folder/"identity.json", identity, [folder/"answers.jsonl"])
     answers = Answers(folder/"answers.jsonl")
     if answers.known: print(f"{len(answers.known):,} answers are there already")
-    asking = dict(answers=answers, block=4*batch_size, progress=AskProgress())
+    asking = dict(answers=answers, block=4*batch_size, progress=Progress("questions"))
     result, scored = run_tasks(lm, loaded, window, **asking, **options)
     result |= dict(model=title, batch_size=batch_size, limit=options["limit"])
     write_results(folder, result, scored, title)
@@ -135,5 +113,5 @@ def benchmark(
         return _benchmark(model, tokenizer, loaded, folder, checkpoint, window, batch_size, options)
 
 # %% ../../nbs/evaluation/12_command.ipynb #b7bceba6
-COMMANDS = {"perplexity": perplexity, "benchmark": benchmark, "recall": recall}
-main = make_main("peer-eval", COMMANDS, doc="Measure a trained model")
+main = make_main("peer-eval", {"perplexity": perplexity, "benchmark": benchmark, "recall": recall},
+                 doc="Measure a trained model")

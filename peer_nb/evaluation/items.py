@@ -19,9 +19,9 @@ from ..config import parse_yaml
 from ..files import UserError, cache_folder, sha256_of, write_atomic
 
 # %% auto #0
-__all__ = ['TEXT', 'ANY_TEXT', 'INDEX', 'LABEL', 'FOUR', 'WORKED', 'BOXED', 'NUMBER', 'TARGETS', 'ROWS', 'Converted', 'EXAMPLES',
-           'SOURCES', 'CONVERTERS', 'Field', 'check_row', 'read_text', 'read_lines', 'gsm8k', 'humaneval', 'math500',
-           'hellaswag', 'mmlu', 'truthfulqa', 'write_hub_shape', 'convert_source', 'trial_note', 'data_root',
+__all__ = ['FULL_TEXT', 'ANY_TEXT', 'INDEX', 'LABEL', 'FOUR', 'WORKED', 'BOXED', 'NUMBER', 'TARGETS', 'FIELDS', 'Converted',
+           'EXAMPLES', 'SOURCES', 'CONVERTERS', 'Field', 'check_row', 'read_text', 'read_lines', 'gsm8k', 'humaneval',
+           'math500', 'hellaswag', 'mmlu', 'truthfulqa', 'write_hub_shape', 'convert_source', 'trial_note', 'data_root',
            'find_items', 'configurations', 'reading_cache']
 
 # %% ../../nbs/evaluation/03_items.ipynb #77773c5f
@@ -30,6 +30,7 @@ class Field(NamedTuple):
     text: str                    # completes "must be ..."
     holds: Callable[[Any], bool] # for the value
 
+# %% ../../nbs/evaluation/03_items.ipynb #50db159e
 def _is_targets(value: Any) -> bool:
     "Whether a value has choices, and labels that begin with 1"
     if not isinstance(value, dict) or not value.get("choices"): return False
@@ -37,7 +38,7 @@ def _is_targets(value: Any) -> bool:
     return len(choices) == len(labels) and labels[0] == 1 and set(labels) <= {0, 1}
 
 # %% ../../nbs/evaluation/03_items.ipynb #90176f1f
-TEXT = Field("a text that is not empty", lambda v: isinstance(v, str) and bool(v.strip()))
+FULL_TEXT = Field("a text that is not empty", lambda v: isinstance(v, str) and bool(v.strip()))
 ANY_TEXT = Field("a text", lambda v: isinstance(v, str))
 INDEX = Field("0, 1, 2 or 3", lambda v: v in (0, 1, 2, 3) and not isinstance(v, bool))
 LABEL = Field("0, 1, 2 or 3", lambda v: str(v) in ("0", "1", "2", "3"))
@@ -48,16 +49,16 @@ NUMBER = Field("a whole number", lambda v: str(v).strip().lstrip("-").isdigit())
 TARGETS = Field("choices and as many labels, of which the first is 1", _is_targets)
 
 # %% ../../nbs/evaluation/03_items.ipynb #0bc331c8
-ROWS: dict[str, dict[str, Field]] = {   # data set on the hub -> its fields
-    "openai/gsm8k": dict(question=TEXT, answer=WORKED),
-    "Rowan/hellaswag": dict(activity_label=ANY_TEXT, ctx_a=TEXT, ctx_b=ANY_TEXT, endings=FOUR, label=LABEL),
-    "openai/openai_humaneval": dict(task_id=TEXT, prompt=TEXT, test=TEXT, entry_point=TEXT),
-    "HuggingFaceH4/MATH-500": dict(problem=TEXT, solution=BOXED),
-    "cais/mmlu": dict(question=TEXT, choices=FOUR, answer=INDEX),
-    "truthfulqa/truthful_qa": dict(question=TEXT, mc1_targets=TARGETS, mc2_targets=TARGETS),
-    "Maxwell-Jia/AIME_2024": dict(Problem=TEXT, Answer=NUMBER),
-    "gneubig/aime-1983-2024": dict(Question=TEXT, Answer=NUMBER),
-    "math-ai/aime25": dict(problem=TEXT, answer=NUMBER)}
+FIELDS: dict[str, dict[str, Field]] = {   # data set on the hub -> its fields
+    "openai/gsm8k": dict(question=FULL_TEXT, answer=WORKED),
+    "Rowan/hellaswag": dict(activity_label=ANY_TEXT, ctx_a=FULL_TEXT, ctx_b=ANY_TEXT, endings=FOUR, label=LABEL),
+    "openai/openai_humaneval": dict(task_id=FULL_TEXT, prompt=FULL_TEXT, test=FULL_TEXT, entry_point=FULL_TEXT),
+    "HuggingFaceH4/MATH-500": dict(problem=FULL_TEXT, solution=BOXED),
+    "cais/mmlu": dict(question=FULL_TEXT, choices=FOUR, answer=INDEX),
+    "truthfulqa/truthful_qa": dict(question=FULL_TEXT, mc1_targets=TARGETS, mc2_targets=TARGETS),
+    "Maxwell-Jia/AIME_2024": dict(Problem=FULL_TEXT, Answer=NUMBER),
+    "gneubig/aime-1983-2024": dict(Question=FULL_TEXT, Answer=NUMBER),
+    "math-ai/aime25": dict(problem=FULL_TEXT, answer=NUMBER)}
 
 # %% ../../nbs/evaluation/03_items.ipynb #3afa40ba
 def check_row(
@@ -68,10 +69,10 @@ def check_row(
     "A row that can be scored, or a UserError that names the place"
     if not isinstance(row, dict):
         raise UserError(f"{place}: a row must be an object with fields, not {json.dumps(row)[:60]}")
-    for name, field in ROWS.get(dataset, {}).items():
+    for name, field in FIELDS.get(dataset, {}).items():
         if name not in row:
             raise UserError(f"{place}: the row has no field {name!r} (it has {', '.join(row) or 'none'}); "
-                f"a row of {dataset} needs {', '.join(ROWS[dataset])}")
+                f"a row of {dataset} needs {', '.join(FIELDS[dataset])}")
         if not field.holds(row[name]):
             value = json.dumps(row[name], ensure_ascii=False)[:80]
             raise UserError(f"{place}: {name} must be {field.text}, not {value}")
@@ -130,6 +131,7 @@ def humaneval(
     path = _first(folder, "HumanEval.jsonl.gz", "HumanEval.jsonl")
     return {"openai_humaneval": {"test": read_lines(path, "openai/openai_humaneval")}}
 
+# %% ../../nbs/evaluation/03_items.ipynb #541bc505
 def math500(
     folder: Path, # test.jsonl
 ) -> Converted:
@@ -282,6 +284,7 @@ def _check_hub_shape(folder: Path, dataset: str):
     "Read the JSON lines of a hub-shaped folder once, so that a broken row is named"
     for path in sorted(folder.rglob("*.jsonl")): read_lines(path, dataset)
 
+# %% ../../nbs/evaluation/03_items.ipynb #191cb24d
 def find_items(
     dataset: str, # name on the hub
     root: Path,   # folder of benchmark items

@@ -34,14 +34,15 @@ def is_local(
         raise UserError(f"{checkpoint}: no such folder")
     if not (folder/"config.json").is_file():
         raise UserError(f"{checkpoint}: not a checkpoint folder (it has no config.json)")
-    if broken := damages(folder, skip="trainer_state/"): raise UserError(f"{checkpoint} is damaged: {'; '.join(broken)}")
+    broken = damages(folder, skip="trainer_state/")
+    if broken: raise UserError(f"{checkpoint} is damaged: {'; '.join(broken)}")
     return True
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0011
 def read_parts(
     checkpoint: str, # folder, or name on the hub
     local: bool,     # as `is_local` says
-) -> tuple[PreTrainedModel, dict, PreTrainedTokenizerBase]: # model on the CPU, what transformers says of its weights, tokenizer
+) -> tuple[PreTrainedModel, dict, PreTrainedTokenizerBase]: # model on the CPU, what is said of its weights, tokenizer
     "What transformers makes of a checkpoint; no code that came with it is run"
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -121,7 +122,8 @@ def choose_window(
         raise UserError(f"a {type(model).__name__} does not say how long an input it reads: give --window TOKENS")
     if window < 1: raise UserError(f"--window {window}: must be at least 1")
     if longest and window > longest:
-        raise UserError(f"the window has {window:,} tokens, and the model reads {longest:,}; give --window {longest} or less")
+        raise UserError(f"the window has {window:,} tokens, and the model reads {longest:,}; "
+                        f"give --window {longest} or less")
     return window
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0026

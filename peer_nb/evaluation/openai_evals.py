@@ -19,7 +19,7 @@ from .items import read_lines
 from ..files import UserError
 
 # %% auto #0
-__all__ = ['CLASSES', 'matches', 'includes', 'normalize', 'word_f1', 'fuzzy_matches', 'prompt_text', 'RegisteredEval',
+__all__ = ['EVAL_CLASSES', 'matches', 'includes', 'normalize', 'word_f1', 'fuzzy_matches', 'prompt_text', 'RegisteredEval',
            'read_registry', 'find_eval', 'eval_rows', 'score_answer', 'eval_task']
 
 # %% ../../nbs/evaluation/04_openai_evals.ipynb #fba65f55
@@ -91,7 +91,8 @@ class RegisteredEval:
     args: dict[str, Any] # of the class
     folder: Path         # the registry
 
-CLASSES = {"evals.elsuite.basic.match:Match": "Match", "evals.elsuite.basic.includes:Includes": "Includes",
+# %% ../../nbs/evaluation/04_openai_evals.ipynb #4dfb2d7a
+EVAL_CLASSES = {"evals.elsuite.basic.match:Match": "Match", "evals.elsuite.basic.includes:Includes": "Includes",
            "evals.elsuite.basic.fuzzy_match:FuzzyMatch": "FuzzyMatch"}
 
 def read_registry(
@@ -121,12 +122,12 @@ def find_eval(
         raise UserError(f"{folder}: no eval {name!r}; {hint}")
     if "class" not in entry: entry = registry.get(entry.get("id"), {})
     kind = entry.get("class")
-    if kind not in CLASSES:
+    if kind not in EVAL_CLASSES:
         raise UserError(f"{folder}: eval {name!r} has the class {kind}, which is not supported; "
-            f"supported: {', '.join(CLASSES)}")
+            f"supported: {', '.join(EVAL_CLASSES)}")
     args = entry.get("args") or {}
     if "samples_jsonl" not in args: raise UserError(f"{folder}: eval {name!r} names no samples_jsonl")
-    return RegisteredEval(name, CLASSES[kind], args, Path(folder))
+    return RegisteredEval(name, EVAL_CLASSES[kind], args, Path(folder))
 
 # %% ../../nbs/evaluation/04_openai_evals.ipynb #6228d310
 def eval_rows(

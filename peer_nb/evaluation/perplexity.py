@@ -147,6 +147,7 @@ def text_hash(text: str) -> str: # 16 hexadecimal digits
     "Stands for a document's text"
     return sha256(text.encode()).hexdigest()[:16]
 
+# %% ../../nbs/evaluation/01_perplexity.ipynb #b980b674
 def _score_block(
     model: nn.Module,                           # a causal language model
     block: list[tuple[list[int], str, list]],   # (tokens, text, windows) of each document

@@ -17,7 +17,7 @@ from ..cli import check_least
 from ..config import Config, DatasetEntry, apply_overrides, load_config, load_data_mixes
 from ..data.corpora import documents, eval_entries
 from .loading import choose_window, claim_answers, load_model, model_fingerprint
-from .page import perplexity_page
+from .score_page import perplexity_page
 from .perplexity import DocumentScore, TextScore, document_scores, heldout_texts, total_score
 from ..files import UserError, append_jsonl, folder_lock, read_json, read_jsonl, writable_folder, write_json
 
@@ -37,6 +37,7 @@ class Sources:
     batch_size: int = 16                               # the configuration's
     weights: dict[str, float] | None = None            # of a mix, summing to 1
 
+# %% ../../nbs/evaluation/09_perplexity_command.ipynb #ed76a7b6
 def set_sources(
     name: str,                     # hub name, or a local .jsonl, .csv, .txt or .parquet
     split: str = "train",          # of a hub set
@@ -159,6 +160,7 @@ def files_beside(
     "What else a scoring writes"
     return tuple(output.with_suffix(ending) for ending in (".html", ".documents.jsonl", ".settings.json"))
 
+# %% ../../nbs/evaluation/09_perplexity_command.ipynb #5b24b03b
 def is_scoring(
     file: Path, # there, or not
     keys: set[str], # that it has if it is ours

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.masking import digit_lookup_spans
-from .recall import GROUPS, Question, file_rows, share, summary
+from .recall import Question, file_rows, share, summary
 from ..files import read_json
+from ..tasks.registry import find_task
 
 # %% auto #0
 __all__ = ['KINDS', 'COLOURS', 'WIDTH', 'HEIGHT', 'LEFT', 'TOP', 'BOTTOM', 'STYLE', 'words', 'form_of', 'error_kind',
@@ -55,11 +55,12 @@ def answer_pool(
 ) -> set[str]: # of numbers; empty for hashes, which each prompt has its own of
     "All answers of a data set"
     manifest = read_json(Path(folder)/"manifest.json")
-    if manifest["task"] == "hashhop": return set()
+    task = find_task(manifest["task"])
+    if task.in_context: return set()
     pool = {word for q in questions for word in words(q.answer)}
     file = next(iter(manifest["splits"]["train"]["files"]))
     texts = {row["text"] for row in file_rows(Path(folder)/file)}
-    return pool | {word for text in texts for a, b in digit_lookup_spans(text) for word in words(text[a:b])}
+    return pool | {word for text in texts for a, b in task.mask.spans(text) for word in words(text[a:b])}
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #7b230563
 def chances(pool: set[str]) -> dict[str, float]: # near miss, another fact's answer
@@ -100,15 +101,16 @@ def by_group(
     buckets: dict[tuple, list[dict]] = {}
     for r in records:
         keys = [(r["split"], None, None)]
-        keys += [(r["split"], name, r["groups"][name]) for name in GROUPS if name in r["groups"]]
+        keys += [(r["split"], name, r["groups"][name]) for name in r["groups"]]
         for key in keys: buckets.setdefault(key, []).append(r)
     values = {}
     for split, name, value in buckets: values.setdefault((split, name), set()).add(value)
     splits = list(dict.fromkeys(r["split"] for r in records))
+    names = list(dict.fromkeys(name for r in records for name in r["groups"]))
 
     def place(key: tuple) -> tuple:
         split, name, value = key
-        of_name = (False, 0) if name is None else (True, GROUPS.index(name))
+        of_name = (False, 0) if name is None else (True, names.index(name))
         return splits.index(split), *of_name, value if isinstance(value, int) else str(value)
 
     rows = []
@@ -306,7 +308,7 @@ def group_figures(groups: Sequence[dict]) -> list[str]: # HTML
     drawn = [figure("Exact match of each split, with 95 % intervals",
                     interval_figure([g["split"] for g in whole], exact, "split", joined=False))]
     titles = {"frequency": "times a fact of the bucket is seen in training; held-out ones never are"}
-    for name in [n for n in GROUPS if any(n in g["by"] for g in groups)]:
+    for name in dict.fromkeys(name for g in groups for name in g["by"]):
         own = [g for g in groups if name in g["by"]]
         values = list(dict.fromkeys(sorted((g["by"][name] for g in own), key=lambda v: (isinstance(v, str), v))))
         found = {(g["split"], g["by"][name]): g["exact_match"] for g in own}

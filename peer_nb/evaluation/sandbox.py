@@ -101,6 +101,7 @@ def chain_of(request: dict): # iterator over calls
     code = compile(request["source"], "<program>", "exec")
     return iter([partial(exec, code, {"__name__": "__main__"}), partial(os.write, report, request["word"].encode())])
 
+# %% ../../nbs/evaluation/02_sandbox.ipynb #7087d5d6
 def refuse_search(event: str, _) -> None:
     "An audit hook: the word is not to be had from the garbage collector"
     if event in ("gc.get_objects", "gc.get_referrers", "gc.get_referents"): raise RuntimeError(f"{event} is refused")
@@ -148,6 +149,7 @@ def supervise(source: str, word: str, limits: dict, program: str):
     except BlockingIOError: said = ""
     print(json.dumps(dict(held=held, code=code, said=said)), flush=True)
 
+# %% ../../nbs/evaluation/02_sandbox.ipynb #71c9ec2b
 def child_program() -> str: # Python source
     "What the supervisor's process runs"
     call = "supervise(**json.loads(sys.stdin.read()))"
@@ -162,6 +164,7 @@ def _reason(code: int | None, said: str, seconds: float) -> str: # without the s
     if code == 1 and said: return " ".join(said.split()).rstrip(": ")[:300] or "an exception without a name"
     return f"left with exit code {code} before the end"
 
+# %% ../../nbs/evaluation/02_sandbox.ipynb #f6d6a52d
 def judge(
     report: bytes, # what the supervisor has printed
     word: str,     # that only a program that ran to its end has sent

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['RMSNorm', 'RopeScaling', 'RotaryQuestion', 'rotary_frequencies', 'rotary_angles', 'softmax_scale', 'rotate', 'masked',
-           'eager_attention', 'attention_function', 'attend_by_document', 'absorbed_attention', 'is_plain_linear',
-           'LatentAttention']
+           'eager_attention', 'attention_function', 'refuse_keywords', 'attend_by_document', 'absorbed_attention',
+           'is_watched', 'is_plain_linear', 'LatentAttention']
 
 # %% ../../nbs/models/00_mla.ipynb #b46b1be6
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from inspect import signature
 
 import torch
 from fastcore.basics import patch
@@ -145,6 +148,19 @@ def attention_function(
     "The attention implementation of that name"
     return eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
 
+# %% ../../nbs/models/00_mla.ipynb #87b52c17
+def refuse_keywords(
+    given: Iterable[str], # names of keyword arguments
+    known: Iterable[str], # names that something looks at
+    where: str, # what was called
+):
+    "Refuse arguments that nothing would look at"
+    for name in given:
+        if name in known: continue
+        near = get_close_matches(name, known, 1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"{where} got an unexpected keyword argument {name!r}{meant}")
+
 # %% ../../nbs/models/00_mla.ipynb #8ae0e89a
 def attend_by_document(
     attend, # an attention implementation that is causal when it gets no mask, such as sdpa
@@ -181,12 +197,19 @@ def absorbed_attention(
     return out.permute(1, 2, 0, 3), weights
 
 # %% ../../nbs/models/00_mla.ipynb #e489a633
+def is_watched(
+    module: nn.Module, # anything
+) -> bool:
+    "Whether a call of a module does more than its class says: hooks, or a `forward` of its own"
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(map(bool, hooks)) or "forward" in vars(module)
+
 def is_plain_linear(
     module: nn.Module, # a projection
 ) -> bool: # False: only a call of the module says what it computes
     "Whether a module is `nn.Linear` and its weight all there is to it"
-    watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.bias is None and not watched
+    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.bias is None
+    return plain and not is_watched(module)
 
 # %% ../../nbs/models/00_mla.ipynb #afe59653
 class LatentAttention(nn.Module):
@@ -222,9 +245,10 @@ class LatentAttention(nn.Module):
         **kwargs, # for `attended`
     ) -> tuple[Tensor, Tensor | None]: # output [B, T, d], weights [B, H, T, S] where the implementation returns them
         "Attend to the cached and the new tokens"
+        self.check_keywords(**kwargs)
         q_nope, q_rope = self.queries(hidden_states, *position_embeddings)
         latent, k_rope = self.latents(hidden_states, *position_embeddings)
-        if past_key_values is not None: latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+        if past_key_values is not None: latent, k_rope = self.remember(latent, k_rope, past_key_values)
         if not hidden_states.numel(): return torch.zeros_like(hidden_states), None   # an empty batch
         out, weights = self.attended(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
         return self.o_proj(out.flatten(2)), weights  # [B, T, H, v] -> [B, T, H*v] -> [B, T, d]
@@ -252,6 +276,17 @@ def latents(self: LatentAttention,
     "The normed latent and the shared rotary key: all that a cache holds"
     latent, k_rope = self.kv_a_proj_with_mqa(h)[:, None].split([self.rank, self.rope], -1)
     return self.kv_a_layernorm(latent), rotate(k_rope, cos, sin)
+
+# %% ../../nbs/models/00_mla.ipynb #1dab1514
+@patch
+def remember(self: LatentAttention,
+    latent: Tensor, # [B, 1, T, r]
+    k_rope: Tensor, # [B, 1, T, rope]
+    cache, # of transformers
+) -> tuple[Tensor, Tensor]: # [B, 1, S, r] and [B, 1, S, rope], past and new
+    "Put new tokens into a cache, and read it"
+    past, k_past = cache.update(latent, k_rope.to(latent.dtype), self.layer_idx)
+    return past, k_past.to(k_rope.dtype)
 
 # %% ../../nbs/models/00_mla.ipynb #f49fbd7a
 @patch
@@ -282,6 +317,18 @@ def attend(self: LatentAttention,
     if document_lengths is not None:
         return attend_by_document(function, self, query, key, value, document_lengths, **kwargs)
     return function(self, query, key, value, attention_mask, **kwargs)
+
+# %% ../../nbs/models/00_mla.ipynb #7e74b7fe
+@patch
+def check_keywords(self: LatentAttention,
+    attn_implementation: str | None = None, # as `attend` takes it
+    document_lengths: list[int] | None = None, # as `attend` takes it
+    **others, # must be named by the attention implementation
+):
+    "Refuse arguments that neither the layer nor its attention implementation takes"
+    if not others or torch.compiler.is_compiling(): return
+    function = attention_function(attn_implementation or self.config._attn_implementation)
+    refuse_keywords(others, signature(function).parameters, f"attention by {function.__name__}")
 
 # %% ../../nbs/models/00_mla.ipynb #212d2d58
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['SPARE', 'BLOCK', 'TINY', 'SCORES', 'FEW', 'staircase', 'product_top_k', 'brute_force_top_k', 'pack', 'sorted_places',
            'group_size', 'sorted_top', 'merge_top', 'search', 'numpy_may', 'gather_sum', 'ByRow', 'by_row', 'fresh',
            'sparse_products', 'add_by_row', 'Retrieve', 'recomputing', 'SumOverProcesses', 'data_parallel', 'moments',
-           'QueryBatchNorm', 'check_router', 'ProductKeyRouter']
+           'QueryBatchNorm', 'check_router', 'ProductKeyRouter', 'name_in_files']
 
 # %% ../../nbs/models/01_product_keys.ipynb #4fed1b75
 import warnings
@@ -22,7 +22,8 @@ from fastcore.basics import patch
 from numpy import ndarray
 from torch import Tensor, nn
 
-from .kernels.ops import KERNELS, retrieve, sub_key_rows, use_kernel
+from .kernels.ops import KERNELS, chosen_scores, differentiated_again, retrieve, sub_key_rows, transformed
+from .kernels.ops import twin_gradients, use_kernel
 
 # %% ../../nbs/models/01_product_keys.ipynb #0e2f7bf6
 @lru_cache(maxsize=None)
@@ -154,9 +155,10 @@ def numpy_may(
     *tensors: Tensor, # to be looked at
     dtypes: tuple = (torch.float32, torch.float64), # that the code at hand can take
 ) -> bool:
-    "Whether these are real numbers in the CPU's memory, outside of any tracing"
+    "Whether these are real numbers in the CPU's memory, outside of any tracing and transform"
     ready = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype in dtypes for t in tensors)
-    return ready and TINY > 0 and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return ready and TINY > 0 and not traced and not transformed()
 
 # %% ../../nbs/models/01_product_keys.ipynb #6ff76dec
 def gather_sum(
@@ -230,9 +232,11 @@ class Retrieve(torch.autograd.Function):
         return scores, index
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         query, keys, index = ctx.saved_tensors
+        if differentiated_again():
+            twin = lambda query, keys: chosen_scores(query, keys, index, ctx.sizes)
+            return *twin_gradients(twin, (query, keys), ctx.needs_input_grad[:2], grad), None, None
         pieces = query.reshape(-1, keys.shape[-1])                                 # [tokens*heads*D, width]
         rows = sub_key_rows(index, ctx.sizes, keys.shape[0]).view(len(pieces), -1)
         grad = grad.unsqueeze(2).expand(-1, -1, len(ctx.sizes), -1).reshape(len(pieces), -1)
@@ -249,12 +253,16 @@ def recomputing() -> bool:
 class SumOverProcesses(torch.autograd.Function):
     "The sum of a tensor over all processes; so is its gradient"
     @staticmethod
-    def forward(ctx, x):
+    def forward(x):
         x = x.clone()
         dist.all_reduce(x)
         return x
 
-    backward = forward
+    @staticmethod
+    def setup_context(ctx, inputs, output): "Nothing is needed to go backward"
+
+    @staticmethod
+    def backward(ctx, grad): return SumOverProcesses.apply(grad)
 
 def data_parallel() -> bool:
     "Whether other processes hold parts of the batch"
@@ -359,13 +367,36 @@ class ProductKeyRouter(nn.Module):
         norms = {"batch": (QueryBatchNorm, num_heads * query_dim), "layer": (nn.LayerNorm, query_dim)}
         kind, width = norms.get(query_norm, (nn.Identity, 0))
         self.query_norm = kind(width, eps=eps)
-        self.keys = nn.Parameter(torch.empty(1 if shared_keys else num_heads, sum(self.sizes), query_dim // len(self.sizes)))
-        nn.init.uniform_(self.keys, -self.key_bound, self.key_bound)
+        sets, width = 1 if shared_keys else num_heads, query_dim // len(self.sizes)
+        self.sub_keys = nn.Parameter(torch.empty(sets, sum(self.sizes), width))
+        nn.init.uniform_(self.sub_keys, -self.key_bound, self.key_bound)
+
+    @property
+    def keys(self) -> Tensor: # [heads or 1, sum of sizes, query_dim / D]
+        "The sub-keys"
+        return self.sub_keys
 
     @property
     def key_bound(self) -> float:
         "Sub-keys start uniform within plus or minus this"
-        return self.keys.shape[-1] ** -0.5
+        return self.sub_keys.shape[-1] ** -0.5
+
+# %% ../../nbs/models/01_product_keys.ipynb #2f68d3b2
+def name_in_files(
+    name: str, # of a parameter, as the model has it
+) -> str:
+    "What a parameter is called in files: sub-keys are `keys`"
+    return f"{name.removesuffix('sub_keys')}keys" if name.rpartition(".")[2] == "sub_keys" else name
+
+@patch
+def _load_from_state_dict(self: ProductKeyRouter,
+    state_dict: dict, # of the whole model, changed in place
+    prefix: str, # of this module's names in it
+    *args, # passed on
+):
+    "Take the sub-keys under their name in files, too"
+    if f"{prefix}keys" in state_dict: state_dict[f"{prefix}sub_keys"] = state_dict.pop(f"{prefix}keys")
+    nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
 # %% ../../nbs/models/01_product_keys.ipynb #daa3fc0d
 @patch
@@ -386,7 +417,7 @@ def similarities(self: ProductKeyRouter,
 ) -> list[Tensor]: # per dimension [tokens, heads, n_d]
     "Query pieces against the sub-keys of their dimension"
     pieces = query.chunk(len(self.sizes), -1)                                          # D of [tokens, heads, query_dim/D]
-    keys = self.keys.to(query.dtype).expand(self.num_heads, -1, -1).split(self.sizes, 1)
+    keys = self.sub_keys.to(query.dtype).expand(self.num_heads, -1, -1).split(self.sizes, 1)
     return [torch.einsum('thc,hnc->thn', q, k) for q, k in zip(pieces, keys)]
 
 # %% ../../nbs/models/01_product_keys.ipynb #368912a5
@@ -397,10 +428,12 @@ def retrieve(self: ProductKeyRouter,
     query: Tensor, # [tokens, heads, query_dim]
 ) -> tuple[Tensor, Tensor]: # scores, best first, and row numbers, both [tokens, heads, k]
     "The best rows of each head"
-    if use_kernel(self.kernel, query, self.keys, width=self.keys.shape[2]): return retrieve(query, self.keys.to(query.dtype), self.sizes, self.top_k)
+    keys = self.sub_keys
+    if use_kernel(self.kernel, query, keys, width=keys.shape[2]):
+        return retrieve(query, keys.to(query.dtype), self.sizes, self.top_k)
     narrow = (torch.float32, torch.bfloat16, torch.float16)
-    if numpy_may(query, self.keys, dtypes=narrow) and len(query) * self.num_heads >= FEW:
-        return Retrieve.apply(query.float(), self.keys.float(), self.sizes, self.top_k)
+    if numpy_may(query, keys, dtypes=narrow) and len(query) * self.num_heads >= FEW:
+        return Retrieve.apply(query.float(), keys.float(), self.sizes, self.top_k)
     return product_top_k(self.similarities(query), self.top_k)
 
 # %% ../../nbs/models/01_product_keys.ipynb #cfa382fe

@@ -11,8 +11,9 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 
 from ..config import Config, config_hash, diff_configs, load_config, save_config
 from ..files import SEAL, UserError, damages, read_json, seal_folder, write_atomic, write_json
+from ..models.product_keys import name_in_files
 from ..processes import ALONE, Processes
 from .parallel import empty_sharded, read_sharded, sharded, split_sharded
 from .parallel import whole_weights, write_sharded
@@ -30,8 +32,9 @@ if TYPE_CHECKING: from transformers import PreTrainedModel
 
 # %% auto #0
 __all__ = ['NAME', 'FREE', 'FREE_SECTIONS', 'rng_state', 'set_rng_state', 'publish_folder', 'remove_folder', 'checkpoints',
-           'latest_checkpoint', 'check_seal', 'no_progress_bars', 'write_files', 'save_checkpoint',
-           'refuse_other_config', 'refuse_other_world', 'stored_names', 'load_weights', 'load_checkpoint']
+           'latest_checkpoint', 'check_seal', 'no_progress_bars', 'tell_generation', 'tokenizer_for_generation',
+           'write_files', 'save_checkpoint', 'refuse_other_config', 'refuse_other_world', 'in_files', 'stored_names',
+           'load_weights', 'load_checkpoint']
 
 # %% ../../nbs/training/03_checkpoints.ipynb #029b9256
 def rng_state() -> dict: # lists and tensors only
@@ -126,6 +129,27 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown: hf_logging.enable_progress_bar()
 
+# %% ../../nbs/training/03_checkpoints.ipynb #95606f7c
+def tell_generation(
+    model: PreTrainedModel, # what it knows already stays
+    tokenizer,              # from transformers
+) -> None:
+    "Tell a model where texts begin and end, and how long they may become"
+    if not model.can_generate(): return
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in (model.config, model.generation_config):
+            if getattr(config, name, None) is None: setattr(config, name, getattr(tokenizer, name))
+    if model.generation_config.max_length is None:
+        model.generation_config.max_length = model.config.max_position_embeddings
+
+def tokenizer_for_generation(
+    tokenizer, # from transformers
+): # another one
+    "As a checkpoint's users need it"
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.padding_side, tokenizer.model_input_names = "left", ["input_ids", "attention_mask"]
+    return tokenizer
+
 # %% ../../nbs/training/03_checkpoints.ipynb #f889d8d4
 def write_files(
     folder: Path,            # replaced if it exists
@@ -139,8 +163,9 @@ def write_files(
 ) -> None:
     "All that rank 0 writes into a checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
+    tell_generation(model, tokenizer)
     with no_progress_bars(): model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+    tokenizer_for_generation(tokenizer).save_pretrained(folder)
     inside = folder/"trainer_state"
     inside.mkdir()
     torch.save(state, inside/"state.pt")
@@ -209,12 +234,18 @@ def refuse_other_world(
                     "(--allow-approximate-resume)")
 
 # %% ../../nbs/training/03_checkpoints.ipynb #6621d356
+def in_files(
+    state: dict[str, Any], # by the model's names
+) -> dict[str, Any]:
+    "The same by the names that files have"
+    return {name_in_files(name): value for name, value in state.items()}
+
 def stored_names(
     model: nn.Module, # whose names they must be
     folder: Path,     # with one or several .safetensors files
 ) -> list[str]: # of weights and buffers
     "What a folder holds, if it is exactly what a model needs"
-    here, stored = model.state_dict(keep_vars=True), set()   # parameters themselves: a tied one is the same twice
+    here, stored = in_files(model.state_dict(keep_vars=True)), set()   # parameters themselves: a tied one is the same twice
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as inside: stored |= set(inside.keys())
     filled = {id(here[name]) for name in stored & here.keys()}
@@ -230,7 +261,7 @@ def load_weights(
     folder: Path,     # with one or several .safetensors files
 ) -> None:
     "Fill a model with a checkpoint's weights and buffers, exactly"
-    names, here = stored_names(model, folder), model.state_dict()
+    names, here = stored_names(model, folder), in_files(model.state_dict())
     if any(map(sharded, here.values())): return read_sharded({name: here[name] for name in names}, folder)
     weights = {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
     model.load_state_dict(weights, strict=False)

@@ -18,6 +18,7 @@ from fastcore.basics import listify
 from torch import nn
 
 from ..files import UserError
+from ..models.product_keys import name_in_files
 
 # %% auto #0
 __all__ = ['log', 'WRAPPERS', 'ACTIONS', 'plain_name', 'pattern_regex', 'read_map', 'freeze_rules', 'freeze_model_layers',
@@ -30,8 +31,8 @@ WRAPPERS = frozenset(("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsd
 def plain_name(
     name: str, # dotted, as torch gives it
 ) -> str:
-    "A tensor's name without the wrappers around its modules"
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    "A tensor's name as files have it, without the wrappers around its modules"
+    return name_in_files(".".join(part for part in name.split(".") if part not in WRAPPERS))
 
 # %% ../../nbs/training/06_freezing.ipynb #2fd75b15
 def pattern_regex(
@@ -40,7 +41,7 @@ def pattern_regex(
     "What a pattern of names means"
     if not pattern.strip("."):
         raise UserError(f"the pattern {pattern!r} is empty; write a name such as model.layers.0, or * for everything")
-    words = "(.*?)".join(re.escape(word) for word in pattern.rstrip(".").split("*"))
+    words = "(.*?)".join(re.escape(word) for word in name_in_files(pattern.rstrip(".")).split("*"))
     return re.compile(rf"{words}((?:\..*)?)")
 
 # %% ../../nbs/training/06_freezing.ipynb #013e2929

@@ -72,7 +72,7 @@ def planned_steps(
 
 # %% ../../nbs/training/02_optim.ipynb #5db8a734
 TABLE = re.compile(r"(^|\.)memory\.(values|expert_down|expert_up)(\.|$)")
-KEYS = re.compile(r"(^|\.)memory\.keys$")
+KEYS = re.compile(r"(^|\.)memory\.(sub_)?keys$")
 
 def group_of(
     name: str,         # of the parameter in its model

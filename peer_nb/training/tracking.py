@@ -24,6 +24,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..analysis.usage_statistics import EDGES, hot_rows, usage_histogram, usage_statistics
 from ..config import Config, PeerConfig, flatten
 from ..files import UserError, append_jsonl, read_json, read_jsonl, write_atomic, write_json
 from ..progress import Progress
@@ -32,7 +33,7 @@ from ..models.peer import ExpertUsage, MemoryLayer
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['log', 'SAMPLE', 'TIMES', 'finite', 'keep_metrics', 'token_bytes', 'Heartbeat', 'memory_in_use', 'usage_summary',
+__all__ = ['log', 'SAMPLE', 'finite', 'keep_metrics', 'token_bytes', 'Heartbeat', 'memory_in_use', 'usage_record',
            'UsageRecorder', 'check_wandb', 'start_wandb', 'log_checkpoint', 'usage_curves', 'Tracker']
 
 # %% ../../nbs/training/05_tracking.ipynb #543a17d7
@@ -126,22 +127,17 @@ def memory_in_use(
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 # %% ../../nbs/training/05_tracking.ipynb #995c0ecf
-TIMES = [2.0**power for power in range(-6, 11)]   # borders of the histogram's bins: times the equal share
-
-def usage_summary(
+def usage_record(
     usage: ExpertUsage,       # of one layer
     threshold: float = 5.0,   # an expert is hot beyond so many times the equal share
     most: int = 20,           # hot experts that are listed, the hottest first
 ) -> dict: # plain values
     "What `usage.jsonl` says about one layer"
-    numbers = usage.summary(threshold)
-    hot, count = numbers.pop("hot"), usage.num_experts
-    if usage.scores is None: return numbers | dict(unused=count, experts=[0]*(len(TIMES) + 1), hot=0, hottest=[])
-    times = (usage.scores * count / usage.scores.sum().clamp_min(1e-300)).cpu()
-    bins = torch.bucketize(times[times > 0], torch.tensor(TIMES, dtype=times.dtype))
-    experts = torch.bincount(bins, minlength=len(TIMES) + 1).tolist()
-    hottest = [[row, round(times[row].item(), 2)] for row in hot[:most]]
-    return numbers | dict(unused=count - sum(experts), experts=experts, hot=len(hot), hottest=hottest)
+    uses = usage.uses().numpy()
+    found, histogram = usage_statistics(uses, threshold), usage_histogram(uses)
+    hottest = [[hot["row"], round(hot["times"], 2)] for hot in hot_rows(uses, threshold, most)]
+    return dict(tokens=usage.tokens, usage=found["used"], unevenness=found["unevenness"], unused=histogram["unused"],
+                experts=histogram["rows"], hot=found["hot"], hottest=hottest)
 
 # %% ../../nbs/training/05_tracking.ipynb #dc98b4b9
 class UsageRecorder:
@@ -167,11 +163,11 @@ class UsageRecorder:
 
     def after(self,
         step: int, # the one just done
-    ) -> dict | None: # layer's name -> `usage_summary`; None when no record is due
+    ) -> dict | None: # layer's name -> `usage_record`; None when no record is due
         "Sum up and stop counting, if a record is due"
         if not self.layers or step % self.config.log_freq: return None
         threshold = self.config.usage_threshold
-        record = {name: usage_summary(layer.usage, threshold) for name, layer in self.layers.items() if layer.usage}
+        record = {name: usage_record(layer.usage, threshold) for name, layer in self.layers.items() if layer.usage}
         for layer in self.layers.values(): layer.collect_usage(False)
         return record
 
@@ -254,7 +250,7 @@ def usage_curves(
 ) -> dict: # names as Weights & Biases shows them -> numbers and histograms
     "A usage record as curves and histograms"
     import wandb
-    found, borders = {}, [0.0, *TIMES, 2*TIMES[-1]]
+    found, borders = {}, [0.0, *EDGES[1:].tolist()]
     for layer, numbers in record.items():
         found |= {f"experts/{layer}/{key}": numbers[key] for key in ("usage", "unevenness", "hot", "unused")}
         found[f"experts/{layer}/times_the_equal_share"] = wandb.Histogram(np_histogram=(numbers["experts"], borders))

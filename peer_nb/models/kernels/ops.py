@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'KERNEL_DTYPES', 'WIDEST_ROW', 'HAS_TRITON', 'INTERPRETED', 'TAKE', 'COLLECTING', 'BY_ROW_FROM',
-           'kernel_obstacle', 'use_kernel', 'kernels', 'gradient_rows', 'as_gradient', 'collect_factors', 'collecting',
-           'give', 'in_factors', 'served', 'experts', 'experts_shapes', 'experts_backward', 'experts_backward_shapes',
-           'experts_backward_frozen', 'experts_backward_frozen_shapes', 'experts_factors', 'experts_factors_shapes',
-           'keep_for_experts', 'differentiate_experts', 'read_experts', 'values', 'values_shapes', 'values_backward',
+           'transformed', 'kernel_obstacle', 'use_kernel', 'kernels', 'differentiated_again', 'twin_gradients',
+           'gradient_rows', 'as_gradient', 'collect_factors', 'collecting', 'give', 'in_factors', 'served', 'experts',
+           'experts_shapes', 'experts_backward', 'experts_backward_shapes', 'experts_backward_frozen',
+           'experts_backward_frozen_shapes', 'experts_factors', 'experts_factors_shapes', 'keep_for_experts',
+           'differentiate_experts', 'read_experts', 'values', 'values_shapes', 'values_backward',
            'values_backward_shapes', 'values_factors', 'values_factors_shapes', 'dots', 'dots_shapes',
-           'keep_for_values', 'differentiate_values', 'sub_key_rows', 'retrieve', 'retrieve_shapes',
+           'keep_for_values', 'differentiate_values', 'sub_key_rows', 'chosen_scores', 'retrieve', 'retrieve_shapes',
            'retrieve_backward', 'retrieve_backward_shapes', 'keep_for_retrieve', 'differentiate_retrieve']
 
 # %% ../../../nbs/models/kernels/03_ops.ipynb #31f9e260
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,6 +24,11 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+# %% ../../../nbs/models/kernels/03_ops.ipynb #b2a7980c
+def transformed() -> bool:
+    "Whether a transform of `torch.func` or forward-mode differentiation is at work"
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 # %% ../../../nbs/models/kernels/03_ops.ipynb #11074618
 KERNELS = ("auto", "eager", "triton")
@@ -36,6 +42,7 @@ def kernel_obstacle(
     width: int, # of a vector
 ) -> str: # empty: there is none
     "Why the kernels can't run on these"
+    if transformed(): return "torch.func and forward-mode differentiation need torch's own operations"
     kinds, places = {t.dtype for t in tensors}, {t.device.type for t in tensors}
     if not HAS_TRITON: return "Triton is not installed (pip install triton)"
     if not kinds <= set(KERNEL_DTYPES): return f"the kernels know float32, bfloat16 and float16, not {', '.join(sorted(map(str, kinds - set(KERNEL_DTYPES))))}"
@@ -62,6 +69,24 @@ def kernels(
 ) -> ModuleType:
     "A module of kernels beside this one"
     return import_module("." + name, __package__ or "peer_nb.models.kernels")
+
+# %% ../../../nbs/models/kernels/03_ops.ipynb #80b4618f
+def differentiated_again() -> bool:
+    "Whether the backward pass at work is itself recorded, because of `create_graph`"
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+def twin_gradients(
+    twin: Callable, # inputs -> output, in torch's own operations
+    inputs: Sequence[Tensor], # of the forward pass
+    learns: Sequence[bool], # which of them need a gradient
+    grad: Tensor, # of the output
+) -> list[Tensor | None]: # one for each input
+    "Gradients that can be differentiated again"
+    inputs = [x.view_as(x) if needed else x for x, needed in zip(inputs, learns)]   # one tensor in two places has two gradients
+    wanted = [x for x, needed in zip(inputs, learns) if needed]
+    with torch.autocast(grad.device.type, enabled=False): out = twin(*inputs)
+    found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True, allow_unused=True))
+    return [next(found) if needed else None for needed in learns]
 
 # %% ../../../nbs/models/kernels/03_ops.ipynb #11d7b322
 def gradient_rows(
@@ -119,6 +144,8 @@ def in_factors(
 ) -> bool:
     "Whether tables get no gradient of their own"
     if not ctx.factors or not any(ctx.needs_input_grad[:tables]): return False
+    if differentiated_again(): raise RuntimeError("a consumed table has no gradient that could be differentiated again: take second "
+        "derivatives outside of collect_factors (an optimizer's `consuming`), or with table_gradient 'dense'")
     return not torch.compiler.is_compiling() or any(ctx.needs_input_grad[tables:tables + 2])   # a graph drops an operation without a use
 
 def served(
@@ -209,6 +236,10 @@ def differentiate_experts(ctx, grad, _):
     if in_factors(ctx, 2):
         found = experts_factors(grad, down, up, x, weights, index, pre, ctx.activation, learns, torch.compiler.is_compiling())
         return served(down, learns[0]), served(up, learns[1]), *found, *nothing
+    if differentiated_again():
+        reference, kind = kernels("rows").run_experts_reference, ctx.activation
+        twin = lambda down, up, x, weights: reference(down, up, x, index, weights.to(x.dtype), kind)
+        return *twin_gradients(twin, (down, up, x, weights), ctx.needs_input_grad[:4], grad), *nothing
     if not any(learns):
         return None, None, *experts_backward_frozen(grad, down, up, x, weights, index, pre, ctx.activation), *nothing
     rows = gradient_rows(index, ctx.sparse)
@@ -293,6 +324,9 @@ def differentiate_values(ctx, grad):
     table, weights, index = ctx.saved_tensors
     nothing = (None,) * 3
     if in_factors(ctx, 1): return served(table, True), values_factors(grad, table, weights, index, torch.compiler.is_compiling()), *nothing
+    if differentiated_again():
+        twin = lambda table, weights: kernels("rows").sum_rows_reference(table, index, weights.to(table.dtype))
+        return *twin_gradients(twin, (table, weights), ctx.needs_input_grad[:2], grad), *nothing
     if not ctx.needs_input_grad[0]: return None, dots(table, index, grad).to(weights.dtype), *nothing
     rows = gradient_rows(index, ctx.sparse)
     grad_table, grad_weights = values_backward(grad, table, weights, index, rows)
@@ -314,6 +348,17 @@ def sub_key_rows(
         begin += n
     heads = torch.arange(key_sets, device=index.device) * begin
     return torch.stack(digits, 2) + heads[:, None, None]
+
+# %% ../../../nbs/models/kernels/03_ops.ipynb #7852e8a9
+def chosen_scores(
+    query: Tensor, # [tokens, heads, query_dim]
+    keys: Tensor, # [heads or 1, sum of sizes, query_dim / D]
+    index: Tensor, # [tokens, heads, k] row numbers
+    sizes: list[int], # sub-keys per dimension
+) -> Tensor: # [tokens, heads, k]
+    "Scores of rows that were chosen before: the twin of a retrieval"
+    chosen = keys.flatten(0, 1)[sub_key_rows(index, sizes, keys.shape[0])]              # [tokens, heads, D, k, width]
+    return torch.einsum('thdc,thdkc->thk', query.unflatten(-1, (len(sizes), -1)), chosen)
 
 # %% ../../../nbs/models/kernels/03_ops.ipynb #f51f9c0d
 @torch.library.custom_op("peer_nb::retrieve", mutates_args=())
@@ -352,6 +397,10 @@ def keep_for_retrieve(ctx, inputs, output):
 
 def differentiate_retrieve(ctx, grad, _):
     "Gradients of queries and keys"
+    if differentiated_again():
+        query, keys, index = ctx.saved_tensors
+        twin = lambda query, keys: chosen_scores(query, keys, index, ctx.sizes)
+        return *twin_gradients(twin, (query, keys), ctx.needs_input_grad[:2], grad), None, None
     return *retrieve_backward(grad, *ctx.saved_tensors, ctx.sizes), None, None
 
 retrieve.register_autograd(differentiate_retrieve, setup_context=keep_for_retrieve)
