@@ -55,6 +55,7 @@ def _header(file: Path) -> tuple[dict[str, tuple[StoredTensor, list[int]]], int,
                             f"{stored.dtype} needs {stored.bytes:,}; the file was edited")
     return found, 8 + length, size
 
+# %% ../../nbs/analysis/04_inspection.ipynb #65684d0c
 def read_header(
     file: Path, # ends in .safetensors
 ) -> dict[str, StoredTensor]: # by name
@@ -80,6 +81,7 @@ class Checkpoint:
     @property
     def model_type(self) -> str: return (self.config or {}).get("model_type", "unknown")
 
+# %% ../../nbs/analysis/04_inspection.ipynb #3b215369
 def _check_index(
     folder: Path, # of the checkpoint
     tensors: dict[str, StoredTensor], # that its files hold
@@ -106,6 +108,7 @@ def _weight_files(folder: Path) -> list[Path]:
     why = f"; {pickled[0]} is pickled, and such files are not read: they can run code" if pickled else ""
     raise UserError(f"{folder}: no .safetensors file{why}")
 
+# %% ../../nbs/analysis/04_inspection.ipynb #6b0df3d2
 def open_checkpoint(
     path: str | Path, # folder with config.json and safetensors files, or one such file
 ) -> Checkpoint: # nothing but headers is read
@@ -210,6 +213,7 @@ def _tied(model: Any) -> dict[str, str | None]:
     if not getattr(model.config, "tie_word_embeddings", False): return {}
     return dict(keys) if isinstance(keys, dict) else dict.fromkeys(keys)
 
+# %% ../../nbs/analysis/04_inspection.ipynb #f8f20b4b
 def misfits(
     checkpoint: Checkpoint, # of a folder
 ) -> list[str]: # in words; empty when everything fits
@@ -246,6 +250,7 @@ def _as_rows(values: Tensor) -> Tensor:
     "A tensor as a matrix, in float64; a vector has rows of one number"
     return values.double().flatten(1) if values.ndim > 1 else values.double()[:, None]
 
+# %% ../../nbs/analysis/04_inspection.ipynb #ae2191c2
 def tensor_change(
     a: StoredTensor, # before
     b: StoredTensor, # after, of the same shape

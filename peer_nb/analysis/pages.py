@@ -95,6 +95,7 @@ def analysis_result(
     return {"schema": f"peer-analyze {kind} 1", "source": [str(s) for s in source], "complete": complete,
             "versions": versions, **found}
 
+# %% ../../nbs/analysis/06_pages.ipynb #41f56911
 def read_analysis(
     path: str | Path, # written by `write_analysis`
 ) -> tuple[str, dict]: # kind, result
