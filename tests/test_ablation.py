@@ -433,3 +433,13 @@ def test_a_page_while_nothing_is_done_yet(tmp_path):
     runs = load_runs(folder)
     text = write_report(runs).read_text()
     assert "0 of 4" in text and runs.rows.state.tolist() == ["TODO"]*4
+
+
+def test_built_in_axes_take_seeds_and_a_primary_metric(tmp_path, capsys):
+    work = write_study(tmp_path)
+    ask = ["plan", "--base-config", work/"base.yaml", "--axes", "selection_heads", "--gpus", 0, "--notebook", work/"template.ipynb"]
+    code, out, _ = call(capsys, *ask, "--seeds", 5, 6, "--primary", "words/loss")
+    assert code == 0 and "6 runs; " in out and "5 6" in out and "2 seeds, power 80 %" in out
+    for words, said in [(["--seeds", 5, 5], "a seed is there twice"), (["--seeds", -1], "--seeds"), (["--primary", "mmlu/acc"], "will not be measured")]:
+        code, _, err = call(capsys, *ask, *words)
+        assert code == 2 and said in err and err.count("\n") == 1, err

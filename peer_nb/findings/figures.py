@@ -57,6 +57,7 @@ def effect_lines(
         groups.setdefault(tuple(r[o] for o in others), []).append((r[axis], float(r[metric]), r["run"]))
     return [sorted(line, key=lambda p: axes[axis].index(p[0])) for line in groups.values()]
 
+# %% ../../nbs/findings/04_figures.ipynb #0d50b667
 def level_means(
     lines: list[list[tuple[str, float, str]]], # effect_lines
     levels: list[str], # of the axis
@@ -246,6 +247,7 @@ def curves(
         out[run.id] = tokens, [float(f"{v:.5g}") for v in loss]
     return out
 
+# %% ../../nbs/findings/04_figures.ipynb #c85632d3
 def bands(
     lines: list[tuple[list[int], list[float]]], # tokens, loss of several runs
     points: int = 100, # of the common grid
@@ -417,6 +419,7 @@ def usages(
     found = {run.id: run.result.usage.get("layers") for run in runs if run.result}
     return {run: layers for run, layers in found.items() if layers and fits(layers, dict[str, dict])}
 
+# %% ../../nbs/findings/04_figures.ipynb #47ed8665
 def usage_points(
     read: dict[str, dict[str, dict]], # usages
     plan: Plan, # of the study

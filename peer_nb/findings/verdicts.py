@@ -125,6 +125,7 @@ def _evidence(claim: dict, rows: list[dict], axes: Iterable[str], runs: Mapping[
     words = [_words(by_item, c, "item"), said, "for these trained models, other seeds are not covered"]
     return by_item, c, apart, "; ".join(filter(None, words))
 
+# %% ../../nbs/findings/02_verdicts.ipynb #236b9064
 def evaluate_claims(
     claims: list[dict[str, Any]], # with metric and direction
     rows: pd.DataFrame | list[dict[str, Any]], # every planned run
@@ -148,7 +149,8 @@ def judge(
 ) -> list[Finding]: # the planned ones first
     "Every claim with what became of it and whether it was planned"
     edits, added = claim_edits(planned, planned if now is None else now)
-    first = [replace(f, origin=edits.get(f.claim["name"], "planned")) for f in evaluate_claims(planned, rows, axes, runs)]
+    first = [replace(f, origin=edits.get(f.claim["name"], "planned"))
+             for f in evaluate_claims(planned, rows, axes, runs)]
     later = evaluate_claims(added, rows, axes, runs)
     return first + [replace(f, origin="added after the plan was fixed") for f in later]
 
@@ -159,13 +161,16 @@ def _complete(claim: dict[str, Any], plan: Plan) -> dict[str, Any]:
     way = plan.direction if metric == plan.metric else better(metric)
     return {**claim, "metric": metric, "direction": claim["direction"] or way}
 
+# %% ../../nbs/findings/02_verdicts.ipynb #28fdd60a
 def study_findings(
     runs: StudyRuns, # of a study
 ) -> list[Finding]: # the planned claims first
     "The claims of a study and what became of them"
     plan, path, now, broken = runs.plan, runs.folder/STUDY, None, ""
     if path.exists():
-        try: now = [_complete(c, plan) for c in read_claims(read_yaml(path).get("claims") or [], plan.study["axes"], str(path))]
+        try:
+            now = [_complete(c, plan)
+                   for c in read_claims(read_yaml(path).get("claims") or [], plan.study["axes"], str(path))]
         except UserError as e: broken = f"study.yaml cannot be compared: {e}"
     found = judge(plan.study["claims"], now, runs.rows, plan.axes, runs.runs)
     return [replace(f, origin=broken) for f in found] if broken else found

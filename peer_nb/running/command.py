@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
@@ -26,14 +26,15 @@ from .reuse import Taken, take, taken_lines, taken_over
 from .slurm import Slurm, slurm_options
 from .speed import Speeds, clocked_plan
 from .estimates import finished_runs, measured_rate, outlook, plan_text
+from ..study.claims import better
 from ..study.places import at, read_place
 from ..study.plan import Cell, Plan, code_differences, load_plan, make_plan, plan_differences, save_plan
 from ..study.identity import find_template
-from ..study.study import BUILTIN_AXES, Budget, Study, builtin_axes, load_study
+from ..study.study import BUILTIN_AXES, Budget, Primary, Study, builtin_axes, load_study
 from ..formats import clock
 from .watch import Screen, follow, live_lines, look_at, summary, table_text
 from ..cli import make_main
-from ..config import Config, load_config, load_data_mixes, save_config
+from ..config import Config, convert, load_config, load_data_mixes, save_config
 from ..files import UserError, folder_lock, writable_folder, write_atomic
 
 # %% auto #0
@@ -76,10 +77,11 @@ def _from_axes(base_config: Path, axes: list[str] | None, custom: Path | None, o
 def read_request(
     base_config: Path | None, study: Path | None, axes: list[str] | None, tokens: int | None,
     custom_datasets: Path | None, notebook: str | None, overrides: list[str], # all as `run` takes them
+    seeds: list[int] | None = None, primary: str | None = None,
 ) -> Request | None: # None when neither a base nor a study was named
     "The study that a command line describes"
     if study is None and base_config is None:
-        given = [n for n, v in [("--axes", axes), ("--tokens", tokens), ("--custom-datasets", custom_datasets), ("--notebook", notebook), ("overrides", overrides)] if v]
+        given = [n for n, v in [("--axes", axes), ("--tokens", tokens), ("--custom-datasets", custom_datasets), ("--notebook", notebook), ("--seeds", seeds), ("--primary", primary), ("overrides", overrides)] if v]
         if given: raise UserError(f"{given[0]} needs --base-config or --study")
         return None
     if tokens is not None and tokens < 1: raise UserError(f"--tokens {tokens}: every run needs at least one token")
@@ -87,6 +89,9 @@ def read_request(
     else: request = _from_axes(base_config, axes, custom_datasets, overrides)
     if tokens is not None: request.study.budget.tokens = tokens
     if notebook is not None: request.study.notebook = notebook
+    if seeds and len({*seeds}) < len(seeds): raise UserError(f"--seeds: {', '.join(map(str, seeds))}: a seed is there twice")
+    if seeds: request.study.seeds = convert(get_type_hints(Study, include_extras=True)["seeds"], seeds, "--seeds", "")
+    if primary is not None: request.study.primary = Primary(primary, better(primary))
     return request
 
 # %% ../../nbs/running/10_command.ipynb #e515e115
@@ -449,6 +454,8 @@ def run(
     parallel: int | None = None, # runs at once; one per core on the CPU, one on GPUs, on Slurm as many as it gives
     custom_datasets: Path | None = None, # YAML file of data mixes for the axis data_mix
     notebook: str | None = None, # template by name or path, instead of train_and_evaluate
+    seeds: list[int] | None = None, # every combination runs once with each
+    primary: str | None = None, # metric that the study is about, such as docs/bits_per_byte or hellaswag/acc
     launcher: Literal["local", "slurm"] | None = None, # where runs run; with --resume where the study was started, else local
     time: float | None = None, # minutes that a run may take; on Slurm it then goes on in the next job
     partition: str | None = None, # of Slurm
@@ -465,7 +472,7 @@ def run(
     overrides: list[str] = (), # of the base configuration
 ) -> int: # 0 when every run is done, 1 when one is not
     "Run an ablation study, or continue one"
-    request = read_request(base_config, study, axes, tokens, custom_datasets, notebook, overrides)
+    request = read_request(base_config, study, axes, tokens, custom_datasets, notebook, overrides, seeds, primary)
     place = Place(launcher, gpus, parallel, time, partition, [*slurm], processes, cold)
     use = Use(fresh, [*reuse_from], measure)
     _check_request(request, resume, dry_run, retry_failed, rerun)
@@ -486,6 +493,8 @@ def plan(
     parallel: int | None = None, # runs at once; one per core on the CPU, one on GPUs
     custom_datasets: Path | None = None, # YAML file of data mixes for the axis data_mix
     notebook: str | None = None, # template by name or path, instead of train_and_evaluate
+    seeds: list[int] | None = None, # every combination runs once with each
+    primary: str | None = None, # metric that the study is about, such as docs/bits_per_byte or hellaswag/acc
     processes: int | None = None, # of each run, on the CPU
     reuse_from: list[Path] = (), # folders of studies of another machine or user, as `run` would look there
     fresh: bool = False, # as `run` would compute everything
@@ -493,7 +502,7 @@ def plan(
     overrides: list[str] = (), # of the base configuration
 ):
     "Show every run of a study and what is matched, without running anything"
-    request = read_request(base_config, study, axes, tokens, custom_datasets, notebook, overrides)
+    request = read_request(base_config, study, axes, tokens, custom_datasets, notebook, overrides, seeds, primary)
     if request is None: raise UserError("what to plan? give --base-config or --study")
     place, use = Place(gpus=gpus, parallel=parallel, processes=processes), Use(fresh, [*reuse_from], measure)
     check_place(place)
