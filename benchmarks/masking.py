@@ -80,7 +80,7 @@ def alternate(steps: dict, repeats: int) -> dict[str, list[float]]:
 def beside_tokenising(task: str, texts: list[str], tokenizer, repeats: int) -> dict:
     "Samples of tokenising and of masking"
     collate = DataCollatorForLanguageModelingVarLen(tokenizer, **{f"apply_{task}_mask": True})
-    examples = collate.read(texts)
+    examples = collate.gather(texts)
     samples = alternate(dict(tokenise=lambda: encode(texts, tokenizer), mask=lambda: collate.labelled(examples)), repeats)
     return dict(tokens=len(examples.ids), documents=len(texts), samples_ms=samples)
 
@@ -91,7 +91,7 @@ def beside_training(task: str, texts: list[str], tokenizer, repeats: int, rows: 
     model = PeerMLAForCausalLM(PeerMLAConfig(vocab_size=len(tokenizer), **MODEL)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     collate = DataCollatorForLanguageModelingVarLen(tokenizer, max_length=length, **{f"apply_{task}_mask": True})
-    examples = collate.cut(collate.read(texts[:rows]))
+    examples = collate.shortened(collate.gather(texts[:rows]))
     batch = collate(texts[:rows])
 
     def step():

@@ -43,7 +43,8 @@ def new_figure(
     "A figure in the pages' style"
     import plotly.graph_objects as go
     style = LAYOUT | dict(height=height)
-    for axis, text in dict(xaxis=x, yaxis=y).items(): style[axis] = AXIS | dict(title=AXIS["title"] | dict(text=safe(text)))
+    for axis, text in dict(xaxis=x, yaxis=y).items():
+        style[axis] = AXIS | dict(title=AXIS["title"] | dict(text=safe(text)))
     if title:
         style["title"] = dict(text=f"<b>{safe(title)}</b>", x=0.02, font=dict(size=14))
         style["legend"] = dict(orientation="h", y=-0.22, x=0)

@@ -426,7 +426,12 @@ def _write_sequence(writer: _Writer, items: list) -> yaml.Node:
     plain = not any(isinstance(item, (dict, list)) for item in items)
     return writer.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=plain)
 
+def _write_text(writer: _Writer, text: str) -> yaml.Node:
+    "Text: quoted with escapes where it holds a line break of Unicode, which would not come back"
+    return writer.represent_scalar("tag:yaml.org,2002:str", text, '"' if re.search("[\x85\u2028\u2029]", text) else None)
+
 _Writer.add_representer(list, _write_sequence)
+_Writer.add_representer(str, _write_text)
 _Writer.ignore_aliases = lambda self, data: True   # a list that comes twice is written twice
 
 def to_yaml(

@@ -24,7 +24,7 @@ if TYPE_CHECKING: import plotly.graph_objects as go
 # %% auto #0
 __all__ = ['VARIABLES', 'COLOURS', 'GREY', 'TEXT', 'PARTS', 'TABLES', 'STYLE', 'PAINT', 'SORT', 'SCRIPT', 'FILTERS', 'SHELL',
            'TABLE', 'PLOT', 'render', 'page_html', 'heading', 'section_html', 'facts_html', 'note_html', 'text_html',
-           'Shown', 'shown', 'table_html', 'figure_html', 'charts_html', 'write_plotly', 'write_page']
+           'Shown', 'as_cell', 'table_html', 'figure_html', 'charts_html', 'write_plotly', 'write_page']
 
 # %% ../nbs/06_page.ipynb #5cc0d9ce
 VARIABLES = """
@@ -71,7 +71,8 @@ mark { background:none; color:var(--bad); font-weight:600 }
 PARTS = """
 .facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(180px,1fr)); gap:12px; margin:22px 0 }
 .facts div { background:var(--card); border-radius:10px; padding:12px 14px }
-.facts b { display:block; font-size:1.15rem; font-weight:600; font-variant-numeric:tabular-nums; overflow-wrap:anywhere }
+.facts b { display:block; font-size:1.15rem; font-weight:600; font-variant-numeric:tabular-nums;
+  overflow-wrap:anywhere }
 .facts span { color:var(--soft); font-size:.85rem }
 .note { background:var(--warn); color:var(--warnink); border-radius:10px; padding:12px 16px; margin:14px 0 }
 .note p { margin:4px 0; max-width:none; overflow-wrap:anywhere }
@@ -201,6 +202,7 @@ def heading(
     "The first lines of a page"
     return render("<h1>{{ title }}</h1>{% if lead %}<p class='soft'>{{ lead }}</p>{% endif %}", title=title, lead=lead)
 
+# %% ../nbs/06_page.ipynb #9c9ba801
 def section_html(
     title: str, # heading
     *parts: Markup, # what stands below it
@@ -208,6 +210,7 @@ def section_html(
     "A part of a page under a heading"
     return render("<h2>{{ title }}</h2>{% for part in parts %}{{ part }}{% endfor %}", title=title, parts=parts)
 
+# %% ../nbs/06_page.ipynb #671ea4f0
 def facts_html(
     facts: dict[str, str], # what -> value, as text
 ) -> Markup:
@@ -215,6 +218,7 @@ def facts_html(
     return render("""<div class="facts">{% for what, value in facts.items() %}
 <div><b>{{ value }}</b><span>{{ what }}</span></div>{% endfor %}</div>""", facts=facts)
 
+# %% ../nbs/06_page.ipynb #966a01bc
 def note_html(
     lines: Iterable[str], # of text
 ) -> Markup: # empty without lines
@@ -222,6 +226,7 @@ def note_html(
     said = "{% for line in lines %}<p>{{ line }}</p>{% endfor %}"
     return render(f'{{% if lines %}}<div class="note">{said}</div>{{% endif %}}', lines=list(lines))
 
+# %% ../nbs/06_page.ipynb #ab17e848
 def text_html(
     text: str, # of a person, a file or a program
     kind: str = "", # CSS classes
@@ -243,7 +248,8 @@ class Shown:
         if missing(self.value): return ""
         return str(self.value).replace("inf", "Infinity") if isinstance(self.value, Real) else str(self.value)
 
-def shown(
+# %% ../nbs/06_page.ipynb #9634a2e1
+def as_cell(
     value: Any, # number, text, Markup, None, or Shown already
 ) -> Shown:
     "A value as a cell"
@@ -273,7 +279,7 @@ def table_html(
     sort: bool = False, # by a click on a heading
 ) -> Markup:
     "A table; a column with a number in it stands on the right"
-    cells = [[shown(row.get(key)) for key in columns] for row in rows]
+    cells = [[as_cell(row.get(key)) for key in columns] for row in rows]
     right = {n for row in cells for n, cell in enumerate(row) if cell.kind == "n"}
     kinds = ["n" if n in right else "" for n in range(len(columns))]
     return render(TABLE, heads=list(zip(columns.values(), kinds)), rows=cells, kinds=kinds, sort=sort)
@@ -293,6 +299,7 @@ def figure_html(
     if not caption: return drawn
     return render("<figure>{{ drawn }}<figcaption>{{ caption }}</figcaption></figure>", drawn=drawn, caption=caption)
 
+# %% ../nbs/06_page.ipynb #7f6a0e59
 def charts_html(
     *charts: Markup, # figures, or anything that may stand beside one
 ) -> Markup:
@@ -308,6 +315,7 @@ def write_plotly(
     target = folder/"plotly.min.js"
     return target if target.exists() else write_atomic(target, get_plotlyjs())
 
+# %% ../nbs/06_page.ipynb #535055e2
 def write_page(
     path: Path, # of the HTML file
     title: str, # of the window

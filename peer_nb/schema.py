@@ -200,9 +200,8 @@ class DatasetEntry:
     weight: Positive = 1.0 # share in the mix, relative to the others
     text_field: Text = "text" # field with the text
     text_template: Template | None = None # or text made of several fields: "{question}\n{answer}"
-    mask: Literal["qa", "hashhop", "digit_lookup"] | None = None # train only on answers
-    # a generated task instead of a path
-    task: Literal["synthetic_qa", "digit_lookup", "two_hop", "hashhop"] | None = None
+    mask: Text | None = None # train only on answers, found by this rule: qa, hashhop, digit_lookup
+    task: Text | None = None # a generated task instead of a path: synthetic_qa, digit_lookup, two_hop, hashhop
     task_arguments: MappingText | None = None # of its generator, as `peer-data` takes them: {num_pairs: 1000, seed: 1}
 
 @dataclass

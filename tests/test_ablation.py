@@ -26,7 +26,7 @@ from peer_nb.findings.effects import effects_table
 from peer_nb.study.study import builtin_axes, load_study
 from peer_nb.config import DataMix, load_config, load_data_mixes
 from peer_nb.evaluation.items import write_hub_shape
-from peer_nb.files import read_json
+from peer_nb.files import read_json, read_jsonl
 
 ROOT = Path(__file__).parent.parent
 EVIL = "<script>alert(1)</script>"
@@ -372,18 +372,18 @@ def test_a_template_s_result_is_what_the_lab_reads(tmp_path, monkeypatch):
     monkeypatch.setenv("PEER_NB_DATA", str(tmp_path/"items"))
     (tmp_path/"words.jsonl").write_text("".join(json.dumps({"text": f"{a} plus {b} is {a + b}. " * 3}) + "\n" for a in range(12) for b in range(12)))
     task = dict(num_pairs=6, num_known=6, num_novel=4)
-    config = dict(model_config=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=257, max_position_embeddings=64, memory_layers=[1],
+    config = dict(model_config=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=257, max_position_embeddings=48, memory_layers=[1],
                                     peer_config=dict(num_experts=64, product_key_dim=[8, 8], num_heads=2, num_experts_per_tok=4, query_dim=16),
                                     mla_config=dict(q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16)),
-                  train_config=dict(max_steps=4, eval_steps=2, logging_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-3),
-                  dataset_config=dict(tokenizer_name="bytes", max_seq_length=64, heldout_fraction=0.1,
+                  train_config=dict(max_steps=9, eval_steps=2, logging_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-3),
+                  dataset_config=dict(tokenizer_name="bytes", max_seq_length=48, heldout_fraction=0.1,
                                       datasets=[dict(name="words", path=str(tmp_path/"words.jsonl")), dict(name="facts", task="digit_lookup", task_arguments=task, mask="digit_lookup")]),
                   eval_config=dict(evals=["hellaswag"], datasets=[dict(name="words", path=str(tmp_path/"words.jsonl"))]))
     (tmp_path/"base.yaml").write_text(yaml.safe_dump(config))
     run = tmp_path/"run"
     run.mkdir()
     papermill.execute_notebook(str(ROOT/"nbs"/"experiments"/"train_and_evaluate.ipynb"), str(run/"notebook.ipynb"), progress_bar=False, kernel_name="python3",
-                               parameters=dict(config_path=str(tmp_path/"base.yaml"), run_dir=str(run), levels={"axis": "level"}, overrides={}))
+                               parameters=dict(config_path=str(tmp_path/"base.yaml"), run_dir=str(run), levels={"axis": "level"}, overrides='{"train_config.max_steps": 4}'))
     found = Run(run)
     result = found.result
     assert result.usage["layers"]["1"]["rows"] == 64 and result.training["steps"] == 4
@@ -396,6 +396,8 @@ def test_a_template_s_result_is_what_the_lab_reads(tmp_path, monkeypatch):
     scored = found.items["hellaswag/acc"]
     assert len(scored) == 11 and len({cluster for _, cluster in scored.values()}) == 10 and {value for value, _ in scored.values()} <= {0.0, 1.0}
     text = "".join(str(o) for c in nbformat.read(run/"notebook.ipynb", 4).cells for o in c.get("outputs", []))
+    samples = read_jsonl(found.path("samples"))
+    assert samples and all(len((s["prompt"] + s["text"]).encode()) <= 4*48 for s in samples), "twelve tokens and forty more do not fit"
     assert "Asked for what it was taught" in text and "Traceback" not in text
 
 

@@ -16,7 +16,7 @@ from peer_nb.analysis.any_model import check_closed_form, count_any
 from peer_nb.analysis.command import STATE, main
 from peer_nb.analysis.expert_usage import Labels, LayerCounter, memory_layers, usage_summary
 from peer_nb.analysis.inspection import open_checkpoint, tensor_facts
-from peer_nb.analysis.pages import read_result, schema_of
+from peer_nb.analysis.pages import read_analysis, schema_of
 from peer_nb.analysis.parameters import count_parameters, layer_rows
 from peer_nb.analysis.step_memory import BLOCK, TABLE_STATES, StepMemory, estimate_memory
 from peer_nb.analysis.usage_statistics import TOKEN_TYPES, divergence, usage_statistics
@@ -87,7 +87,7 @@ def test_closed_form_equals_the_model_for_any_configuration(layers, kind, tied, 
 
 def test_the_guides_default_is_counted_from_its_file(capsys, tmp_path):
     assert main(["parameters", "configs/config.yaml", "--check", "--output", str(tmp_path)]) == 0
-    found = read_result(tmp_path/"parameters.json")[1]
+    found = read_analysis(tmp_path/"parameters.json")[1]
     assert found["total"] == found["checked"]["total"] == 16_329_211_648
     assert set(found["step_memory"]) == {"dense", "sparse", "consumed"}
     assert "16,329,211,648" in (tmp_path/"parameters.html").read_text() and "16,329,211,648" in capsys.readouterr().out
@@ -163,7 +163,7 @@ def test_usage_over_files(folder, capsys):
     jsonschema = pytest.importorskip("jsonschema")
     files = [str(folder/f"text{n}.txt") for n in range(3)]
     assert main(["usage", str(folder/"ours"), "--files", *files, "--window", "40", "--output", str(folder/"use")]) == 0
-    found = read_result(folder/"use"/"usage.json")[1]
+    found = read_analysis(folder/"use"/"usage.json")[1]
     jsonschema.validate(found, schema_of("usage"))
     assert found["tokens"] == sum(os.path.getsize(f) for f in files) and found["documents"] == 3 and found["complete"]
     text = TEXT * 12
@@ -192,12 +192,12 @@ def test_an_interrupted_run_goes_on_to_the_same_counts(folder, tmp_path, how, ca
     process.stdout.read()
     assert process.wait(600) == (130 if how == signal.SIGINT else -signal.SIGKILL) and (tmp_path/STATE).exists()
     if how == signal.SIGINT:
-        partial = read_result(tmp_path/"usage.json")[1]
+        partial = read_analysis(tmp_path/"usage.json")[1]
         assert not partial["complete"] and 0 < partial["documents"] < 6 and "Partial" in (tmp_path/"usage.html").read_text()
     assert main([*words, str(tmp_path)]) == 0
     assert "going on after" in capsys.readouterr().out and not (tmp_path/STATE).exists()
     assert main([*words, str(tmp_path/"whole")]) == 0
-    assert read_result(tmp_path/"usage.json") == read_result(tmp_path/"whole"/"usage.json")
+    assert read_analysis(tmp_path/"usage.json") == read_analysis(tmp_path/"whole"/"usage.json")
 
 
 def test_a_state_of_another_measurement_is_refused(folder, tmp_path, capsys):
@@ -213,7 +213,7 @@ def test_a_llama_is_counted_and_inspected_but_has_no_usage(folder, tmp_path, cap
     llama = str(folder/"llama")
     assert main(["parameters", llama, "--output", str(tmp_path)]) == main(["checkpoint", llama, "--output", str(tmp_path)]) == 0
     numbers = LlamaForCausalLM.from_pretrained(llama).num_parameters()
-    assert read_result(tmp_path/"parameters.json")[1]["total"] == read_result(tmp_path/"checkpoint.json")[1]["numbers"] == numbers
+    assert read_analysis(tmp_path/"parameters.json")[1]["total"] == read_analysis(tmp_path/"checkpoint.json")[1]["numbers"] == numbers
     capsys.readouterr()
     assert main(["usage", llama]) == 2 and "no memory layers" in capsys.readouterr().err
 

@@ -16,9 +16,11 @@ from peer_nb.config import DatasetConfig, DatasetEntry
 from peer_nb.files import UserError
 from peer_nb.data.collate import DataCollatorForLanguageModelingVarLen, build_dataloader, count_targets
 from peer_nb.data.corpora import load_tokenizer
-from peer_nb.data.masking import (ANSWERS, SPANS, MaskStatistics, Surfaces, apply_digit_lookup_mask, apply_hashhop_mask, apply_synthetic_qa_mask, hashhop_spans,
-                                  surfaces_of, trained_by_offsets)
+from peer_nb.data.masking import (MaskStatistics, Surfaces, apply_digit_lookup_mask, apply_hashhop_mask, apply_synthetic_qa_mask, surfaces_of,
+                                  trained_by_offsets)
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
+from peer_nb.tasks.answers import hashhop_spans
+from peer_nb.tasks.registry import MASKS
 
 APPLY = {"qa": apply_synthetic_qa_mask, "hashhop": apply_hashhop_mask, "digit_lookup": apply_digit_lookup_mask}
 PAIRS = ["".join(f"{i*7919 % 10**6:06d}:{i*104729 % 10**6:06d} " for i in range(j, j + 4)) for j in range(60)]
@@ -105,10 +107,9 @@ def test_hashhop_values_by_a_scanner(text, scope):
     for t in (text, "x = 'y'\nCOMPLETION:" + text): assert hashhop_spans(t, scope) == scanned(t, scope)
 
 
-def test_the_configuration_names_the_same_masks():
-    masks = get_args(get_args(get_type_hints(DatasetEntry)["mask"])[0])
-    assert set(masks) == set(ANSWERS) == set(SPANS) == set(APPLY)
-    assert {f"apply_{m}_mask" for m in masks} <= {f.name for f in fields(DataCollatorForLanguageModelingVarLen)}
+def test_every_mask_has_a_function_and_a_flag():
+    assert set(MASKS) == set(APPLY)
+    assert {f"apply_{m}_mask" for m in MASKS} <= {f.name for f in fields(DataCollatorForLanguageModelingVarLen)}
 
 
 # ---- every shape of a batch ----
@@ -148,7 +149,7 @@ def test_every_answer_is_covered(name):
     table = surfaces_of(tok)
     for task, texts in dict(qa=QUESTIONS, hashhop=HOPS, digit_lookup=PAIRS).items():
         for text in texts[:12]:
-            answers = "".join(text[a:b] for a, b in SPANS[task](text))
+            answers = "".join(text[a:b] for a, b in MASKS[task].spans(text))
             said = {}
             for straddle in ("include", "exclude"):
                 labels = np.array(expected(tok, text, task, straddle))

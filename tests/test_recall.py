@@ -26,7 +26,8 @@ from peer_nb.evaluation import recall_command
 from peer_nb.evaluation.recall import Pieces, answer_batches, encode_questions, questions_of, read_questions, recall_of, wilson
 from peer_nb.evaluation.recall_command import SCHEMA, recall
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
-from peer_nb.tasks.writing import TASKS, generate, write_task
+from peer_nb.tasks.registry import TASKS, find_task
+from peer_nb.tasks.writing import generate, write_task
 
 SMALL = dict(synthetic_qa=dict(num_pairs=24, frequencies=[1, 4]), digit_lookup=dict(num_pairs=20, num_novel=6, num_known=8), two_hop=dict(num_entities=24, num_novel=3, num_novel_ood=3, num_known=6),
              hashhop=dict(num_samples=2, num_eval=3, n_chars=60, num_queries=2, lengths=[3]))
@@ -39,7 +40,7 @@ def rows_of(columns: dict) -> list[dict]: return [dict(zip(columns, values)) for
 
 def asked(task: str, **arguments) -> list:
     return [q for split, columns in generate(task, **(SMALL[task] | arguments)).items() if "prompt" in columns and split != "train"
-            for i, row in enumerate(rows_of(columns)) for q in questions_of(split, i, row)]
+            for i, row in enumerate(rows_of(columns)) for q in questions_of(find_task(task), split, i, row)]
 
 
 @pytest.fixture(scope="module")
@@ -168,17 +169,17 @@ def test_a_scripted_model_scores_as_scripted(tokenizer, wrong):
         ids = [tokenizer.eos_token_id, *tokenizer(prompt + answer + " ", add_special_tokens=False)["input_ids"]]
         table |= {tuple(ids[:t]): ids[t] for t in range(len(prompt), len(ids))}
         if i % 2: table[tuple(ids[:len(prompt) + 1 + wrong])] = tokenizer("x", add_special_tokens=False)["input_ids"][0]
-    found = recall_of(Scripted(table, len(tokenizer)), tokenizer, "t", {"known": pairs})
-    assert found["t/exact_match"] == .5
-    assert found["t/digit_accuracy"] == pytest.approx((1 + 5/6)/2)
-    assert found["t/first_digit_accuracy"] == (.5 if wrong == 0 else 1.)
-    assert found["t/known/answer_logprob"] == pytest.approx(-10, abs=.01)   # a wrong digit costs 20 nats
+    found = recall_of(Scripted(table, len(tokenizer)), tokenizer, find_task("digit_lookup"), {"known": pairs})
+    assert found["digit_lookup/exact_match"] == .5
+    assert found["digit_lookup/digit_accuracy"] == pytest.approx((1 + 5/6)/2)
+    assert found["digit_lookup/first_digit_accuracy"] == (.5 if wrong == 0 else 1.)
+    assert found["digit_lookup/known/answer_logprob"] == pytest.approx(-10, abs=.01)   # a wrong digit costs 20 nats
 
 
 def test_recall_of_leaves_the_model_as_it_was(tokenizer):
     model = peer(len(tokenizer)).train()
     before, state = {n: v.clone() for n, v in model.state_dict().items()}, torch.get_rng_state()
-    found = recall_of(model, tokenizer, "two_hop", {s: c for s, c in generate("two_hop", **SMALL["two_hop"]).items() if s != "train"})
+    found = recall_of(model, tokenizer, find_task("two_hop"), {s: c for s, c in generate("two_hop", **SMALL["two_hop"]).items() if s != "train"})
     assert model.training and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     assert {f"two_hop/{s}/exact_match" for s in ("one_hop", "known", "novel", "novel_ood")} < set(found)

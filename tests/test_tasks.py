@@ -14,12 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peer_nb.config import DatasetEntry
+from peer_nb.config import DatasetEntry, config_from_dict
+from peer_nb.data.command import main, task_command, tokenization_report
+from peer_nb.data.corpora import load_tokenizer
+from peer_nb.data.packing import build_dataloader
+from peer_nb.evaluation.recall import read_questions
 from peer_nb.files import UserError
-from peer_nb.data.command import RULES, main, task_command, tokenization_report
+from peer_nb.study.plan import make_plan, measured
+from peer_nb.study.study import Primary, Study
 from peer_nb.tasks.hashhop import DIFFICULTIES, LegacyHashHop, chains_in
-from peer_nb.tasks.synthetic_qa import exposure_order
-from peer_nb.tasks.writing import TASKS, generate, write_task
+from peer_nb.tasks.registry import MASKS, TASKS, register
+from peer_nb.tasks.task import KNOWN, NOVEL, TRAINED, Mask, Task, exposure_order
+from peer_nb.tasks.writing import generate, write_task
+from peer_nb.training.loop import train
 
 SMALL = dict(synthetic_qa=dict(num_pairs=200), digit_lookup=dict(num_pairs=60, num_novel=20, num_known=30), two_hop=dict(num_entities=80, num_novel=8, num_novel_ood=8),
              hashhop=dict(num_samples=24, num_eval=4, n_chars=200, num_queries=2, alphabets=["letters", "hex"], lengths=[4, 6]))
@@ -162,8 +169,8 @@ def test_what_is_no_data_set_is_never_replaced(tmp_path):
 # ---- the command ----
 
 def test_options_are_the_generators_parameters():
-    for task, generator in TASKS.items():
-        wanted = {name: p.default for name, p in inspect.signature(generator).parameters.items()}
+    for task in TASKS:
+        wanted = {name: p.default for name, p in inspect.signature(TASKS[task].generator).parameters.items()}
         found = {name: p.default for name, p in inspect.signature(task_command(task)).parameters.items()}
         assert list(found)[:3] == ["output_dir", "formats", "force"] and {k: found[k] for k in wanted} == wanted
 
@@ -280,6 +287,47 @@ def test_exposures_are_spread():
     assert (np.abs(first - np.array(frequency)/2) <= 1.5).all()
 
 
+# ---- a task of one's own ----
+
+def signs(num_words: int = 6, exposures: int = 4, seed: int = 0):
+    "Words and what they are in capitals, with umlauts: a rule by characters must find its bytes"
+    words = ["bär", "öl", "uhr", "düne", "tür", "ast", "ähre", "ohr"]
+    rows = lambda some: dict(text=[f"¿{w}>{w.upper()}; " for w in some], prompt=[f"¿{w}>" for w in some], answer=[w.upper() for w in some], length=[len(w) for w in some])
+    return dict(train=dict(text=rows(words[:num_words])["text"]*exposures), known=rows(words[:num_words]), novel=rows(words[num_words:]))
+
+
+@pytest.fixture
+def made_up():
+    "The task and its mask by name, for one test"
+    capitals = Mask("capitals", lambda text: [m.span(1) for m in re.finditer(r">([A-ZÄÖÜ]+)", text)])
+    yield register(Task(signs, dict(train=TRAINED, known=KNOWN, novel=NOVEL), capitals, groups=("length",)))
+    del TASKS["signs"], MASKS["capitals"]
+
+
+def test_a_task_of_ones_own_needs_no_other_file(made_up, tmp_path, monkeypatch):
+    "It is written, trained on, masked, asked and planned with, by its name alone"
+    monkeypatch.setenv("PEER_NB_CACHE", str(tmp_path/"cache"))
+    write_task("signs", tmp_path/"set", formats=("jsonl", "parquet"))
+    assert whole(tmp_path/"set") and read_questions(tmp_path/"set")[1][0].answer == "BÄR"
+    entry = dict(name="words", task="signs", task_arguments=dict(exposures=8), mask="capitals")
+    cfg = config_from_dict(dict(
+        model_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=257, max_position_embeddings=64, use_peer=False,
+                          mla_config=dict(q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=4, v_head_dim=8, qk_nope_head_dim=4)),
+        dataset_config=dict(datasets=[entry], tokenizer_name="bytes", max_seq_length=64),
+        train_config=dict(max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=1, output_dir=str(tmp_path/"out"))))
+    batch = next(build_dataloader(cfg, tokenizer := load_tokenizer(cfg.dataset_config)))
+    said = tokenizer.decode(batch["labels"][batch["labels"] != -100].tolist())
+    assert "BÄR" in said and "ÄHRE" not in said and said == re.sub("[^A-ZÄÖÜ]", "", said)
+    metrics = {name.removeprefix("eval/"): value for name, value in train(cfg, progress=False).metrics[-1].items()}
+    assert {"words/known/exact_match", "words/novel/length=3/answer_logprob", "words/bits_per_byte"} <= metrics.keys()
+    assert all(measured(cfg, name) for name in metrics if name.count("/") > 1) and not measured(cfg, "words/train/exact_match")
+    for metric, planned in (("words/novel/exact_match", True), ("words/val/exact_match", False)):
+        study = Study("s", "base.yaml", {"rate": {"low": {}, "high": {"train_config.learning_rate": .1}}}, seeds=[1], primary=Primary(metric, "maximize"))
+        if planned: assert len(make_plan(study, cfg).cells) == 2
+        else:
+            with pytest.raises(UserError, match="will not be measured"): make_plan(study, cfg)
+
+
 # ---- tokenizers ----
 
 def mixing(texts):
@@ -297,16 +345,16 @@ def test_report_agrees_with_the_mask(tmp_path, monkeypatch):
     import torch
     from peer_nb.config import DatasetConfig
     from peer_nb.data.corpora import load_tokenizer
-    from peer_nb.data.masking import MaskStatistics, apply_digit_lookup_mask, apply_hashhop_mask
+    from peer_nb.data.masking import MaskStatistics, apply_mask
     monkeypatch.setenv("PEER_NB_CACHE", str(tmp_path/"cache"))
     for task in TASKS:
         write_task(task, tmp_path/task, **SMALL[task])
         texts = [json.loads(line)["text"] for line in open(tmp_path/task/"train.jsonl")][:200]
-        mask = apply_hashhop_mask if RULES[task] == "hashhop" else apply_digit_lookup_mask
+        rule = TASKS[task].mask.answers
         load = lambda name: load_tokenizer(DatasetConfig([DatasetEntry(task, str(tmp_path/task/"train.jsonl"))], name, max_seq_length=64))
         for name, tokenizer in (("bytes", load("bytes")), ("bpe", load("corpus:bpe:300")), ("mixing", mixing(texts))):
             counted = MaskStatistics()
-            for text in texts: mask(torch.tensor([tokenizer(text, verbose=False).input_ids]), tokenizer, statistics=counted)
+            for text in texts: apply_mask(torch.tensor([tokenizer(text, verbose=False).input_ids]), tokenizer, rule, statistics=counted)
             report = tokenization_report(texts, task, tokenizer)
             assert sum(report["straddling_tokens"].values()) == counted.straddle and (name != "bytes" or report["consistent"])
             assert bool(counted.straddle) == bool(report["straddled_answers"]) and (name != "mixing" or counted.straddle)

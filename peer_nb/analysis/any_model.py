@@ -28,6 +28,7 @@ def component(
     if re.search(r"(input|post_attention|pre_feedforward|post_feedforward)_layernorm", name): return "norms"
     return next((kind for kind, pattern in COMPONENTS if re.search(pattern, name)), "other")
 
+# %% ../../nbs/analysis/05_any_model.ipynb #b682bf53
 def layer_number(
     name: str, # of a parameter
 ) -> int | None: # None outside of the layers

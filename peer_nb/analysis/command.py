@@ -5,7 +5,6 @@
 # %% ../../nbs/analysis/14_command.ipynb #68a98d76
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from .interventions_command import COMMANDS as INTERVENTIONS
 from .any_model import check_closed_form, count_any
 from .inspection import Checkpoint, compare_checkpoints, inspect_checkpoint, misfits, open_checkpoint
-from .pages import read_result, result_of, write_result
+from .pages import analysis_result, read_analysis, write_analysis
 from .parameters import cache_numbers, count_parameters, layer_rows, weight_bytes
 from .step_memory import memory_table, memory_text
 from ..formats import number, size_text
+from ..progress import Progress
 from ..cli import make_main
 from ..config import Config, DatasetEntry, ModelConfig, config_from_dict, load_config, load_data_mixes
 from ..data.corpora import documents, eval_entries
@@ -28,10 +28,10 @@ from ..files import UserError, read_json, sha256_of, writable_folder
 if TYPE_CHECKING: from peer_nb.analysis.expert_usage import UsageRun
 
 # %% auto #0
-__all__ = ['PARTS', 'STATE', 'SAVE_SECONDS', 'COMMANDS', 'main', 'say', 'finish', 'own_config', 'has_training', 'own_parameters',
-           'foreign_parameters', 'parameters_text', 'parameters', 'file_text', 'in_turn', 'chosen_entries',
-           'save_state', 'load_state', 'Stop', 'Lines', 'load_for_usage', 'count_texts', 'usage_text', 'measure',
-           'usage', 'checkpoint_text', 'checkpoint', 'compare_text', 'compare', 'page']
+__all__ = ['PARTS', 'STATE', 'SAVE_SECONDS', 'COMMANDS', 'main', 'say', 'report_result', 'own_config', 'has_training',
+           'own_parameters', 'foreign_parameters', 'parameters_text', 'parameters', 'file_text', 'in_turn',
+           'chosen_entries', 'save_state', 'load_state', 'Stop', 'load_for_usage', 'count_texts', 'usage_text',
+           'measure', 'usage', 'checkpoint_text', 'checkpoint', 'compare_text', 'compare', 'page']
 
 # %% ../../nbs/analysis/14_command.ipynb #80f1d3ef
 def say(
@@ -40,15 +40,15 @@ def say(
     "Print"
     print(lines if isinstance(lines, str) else "\n".join(lines), flush=True)
 
-def finish(
+def report_result(
     kind: str, # of result
-    result: dict, # from `result_of`
+    result: dict, # from `analysis_result`
     output: Path | None, # folder; None: nothing is written
 ) -> None:
     "Write the result and its page, and say where"
     from peer_nb.analysis.drawings import DRAW
     if output is None: return
-    page = write_result(output, result, DRAW[kind])
+    page = write_analysis(output, result, DRAW[kind])
     say(f"\n{page}\n{page.with_suffix('.json')}")
 
 # %% ../../nbs/analysis/14_command.ipynb #d38a5711
@@ -169,7 +169,7 @@ def parameters(
         total, tensors = (f"{found['checked'][k]:,}" for k in ("total", "tensors"))
         say(f"\nthe model on the meta device has the same {total} parameters, in {tensors} tensors")
     if found["step_memory"]: say(f"\nmemory of a training step, by table gradient\n{memory_text(memory_table(cfg))}")
-    finish("parameters", result_of("parameters", [source], found), output)
+    report_result("parameters", analysis_result("parameters", [source], found), output)
     return 0
 
 # %% ../../nbs/analysis/14_command.ipynb #34e69e7a
@@ -267,30 +267,6 @@ class Stop:
         import signal
         for number, handler in self.before.items(): signal.signal(number, handler)
 
-# %% ../../nbs/analysis/14_command.ipynb #82ea73ae
-class Lines:
-    "How far it is: one line that is rewritten in a terminal, ten lines elsewhere"
-    def __init__(self,
-        total: int | None, # of how many
-        what: str, # is counted
-    ):
-        self.total, self.what, self.start, self.shown = total, what, time.monotonic(), 0
-        self.terminal = sys.stdout.isatty()
-
-    def __call__(self,
-        done: int, # so many
-        total: int | None = None, # of how many, if it wasn't known
-    ) -> None:
-        "Show it, if it is time"
-        total = total or self.total
-        tenth = 10 * done // total if total else int(done > 0)
-        if not self.terminal and tenth <= self.shown and done != total: return
-        self.shown = tenth
-        speed = done / max(time.monotonic() - self.start, 1e-9)
-        left = f", {(total - done) / max(speed, 1e-9):,.0f} s left" if total and done < total else ""
-        of, rewritten = f" of {total:,}" if total else "", self.terminal and done != total
-        print(f"{done:,}{of} {self.what}{left}", end="   \r" if rewritten else "\n", flush=True)
-
 # %% ../../nbs/analysis/14_command.ipynb #55fee49d
 def load_for_usage(
     checkpoint: Path, # folder
@@ -315,7 +291,7 @@ def count_texts(
     identity: str, # of what is counted
 ) -> bool: # whether all was read
     "Read until the text or the limit ends, or somebody stops it"
-    show, saved = Lines(run.max_tokens, "tokens"), time.monotonic()
+    show, saved = Progress("tokens", run.max_tokens), time.monotonic()
     with Stop() as stop:
         for tokens in run.read(texts):
             show(tokens)
@@ -361,11 +337,11 @@ def measure(
     complete = count_texts(run, texts(), folder, identity)
     if not run.tokens: raise UserError(f"no text: {', '.join(about['data'])} ({about['part']}) has no tokens")
     together = run.read_pairs(texts(), *pairs) if pairs[0] > 1 and complete else None
-    result = result_of("usage", [checkpoint], about | run.result(threshold, together), complete)
+    result = analysis_result("usage", [checkpoint], about | run.result(threshold, together), complete)
     if not complete: say("\ninterrupted; the same command goes on from here" if folder else "\ninterrupted")
     else: say("")
     say(usage_text(result))
-    finish("usage", result, folder)
+    report_result("usage", result, folder)
     if complete and folder is not None: (folder/STATE).unlink(missing_ok=True)
     return 0 if complete else 130
 
@@ -439,9 +415,9 @@ def checkpoint(
 
     peer-analyze checkpoint output/checkpoint-1000 --output report
     """
-    found = inspect_checkpoint(open_checkpoint(path), Lines(None, "tensors"))
+    found = inspect_checkpoint(open_checkpoint(path), Progress("tensors"))
     say(checkpoint_text(found))
-    finish("checkpoint", result_of("checkpoint", [path], found, complete=not found["misfits"]), output)
+    report_result("checkpoint", analysis_result("checkpoint", [path], found, complete=not found["misfits"]), output)
     if found["misfits"]:
         raise UserError(f"{path}: the weights do not fit config.json: {'; '.join(found['misfits'][:5])}")
     return 0
@@ -476,10 +452,10 @@ def compare(
 
     peer-analyze compare output/checkpoint-1000 output/checkpoint-2000 --output report
     """
-    found = compare_checkpoints(open_checkpoint(first), open_checkpoint(second), Lines(None, "tensors"))
+    found = compare_checkpoints(open_checkpoint(first), open_checkpoint(second), Progress("tensors"))
     if not found["tensors"]: raise UserError(f"{first} and {second} have no tensor of one name and shape in common")
     say(compare_text(found))
-    finish("compare", result_of("compare", [first, second], found), output)
+    report_result("compare", analysis_result("compare", [first, second], found), output)
     return 0
 
 # %% ../../nbs/analysis/14_command.ipynb #8216769c
@@ -491,8 +467,8 @@ def page(
 
     peer-analyze page report/usage.json
     """
-    kind, found = read_result(result)
-    finish(kind, found, output or result.parent)
+    kind, found = read_analysis(result)
+    report_result(kind, found, output or result.parent)
     return 0
 
 # %% ../../nbs/analysis/14_command.ipynb #81ae068e

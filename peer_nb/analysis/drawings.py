@@ -88,6 +88,7 @@ def memory_figure(
     figure.update_yaxes(autorange="reversed")
     return figure
 
+# %% ../../nbs/analysis/07_drawings.ipynb #fc57b3c7
 def memory_html(
     result: dict, # of kind parameters
 ) -> Markup: # empty where the training isn't known
@@ -139,6 +140,7 @@ def checks(
     if stored: found.append(f"The files hold {stored['numbers']:,} numbers, {size_text(stored['bytes'])}.")
     return found
 
+# %% ../../nbs/analysis/07_drawings.ipynb #5eb0aecc
 def sizes_html(
     result: dict, # of kind parameters
 ) -> Markup:
@@ -158,6 +160,7 @@ def layers_html(
     columns = {k: k.replace("_", " ") for k in ("layer", *known)}
     return section_html("Layer by layer", table_html(result["layers"], columns))
 
+# %% ../../nbs/analysis/07_drawings.ipynb #30ef5fb3
 def bytes_html(
     result: dict, # of kind parameters
 ) -> Markup:
@@ -327,6 +330,7 @@ def shared_html(
     return note_html([f"All layers read one table: together they use {found['used']:.2%} of it, unevenness "
                       f"{found['unevenness']:.3f}."])
 
+# %% ../../nbs/analysis/07_drawings.ipynb #3b6ec65e
 def usage_overview(
     result: dict, # of kind usage
 ) -> Markup:
@@ -349,6 +353,7 @@ def classes_html(
     concentrated = classes_figure(result, name, "entropy", "nats")
     return charts_html(figure_html(apart, captions[0]), figure_html(concentrated, captions[1]))
 
+# %% ../../nbs/analysis/07_drawings.ipynb #6f3c1841
 def pairs_html(
     result: dict, # of kind usage
 ) -> Markup: # empty where pairs were not counted
@@ -431,6 +436,7 @@ def norms_html(
     figure = figure_html(row_norms_figure(tensors), caption)
     return section_html("Rows of the tables", figure, table_html(rows, columns))
 
+# %% ../../nbs/analysis/07_drawings.ipynb #7e6765e6
 def draw_checkpoint(
     result: dict, # of kind checkpoint
 ) -> Markup:

@@ -63,6 +63,7 @@ class Labels:
     keep: Tensor | None = None # [tokens] True for tokens that count; None: all
     classes: dict[str, Tensor] | None = None # name -> [tokens] number of a class
 
+# %% ../../nbs/analysis/03_expert_usage.ipynb #c7f30cfd
 class LayerCounter:
     "Everything that is counted about one layer's retrievals"
     def __init__(self,
@@ -279,6 +280,7 @@ def arrays(self: UsageRun) -> dict[str, np.ndarray]: # what `numpy.savez` writes
         state |= {f"{number}.{name}": tensor.cpu().numpy() for name, tensor in c.tensors().items()}
     return state
 
+# %% ../../nbs/analysis/03_expert_usage.ipynb #119ed5db
 @patch
 def restore(self: UsageRun,
     state: dict[str, np.ndarray], # from `arrays` of an equal run
@@ -350,6 +352,7 @@ def class_rows(
                      "entropy": float(entropy / tokens), "top_weight": float(top / tokens), "divergence": apart})
     return rows
 
+# %% ../../nbs/analysis/03_expert_usage.ipynb #d4a25d7f
 def position_names(
     window: int, # longest input
 ) -> list[str]: # "0–15", ...

@@ -18,7 +18,7 @@ from ..files import UserError, read_json
 if TYPE_CHECKING: from torch import Tensor
 
 # %% auto #0
-__all__ = ['WIDTH', 'PIECE', 'TABLE', 'Stored', 'read_header', 'Checkpoint', 'open_checkpoint', 'pieces', 'row_norm_facts',
+__all__ = ['WIDTH', 'PIECE', 'TABLE', 'StoredTensor', 'read_header', 'Checkpoint', 'open_checkpoint', 'pieces', 'row_norm_facts',
            'tensor_facts', 'meta_model', 'misfits', 'inspect_checkpoint', 'tensor_change', 'compare_checkpoints']
 
 # %% ../../nbs/analysis/04_inspection.ipynb #3e7950b3
@@ -26,7 +26,7 @@ WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
          "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1} # bytes of a number
 
 @dataclass
-class Stored:
+class StoredTensor:
     "One tensor of a file, by its header"
     name: str # of the parameter or buffer
     dtype: str # as safetensors writes it: F32, BF16, ...
@@ -39,7 +39,7 @@ class Stored:
     def bytes(self) -> int: return self.numbers * WIDTH.get(self.dtype, 0)
 
 # %% ../../nbs/analysis/04_inspection.ipynb #9711309c
-def _header(file: Path) -> tuple[dict[str, tuple[Stored, list[int]]], int, int]:
+def _header(file: Path) -> tuple[dict[str, tuple[StoredTensor, list[int]]], int, int]:
     "Tensors with their places in the data, bytes of length and header, bytes of the file"
     with open(file, "rb") as f:
         size, length = file.stat().st_size, int.from_bytes(f.read(8), "little")
@@ -48,16 +48,17 @@ def _header(file: Path) -> tuple[dict[str, tuple[Stored, list[int]]], int, int]:
                             f"the file has {size:,}")
         header = json.loads(f.read(length))
     tensors = {name: t for name, t in header.items() if name != "__metadata__"}
-    found = {name: (Stored(name, t["dtype"], t["shape"], file), t["data_offsets"]) for name, t in tensors.items()}
+    found = {name: (StoredTensor(name, t["dtype"], t["shape"], file), t["data_offsets"]) for name, t in tensors.items()}
     for stored, (begin, end) in found.values():
         if stored.dtype in WIDTH and end - begin != stored.bytes:
             raise UserError(f"{file}: {stored.name} has {end - begin:,} bytes, its shape {stored.shape} of "
                             f"{stored.dtype} needs {stored.bytes:,}; the file was edited")
     return found, 8 + length, size
 
+# %% ../../nbs/analysis/04_inspection.ipynb #65684d0c
 def read_header(
     file: Path, # ends in .safetensors
-) -> dict[str, Stored]: # by name
+) -> dict[str, StoredTensor]: # by name
     "What a file says it holds; a file that is cut off, or none of this kind, is refused"
     try: found, begin, size = _header(file)
     except OSError as e: raise UserError(f"{file}: cannot be read: {e.strerror}") from e
@@ -75,14 +76,15 @@ class Checkpoint:
     "A folder of weights, by its headers"
     path: Path # folder, or a single file
     config: dict | None # config.json; None for a single file
-    tensors: dict[str, Stored] # by name
+    tensors: dict[str, StoredTensor] # by name
 
     @property
     def model_type(self) -> str: return (self.config or {}).get("model_type", "unknown")
 
+# %% ../../nbs/analysis/04_inspection.ipynb #3b215369
 def _check_index(
     folder: Path, # of the checkpoint
-    tensors: dict[str, Stored], # that its files hold
+    tensors: dict[str, StoredTensor], # that its files hold
 ) -> None:
     "Refuse an index that says something else than the files"
     file = folder/"model.safetensors.index.json"
@@ -106,6 +108,7 @@ def _weight_files(folder: Path) -> list[Path]:
     why = f"; {pickled[0]} is pickled, and such files are not read: they can run code" if pickled else ""
     raise UserError(f"{folder}: no .safetensors file{why}")
 
+# %% ../../nbs/analysis/04_inspection.ipynb #6b0df3d2
 def open_checkpoint(
     path: str | Path, # folder with config.json and safetensors files, or one such file
 ) -> Checkpoint: # nothing but headers is read
@@ -118,7 +121,7 @@ def open_checkpoint(
     config = read_json(path/"config.json")
     if config is None: raise UserError(f"{path}: not a checkpoint folder (it has no config.json)")
     if not isinstance(config, dict): raise UserError(f"{path/'config.json'}: not a model's configuration")
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(path):
         for name, stored in read_header(file).items():
             if name in tensors: raise UserError(f"{path}: {name} is in {tensors[name].file.name} and in {file.name}")
@@ -130,7 +133,7 @@ def open_checkpoint(
 PIECE = 8_000_000 # numbers
 
 def pieces(
-    stored: Stored, # a tensor
+    stored: StoredTensor, # a tensor
 ) -> Iterator[tuple[int, Tensor]]: # first row, values [rows, ...]
     "A tensor's values, a few rows at a time"
     from safetensors import SafetensorError, safe_open
@@ -165,7 +168,7 @@ def row_norm_facts(
 
 # %% ../../nbs/analysis/04_inspection.ipynb #32ced9bd
 def tensor_facts(
-    stored: Stored, # a tensor
+    stored: StoredTensor, # a tensor
 ) -> dict: # name, dtype, shape, numbers, bytes, norm, rms, mean, largest, zeros, nan, infinite; of tables row_norms
     "What its values look like"
     import torch
@@ -210,6 +213,7 @@ def _tied(model: Any) -> dict[str, str | None]:
     if not getattr(model.config, "tie_word_embeddings", False): return {}
     return dict(keys) if isinstance(keys, dict) else dict.fromkeys(keys)
 
+# %% ../../nbs/analysis/04_inspection.ipynb #f8f20b4b
 def misfits(
     checkpoint: Checkpoint, # of a folder
 ) -> list[str]: # in words; empty when everything fits
@@ -246,9 +250,10 @@ def _as_rows(values: Tensor) -> Tensor:
     "A tensor as a matrix, in float64; a vector has rows of one number"
     return values.double().flatten(1) if values.ndim > 1 else values.double()[:, None]
 
+# %% ../../nbs/analysis/04_inspection.ipynb #ae2191c2
 def tensor_change(
-    a: Stored, # before
-    b: Stored, # after, of the same shape
+    a: StoredTensor, # before
+    b: StoredTensor, # after, of the same shape
 ) -> dict: # name, changed numbers, relative and largest difference, changed rows
     "How far a tensor moved"
     squares, base, largest, changed, rows = 0.0, 0.0, 0.0, 0, 0

@@ -17,7 +17,7 @@ from ..result_schema import FLAG, NUMBER, TEXT, WHOLE, fields, keyed, many, mayb
 
 # %% auto #0
 __all__ = ['ANY', 'STATISTICS', 'HOT', 'CLASSES', 'LAYER_USE', 'ROW_NORMS', 'TENSOR', 'CHANGE', 'STEP', 'SCHEMAS', 'schema_of',
-           'result_of', 'read_result', 'write_result']
+           'analysis_result', 'read_analysis', 'write_analysis']
 
 # %% ../../nbs/analysis/06_pages.ipynb #2e796349
 ANY = {"type": "object"}
@@ -79,7 +79,7 @@ def schema_of(
             **fields(**head, **SCHEMAS[kind])}
 
 # %% ../../nbs/analysis/06_pages.ipynb #4d90f932
-def result_of(
+def analysis_result(
     kind: str, # which schema
     source: Iterable[str | Path], # what was looked at
     found: dict, # the analysis's own fields
@@ -95,8 +95,9 @@ def result_of(
     return {"schema": f"peer-analyze {kind} 1", "source": [str(s) for s in source], "complete": complete,
             "versions": versions, **found}
 
-def read_result(
-    path: str | Path, # written by `write_result`
+# %% ../../nbs/analysis/06_pages.ipynb #41f56911
+def read_analysis(
+    path: str | Path, # written by `write_analysis`
 ) -> tuple[str, dict]: # kind, result
     "A result file; `UserError` when it is something else"
     found = read_json(path)
@@ -107,9 +108,9 @@ def read_result(
     return kind, found
 
 # %% ../../nbs/analysis/06_pages.ipynb #10d3faed
-def write_result(
+def write_analysis(
     folder: str | Path, # made when missing
-    result: dict, # from `result_of`
+    result: dict, # from `analysis_result`
     draw: Callable[[dict], Markup], # result -> the page's body
 ) -> Path: # the page
     "Write KIND.json and KIND.html into a folder"

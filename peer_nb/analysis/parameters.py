@@ -131,6 +131,7 @@ def _layer_row(layer: str | int, kind: str, active: int, flops: int, **held: int
     parts = dict(embedding=0, attention=0, dense_mlp=0, norms=0, memory_router=0, memory_tables=0) | held
     return dict(layer=layer, kind=kind, total=sum(parts.values()), active=active, flops=flops, **parts)
 
+# %% ../../nbs/analysis/00_parameters.ipynb #0412d83d
 def layer_rows(
     model_config: ModelConfig | dict, # the `model_config` section
     context: int | None = None, # as in `count_parameters`
@@ -164,6 +165,7 @@ def weight_bytes(
     "What weights take in each format"
     return {name: width * parameters for name, width in WIDTHS.items()}
 
+# %% ../../nbs/analysis/00_parameters.ipynb #4040022b
 def cache_numbers(
     model_config: ModelConfig | dict, # the `model_config` section
 ) -> tuple[int, int]: # ours; keys and values of every head, for comparison

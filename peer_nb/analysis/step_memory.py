@@ -37,11 +37,12 @@ def attention_activations(
     m, d, heads = c.mla_config, c.hidden_size, c.num_attention_heads
     inner = 12 if width == 4 else 8                                    # input, normalised and output of an inner norm
     qk, rope = m.qk_nope_head_dim + m.qk_rope_head_dim, m.qk_rope_head_dim if width == 4 else 0
-    norm = 8*d + 4*d                                                   # two float32 rows; one operand, or two in half precision
+    norm = 8*d + 4*d                      # two float32 rows; one operand, or two in half precision
     low_rank = inner * (m.q_lora_rank or 0) + inner * m.kv_lora_rank + 4 * rope
     per_head = 2*qk + (m.qk_nope_head_dim + m.v_head_dim) + 2*m.v_head_dim
     return norm + low_rank + width * heads * per_head + 4 * heads
 
+# %% ../../nbs/analysis/01_step_memory.ipynb #55f63ec2
 def mlp_activations(
     c: ModelConfig, # the model
     width: int, # as in `attention_activations`
@@ -63,8 +64,10 @@ def memory_activations(
     places = pairs * (8*stages + 4 + half)                             # row numbers at each stage, weights
     block = 8*d + (4*d if width == 4 else 6*d)
     wide = p.expert_hidden_size * pairs
-    if c.memory_kind == "peer": return block + queries + places + (4 + 8)*wide + (4*wide if p.expert_hidden_size > 1 else 0)
-    gate = (3*width + 4) * p.expert_hidden_size * d + (0 if width == 4 else 2*d) if c.memory_kind == "memory_plus" else 0
+    if c.memory_kind == "peer":
+        return block + queries + places + (4 + 8)*wide + (4*wide if p.expert_hidden_size > 1 else 0)
+    gated = c.memory_kind == "memory_plus"
+    gate = (3*width + 4) * p.expert_hidden_size * d + (0 if width == 4 else 2*d) if gated else 0
     return block - (4*d if width == 2 else 0) + queries + places + 8*pairs + gate
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #3d419de1
@@ -74,7 +77,9 @@ def saved_activations(
 ) -> list[int]: # bytes per token of each layer, then of final norm and head
     "What a forward pass keeps for its gradient"
     memories, mask = memory_layer_numbers(c), 2 * c.hidden_size if c.dropout else 0
-    layers = [attention_activations(c, width) + mask + (memory_activations if n in memories else mlp_activations)(c, width) for n in range(c.num_hidden_layers)]
+    attention = attention_activations(c, width) + mask
+    layers = [attention + (memory_activations if n in memories else mlp_activations)(c, width)
+              for n in range(c.num_hidden_layers)]
     return layers + [(8 + width) * c.hidden_size + (0 if c.loss_chunk_size else 4 * c.vocab_size)]
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #3fb5c4af
@@ -94,7 +99,9 @@ class StepMemory:
     def to_dict(self) -> dict: return asdict(self)
 
     def _repr_markdown_(self) -> str:
-        rows = [f"| {k.replace('_', ' ')} | {v if isinstance(v, str) else f'{v:,}' if k == 'tokens' else size_text(v)} |" for k, v in asdict(self).items()]
+        def said(key, value): return f"{value:,}" if key == "tokens" else size_text(value)
+        found = {k: v if isinstance(v, str) else said(k, v) for k, v in asdict(self).items()}
+        rows = [f"| {k.replace('_', ' ')} | {text} |" for k, text in found.items()]
         return "\n".join(["| | |", "|---|---:|", *rows])
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #7bc28fd1
@@ -107,6 +114,7 @@ def loss_bytes(
     chunk = min(c.loss_chunk_size, tokens)
     return 4 * chunk * c.vocab_size * 2 + 2 * 4 * c.vocab_size * c.hidden_size + 4 * tokens * c.hidden_size
 
+# %% ../../nbs/analysis/01_step_memory.ipynb #152a8e4d
 def backward_peak(
     activations: list[int], # bytes of each layer, then of the head
     gradients: list[int], # bytes of each layer's dense parameters, the embedding's added to the first, the head's last
@@ -132,6 +140,7 @@ def table_gradient_bytes(
     if kind != "sparse": return row * prod(c.peer_config.product_key_dim)
     return rows_read(c, tokens) * (row + 8)
 
+# %% ../../nbs/analysis/01_step_memory.ipynb #57e70e36
 def number_bytes(
     c: ModelConfig, # the model
 ) -> int: # 4 or 2
@@ -145,9 +154,11 @@ def factor_bytes(
 ) -> int: # of one layer
     "What the factors of the gradients of one layer's tables take"
     p, peer = c.peer_config, c.memory_kind == "peer"
-    rows, pairs, row = prod(p.product_key_dim), tokens * p.num_heads * p.num_experts_per_tok, p.expert_hidden_size * c.hidden_size
+    rows, row = prod(p.product_key_dim), p.expert_hidden_size * c.hidden_size
+    pairs = tokens * p.num_heads * p.num_experts_per_tok
     vectors, numbers = (c.hidden_size, p.expert_hidden_size) if peer else (row, 1)
-    return (2 if peer else 1) * (number_bytes(c) * tokens * vectors + 4 * pairs * numbers) + 24 * rows + 4 * rows * row // BLOCK
+    factors = number_bytes(c) * tokens * vectors + 4 * pairs * numbers
+    return (2 if peer else 1) * factors + 24 * rows + 4 * rows * row // BLOCK
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #5e96654b
 def _worst(
@@ -162,10 +173,11 @@ def _worst(
 ) -> StepMemory: # complete
     "Compare the moments of a step"
     gradients = sum(dense) + (max(tables) if freed else sum(tables))
-    before = gradients if batches > 1 else 0                      # of earlier batches; a new one is added layer by layer
+    before = gradients if batches > 1 else 0  # of earlier batches; a new one is added layer by layer
     again = max(d + t for d, t in zip(dense, tables)) + max(transient)
+    backward = before + sum(kept) + again if before else backward_peak(kept, dense, tables, transient, freed)
     moments = {"the loss": before + sum(kept) + loss, "the update": gradients,
-               "the backward pass": before + sum(kept) + again if before else backward_peak(kept, dense, tables, transient, freed)}
+               "the backward pass": backward}
     moment = max(moments, key=moments.get)
     return replace(step, gradients=gradients, activations=sum(kept) + loss, moment=moment,
                    peak=step.weights + step.half_copies + step.optimizer + moments[moment])
@@ -188,16 +200,22 @@ def estimate_memory(
     dense = [4 * (r["total"] - r["memory_tables"]) for r in rows[1:]]
     dense[0] += 4 * rows[0]["total"]
     factored = kind == "consumed" and gpu and c.peer_config.kernel != "eager"
-    memories, one = memory_layer_numbers(c), factor_bytes(c, tokens) if factored else table_gradient_bytes(c, kind, tokens)
-    holders = memories[-1:] if c.share_memory and not factored else memories   # a shared table's gradient begins with the last reader,
-    added = one + (one // 2 if c.memory_kind == "peer" else one)       # and each further one is added to it, a table at a time
+    memories = memory_layer_numbers(c)
+    one = factor_bytes(c, tokens) if factored else table_gradient_bytes(c, kind, tokens)
+    # a shared table's gradient begins with the last reader, and each further one is added to it, a table at a time
+    holders = memories[-1:] if c.share_memory and not factored else memories
+    added = one + (one // 2 if c.memory_kind == "peer" else one)
     tables = [one if n in holders else 0 for n in range(c.num_hidden_layers)] + [0]
-    pairs = tokens * c.peer_config.num_heads * c.peer_config.num_experts_per_tok * (c.peer_config.expert_hidden_size if c.memory_kind == "peer" else 1)
-    transient = [again + (36 * pairs + (0 if n in holders else added) if n in memories else 0) for n, again in enumerate(recomputed)]
+    p = c.peer_config
+    pairs = tokens * p.num_heads * p.num_experts_per_tok * (p.expert_hidden_size if c.memory_kind == "peer" else 1)
+    transient = [again + (36 * pairs + (0 if n in holders else added) if n in memories else 0)
+                 for n, again in enumerate(recomputed)]
     states = round(8 * (count.total - count.memory_tables) + TABLE_STATES[kind] * count.memory_tables)
     copies = 2 * (count.attention + count.dense_mlp + c.vocab_size*c.hidden_size) if width == 2 else 0
-    step = StepMemory(kind, tokens, 4 * count.total - (4 - number_bytes(c)) * count.memory_tables, copies, states, 0, 0, 0, "")
-    return _worst(step, kept, dense, tables, transient, loss_bytes(c, tokens), train.gradient_accumulation_steps, kind == "consumed" and not (factored and c.share_memory))
+    weights = 4 * count.total - (4 - number_bytes(c)) * count.memory_tables
+    step = StepMemory(kind, tokens, weights, copies, states, 0, 0, 0, "")
+    freed = kind == "consumed" and not (factored and c.share_memory)
+    return _worst(step, kept, dense, tables, transient, loss_bytes(c, tokens), train.gradient_accumulation_steps, freed)
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #f0b45c49
 def memory_table(
@@ -206,10 +224,12 @@ def memory_table(
     "Every choice of `table_gradient`, whether or not the configuration allows it"
     return {kind: estimate_memory(cfg, kind) for kind in TABLE_STATES}
 
+# %% ../../nbs/analysis/01_step_memory.ipynb #a5cb5817
 def memory_text(
     steps: dict[str, StepMemory], # from `memory_table`
 ) -> str: # fixed-width lines
     "The choices side by side, for a terminal"
     columns = ("weights", "half_copies", "optimizer", "gradients", "activations", "peak")
     head = f"{'tables':<10}" + "".join(f"{name.replace('_', ' '):>13}" for name in columns)
-    return "\n".join([head, *(f"{kind:<10}" + "".join(f"{size_text(getattr(s, name)):>13}" for name in columns) for kind, s in steps.items())])
+    def line(s): return "".join(f"{size_text(getattr(s, name)):>13}" for name in columns)
+    return "\n".join([head, *(f"{kind:<10}{line(s)}" for kind, s in steps.items())])

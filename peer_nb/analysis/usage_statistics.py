@@ -67,6 +67,7 @@ def share_curve(
     places = np.unique(np.geomspace(1, len(ordered), points).round().astype(int))
     return dict(rows=(places / len(ordered)).tolist(), uses=(total[places - 1] / max(total[-1], 1e-300)).tolist())
 
+# %% ../../nbs/analysis/02_usage_statistics.ipynb #4f3783d1
 EDGES = 2.0 ** np.arange(-7, 12) # of the histogram's bins: times the equal share
 
 def usage_histogram(

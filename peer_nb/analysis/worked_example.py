@@ -20,6 +20,7 @@ from ..evaluation.recall import Encoded, Question, answer_batches, encode_questi
 from ..files import UserError
 from ..models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from ..models.peer import MemoryTable
+from ..tasks.registry import find_task
 from ..tasks.writing import generate, write_task
 
 # %% auto #0
@@ -124,7 +125,7 @@ def learn_facts(
     arguments = TASKS_HERE[task](facts) | dict(seed=1)
     data, tokenizer = generate(task, **arguments), load_tokenizer(DatasetConfig(tokenizer_name="bytes"))
     splits = {name: columns for name, columns in data.items() if "answer" in columns}
-    questions = questions_in(splits)
+    questions = questions_in(find_task(task), splits)
     encoded = encode_questions(tokenizer, questions)
     texts = data["train"]["text"]
     ids, labels = training_rows(texts, [e for e in encoded if e.question.split == next(iter(splits))])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -18,13 +17,15 @@ from torch import Tensor
 
 from ..files import UserError
 from .masking import (
-    ANSWERS, MaskStatistics, Straddle, check_choice, check_task, counted, document_borders, surfaces_of, trained_tokens)
+    MaskStatistics, Straddle, counted, document_borders, surfaces_of, target_tokens)
 from .packing import differences, encode, shuffled
+from ..tasks.registry import find_mask
+from ..tasks.task import check_choice
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['Examples', 'array', 'joined', 'read_tokens', 'DataCollatorForLanguageModelingVarLen', 'count_targets',
+__all__ = ['Examples', 'array', 'concatenate_examples', 'read_tokens', 'DataCollatorForLanguageModelingVarLen', 'count_targets',
            'DocumentBatches', 'build_dataloader']
 
 # %% ../../nbs/data/03_collate.ipynb #19df103f
@@ -40,7 +41,7 @@ def array(values) -> np.ndarray:
     "Token ids of any kind as one dimension of int64"
     return np.asarray(values, np.int64).reshape(-1)
 
-def joined(
+def concatenate_examples(
     rows: Sequence, # of each example, its token ids
     labels: Sequence | None = None, # of each example; None: the ids
     # of each example, where documents begin in it, and its length; None: one document each
@@ -83,6 +84,7 @@ class DataCollatorForLanguageModelingVarLen:
     apply_qa_mask: bool = False # train what follows the last question mark
     apply_hashhop_mask: bool = False # train the quoted values
     apply_digit_lookup_mask: bool = False # train the values after colons
+    mask: str | None = None # or the name of a rule, as in a configuration
     on_missing: Literal["keep", "mask"] = "keep" # qa: what a text without `?` is
     scope: Literal["auto", "all"] = "auto" # hashhop: after COMPLETION: if it is there, or everywhere
     straddle: Straddle = "include" # tokens on the edge of an answer: train them, don't, or raise
@@ -90,29 +92,33 @@ class DataCollatorForLanguageModelingVarLen:
     statistics: MaskStatistics = field(default_factory=MaskStatistics, init=False) # of all batches made in this process
 
     def __post_init__(self):
-        chosen = [task for task in ANSWERS if getattr(self, f"apply_{task}_mask")]
+        flags = [name for name in ("qa", "hashhop", "digit_lookup") if getattr(self, f"apply_{name}_mask")]
+        chosen = flags + [self.mask]*(self.mask is not None)
         if len(chosen) > 1:
             raise UserError(f"a text has one mask, not {' and '.join(chosen)}: "
                 "choose one, or give each example its own `mask`")
         self.mask = chosen[0] if chosen else None
-        check_choice("on_missing", self.on_missing, ("keep", "mask"))
-        check_choice("scope", self.scope, ("auto", "all"))
+        if self.mask is not None: self.rule_of(self.mask)
         check_choice("straddle", self.straddle, ("include", "exclude", "error"))
         if self.max_length is not None and self.max_length < 1:
             raise UserError(f"max_length is {self.max_length}; it is 1 or more")
 
+    def rule_of(self, mask: str) -> Callable:
+        "A rule with its options"
+        return find_mask(mask).rule(on_missing=self.on_missing, scope=self.scope)
+
 # %% ../../nbs/data/03_collate.ipynb #c365e7d6
 @patch
-def read(self: DataCollatorForLanguageModelingVarLen, examples: Sequence) -> Examples:
+def gather(self: DataCollatorForLanguageModelingVarLen, examples: Sequence) -> Examples:
     "Examples of any kind to token ids"
     if all(isinstance(e, str) for e in examples):
-        ids, labels, at, borders = joined(encode(list(examples), self.tokenizer))
+        ids, labels, at, borders = concatenate_examples(encode(list(examples), self.tokenizer))
         masks = np.full(len(examples), self.mask, object)
     else:
         found = [dict(text=e) if isinstance(e, str) else dict(e) if hasattr(e, "keys") else dict(input_ids=e)
                  for e in examples]
         self.add_tokens([e for e in found if "input_ids" not in e])
-        ids, labels, at, borders = joined(*zip(*map(read_tokens, found)))
+        ids, labels, at, borders = concatenate_examples(*zip(*map(read_tokens, found)))
         masks = np.array([e.get("mask", self.mask) for e in found], object)
     return Examples(ids, labels, at, document_borders(ids, borders, self.tokenizer.eos_token_id), masks)
 
@@ -127,7 +133,7 @@ def add_tokens(self: DataCollatorForLanguageModelingVarLen, examples: list[dict]
 
 # %% ../../nbs/data/03_collate.ipynb #996009ad
 @patch
-def trained(self: DataCollatorForLanguageModelingVarLen,
+def are_targets(self: DataCollatorForLanguageModelingVarLen,
     ids: np.ndarray, # [tokens]
     borders: np.ndarray, # [documents+1]
     mask: str | None, # rule
@@ -137,9 +143,8 @@ def trained(self: DataCollatorForLanguageModelingVarLen,
         out = np.ones(len(ids), bool)
         out[borders[:-1]] = False
         return out
-    options = {"qa": dict(on_missing=self.on_missing), "hashhop": dict(scope=self.scope)}.get(check_task(mask), {})
-    rule = partial(ANSWERS[mask], **options)
-    out, counts = trained_tokens(ids, borders, rule, surfaces_of(self.tokenizer), self.straddle, self.train_eos)
+    surfaces = surfaces_of(self.tokenizer)
+    out, counts = target_tokens(ids, borders, self.rule_of(mask), surfaces, self.straddle, self.train_eos)
     self.statistics.add(counts)
     return out
 
@@ -149,16 +154,16 @@ def labelled(self: DataCollatorForLanguageModelingVarLen, examples: Examples) ->
     "Set the labels to -100 where nothing is trained"
     ids, labels, at, borders, masks = examples
     kinds = set(masks.tolist())
-    if len(kinds) == 1: return examples._replace(labels=np.where(self.trained(ids, borders, *kinds), labels, -100))
+    if len(kinds) == 1: return examples._replace(labels=np.where(self.are_targets(ids, borders, *kinds), labels, -100))
     trained = np.zeros(len(ids), bool)
     for mask in kinds:
         mine = np.repeat([m == mask for m in masks], np.diff(at))                              # [tokens]
-        trained[mine] = self.trained(ids[mine], np.unique(counted(mine)[borders]), mask)
+        trained[mine] = self.are_targets(ids[mine], np.unique(counted(mine)[borders]), mask)
     return examples._replace(labels=np.where(trained, labels, -100))
 
 # %% ../../nbs/data/03_collate.ipynb #285dedf6
 @patch
-def cut(self: DataCollatorForLanguageModelingVarLen, examples: Examples) -> Examples:
+def shortened(self: DataCollatorForLanguageModelingVarLen, examples: Examples) -> Examples:
     "Keep at most `max_length` tokens of each example"
     ids, labels, at, borders, masks = examples
     lengths = np.diff(at)
@@ -202,7 +207,7 @@ def side_by_side(self: DataCollatorForLanguageModelingVarLen, examples: Examples
 @patch
 def __call__(self: DataCollatorForLanguageModelingVarLen, examples: Sequence) -> dict: # padded or side by side
     "A batch of examples of any kind"
-    ready = self.cut(self.labelled(self.read(examples)))
+    ready = self.shortened(self.labelled(self.gather(examples)))
     return self.side_by_side(ready) if self.varlen else self.padded(ready)
 
 # %% ../../nbs/data/03_collate.ipynb #5db9c3a8
@@ -258,19 +263,19 @@ def __iter__(self: DocumentBatches) -> Iterator[dict]:
 
 # %% ../../nbs/data/03_collate.ipynb #5a21ef8d
 @patch
-def identity(self: DocumentBatches) -> dict:
+def order_identity(self: DocumentBatches) -> dict:
     "What must be the same for a state to be loaded"
     return dict(examples=len(self.dataset), batch_size=self.batch_size, seed=self.seed, world_size=self.world_size)
 
 @patch
 def state_dict(self: DocumentBatches) -> dict: # plain values
     "Where the stream is"
-    return dict(epoch=self.epoch, taken=self.taken, identity=self.identity())
+    return dict(epoch=self.epoch, taken=self.taken, identity=self.order_identity())
 
 @patch
 def load_state_dict(self: DocumentBatches, state: dict) -> None:
     "Go on exactly where a state was taken; UserError when the order would be another"
-    if changed := differences(state["identity"], self.identity()):
+    if changed := differences(state["identity"], self.order_identity()):
         raise UserError("this state is of another loader: " + "; ".join(changed))
     self.epoch, self.taken = state["epoch"], state["taken"]
 

@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,38 +18,40 @@ import numpy as np
 
 from ..cli import make_main
 from ..files import UserError, read_json, write_json
-from ..tasks.synthetic_qa import check, check_count
-from ..tasks.writing import TASKS, write_task
+from ..tasks.registry import TASKS, find_task
+from ..tasks.task import byte_places, check_count, require
+from ..tasks.writing import write_task
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['NUMBER', 'HASH', 'ENTITIES', 'RULES', 'DOC', 'main', 'entity_spans', 'token_ends', 'cut', 'edge_tokens',
-           'tokenization_report', 'task_command', 'rows_of', 'summary_line', 'tokenization']
+__all__ = ['DOC', 'main', 'in_bytes', 'entity_spans', 'token_ends', 'cut_pattern', 'edge_tokens', 'tokenization_report',
+           'task_command', 'with_parameters_of', 'rows_of', 'summary_line', 'tokenization']
 
 # %% ../../nbs/data/04_command.ipynb #0dffb731
-NUMBER, HASH = r"\d+", r"^[^\s=']+(?= = )|(?:(?<== )|(?<== '))[^\s=']+"   # ^ is the beginning of a line
-ENTITIES = {task: HASH if task == "hashhop" else NUMBER for task in TASKS}
-RULES = {task: "hashhop" if task == "hashhop" else "digit_lookup" for task in TASKS}   # the mask that finds its answers
+def in_bytes(text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    "Stretches of a text by its bytes"
+    places = byte_places(text).tolist()
+    return [(places[a], places[b]) for a, b in spans]
 
-def entity_spans(text: str, task: str) -> list[tuple[int, int]]:
+def entity_spans(text: str, task: str) -> list[tuple[int, int]]: # in bytes
     "Where the numbers or hashes of a text are"
-    return [found.span() for found in re.finditer(ENTITIES[task], text, re.MULTILINE)]
+    return in_bytes(text, (found.span() for found in re.finditer(find_task(task).entity, text)))
 
 # %% ../../nbs/data/04_command.ipynb #34cd96dd
 def token_ends(
-    text: str, # ASCII
+    text: str, # of a task
     tokenizer: PreTrainedTokenizerBase, # byte-level or SentencePiece
-) -> list[int]: # ascending, the last is len(text)
-    "Where the tokens of a text end, in characters"
+) -> list[int]: # ascending, the last is the length of the text
+    "Where the tokens of a text end, in bytes"
     from peer_nb.data.masking import surfaces_of
     ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
     spelled, ends = surfaces_of(tokenizer).text(ids)
-    added = len(spelled) - len(text)   # SentencePiece puts a space before
+    added = len(spelled) - len(text.encode())   # SentencePiece puts a space before
     return [end for end in (ends[1:] - added).tolist() if end > 0]
 
 # %% ../../nbs/data/04_command.ipynb #7b0630a0
-def cut(start: int, end: int, ends: Sequence[int]) -> str: # such as "3+3"
+def cut_pattern(start: int, end: int, ends: Sequence[int]) -> str: # such as "3+3"
     "How a stretch of text is cut by tokens that end at `ends`"
     inside = [start, *(e for e in ends if start < e < end), end]
     return "+".join(str(b - a) for a, b in zip(inside, inside[1:]))
@@ -65,37 +67,35 @@ def edge_tokens(
 
 # %% ../../nbs/data/04_command.ipynb #9a34f210
 def tokenization_report(
-    texts: Sequence[str], # of the task, ASCII
-    task: str, # one of TASKS
+    texts: Sequence[str], # of the task
+    task: str, # its name
     tokenizer: PreTrainedTokenizerBase, # byte-level or SentencePiece
 ) -> dict: # plain values
     "How consistently a tokenizer cuts a task's entities, and which tokens straddle the edges of answers"
-    from peer_nb.data.masking import SPANS
     cuts, ways, straddling = Counter(), defaultdict(set), Counter()
-    tokens = answers = touched = 0
+    tokens = answers = touched = size = 0
     for text in texts:
-        ends = token_ends(text, tokenizer)
-        tokens += len(ends)
+        raw, ends = text.encode(), token_ends(text, tokenizer)
+        tokens, size = tokens + len(ends), size + len(text)
         for a, b in entity_spans(text, task):
-            cuts[way := cut(a, b, ends)] += 1
-            ways[text[a:b]].add(way)
-        spans = SPANS[RULES[task]](text)
+            cuts[way := cut_pattern(a, b, ends)] += 1
+            ways[raw[a:b]].add(way)
+        spans = in_bytes(text, find_task(task).mask.spans(text))
         crossing = edge_tokens(spans, ends)
-        straddling.update(text[x:y] for x, y in crossing)
+        straddling.update(raw[x:y].decode(errors="replace") for x, y in crossing)
         answers += len(spans)
         touched += sum(any(x < b and a < y for x, y in crossing) for a, b in spans)
     counts = [way.count("+") + 1 for way in cuts]
     return dict(
-        task=task, texts=len(texts), tokens=tokens,
-        characters_per_token=round(sum(map(len, texts))/max(1, tokens), 3), entities=cuts.total(),
-        tokens_per_entity=[min(counts, default=0), max(counts, default=0)],
+        task=task, texts=len(texts), tokens=tokens, characters_per_token=round(size/max(1, tokens), 3),
+        entities=cuts.total(), tokens_per_entity=[min(counts, default=0), max(counts, default=0)],
         consistent=len(cuts) == len({len(entity) for entity in ways}), cuts=dict(cuts.most_common()),
         cut_in_several_ways=sum(len(seen) > 1 for seen in ways.values()), distinct_entities=len(ways),
         answers=answers, straddled_answers=touched, straddling_tokens=dict(straddling.most_common()))
 
 # %% ../../nbs/data/04_command.ipynb #c4c5b6bd
 def task_command(
-    task: str, # one of TASKS
+    task: str, # its name
 ) -> Callable: # its command
     "A generator as a command that writes its data set"
     def command(
@@ -108,11 +108,19 @@ def task_command(
         for split, written in manifest["splits"].items():
             print(f"{split:<16}{written['rows']:>10,} rows  {', '.join(written['files'])}")
         print(f"written to {output_dir}, described in {Path(output_dir)/'manifest.json'}")
-    own, generator = (list(inspect.signature(f, eval_str=True).parameters.values()) for f in (command, TASKS[task]))
-    options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in generator]
+    return with_parameters_of(find_task(task).generator, command)
+
+# %% ../../nbs/data/04_command.ipynb #b065cce8
+def with_parameters_of(
+    generator: Callable, # of a task
+    command: Callable, # its last parameter takes the arguments by name
+) -> Callable: # the command
+    "Show a generator's parameters as the command's"
+    own, options = (list(inspect.signature(f, eval_str=True).parameters.values()) for f in (command, generator))
+    options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in options]
     command.__signature__ = inspect.Signature([*own[:-1], *options])
-    command.__delwrap__ = TASKS[task]   # docments reads the comments of both
-    command.__doc__ = f"{TASKS[task].__doc__}: train and test sets as files, with a manifest"
+    command.__delwrap__ = generator   # docments reads the comments of both
+    command.__doc__ = f"{generator.__doc__}: train and test sets as files, with a manifest"
     return command
 
 # %% ../../nbs/data/04_command.ipynb #36cb6489
@@ -123,7 +131,7 @@ def rows_of(folder: Path, split: str, count: int) -> tuple[str, Path, list[str]]
         raise UserError(f"{folder}: holds no data set (manifest.json is missing or not ours); "
             f"make one with peer-data TASK --output_dir {folder}")
     splits = manifest["splits"]
-    check(split in splits, "split", split, f"the data set has {', '.join(splits)}")
+    require(split in splits, "split", split, f"the data set has {', '.join(splits)}")
     file = folder/next(iter(splits[split]["files"]))
     if file.suffix == ".jsonl":
         with open(file, encoding="utf-8") as lines: texts = [json.loads(line)["text"] for line in islice(lines, count)]

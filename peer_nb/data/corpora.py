@@ -19,24 +19,25 @@ import string
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import Config, DatasetConfig, DatasetEntry
 from ..files import (
     UserError, cache_folder, folder_lock, read_json, sha256_of, writable_folder, write_atomic, write_json)
+from ..tasks.registry import find_mask, find_task
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['EOS', 'RECIPE', 'log', 'LEFT_OUT', 'ENDINGS', 'PACKED', 'NEVER_TRAINED', 'LIBRARY', 'is_heldout', 'library_files',
-           'docstrings', 'library_documents', 'overlapping', 'library_split', 'Tally', 'summarise', 'library_folder',
-           'format_of', 'is_local', 'local_files', 'hub_revision', 'fields_of', 'records', 'text_of', 'task_arguments',
-           'task_documents', 'check_entry', 'belongs', 'documents', 'summarise_parts', 'generator_hash', 'source_stamp',
-           'file_hash', 'origin', 'is_streamed', 'unread', 'summary', 'byte_alphabet', 'train_bpe', 'bytes_tokenizer',
-           'tokenizer_entries', 'bpe_size', 'tokenizer_identity', 'trained_bpe', 'load_tokenizer', 'check_datasets',
-           'eval_entries', 'data_manifest', 'data_fingerprint']
+__all__ = ['EOS', 'RECIPE', 'log', 'LEFT_OUT', 'ENDINGS', 'PACKED', 'LIBRARY', 'is_heldout', 'library_files', 'docstrings',
+           'library_documents', 'overlapping', 'library_split', 'Tally', 'summarise', 'library_folder', 'format_of',
+           'is_local', 'local_files', 'hub_revision', 'fields_of', 'records', 'text_of', 'task_arguments',
+           'task_documents', 'check_entry', 'belongs', 'documents', 'summarise_parts', 'code_hash', 'generator_hash',
+           'source_stamp', 'file_hash', 'origin', 'is_streamed', 'unread', 'summary', 'byte_alphabet', 'train_bpe',
+           'bytes_tokenizer', 'tokenizer_entries', 'bpe_size', 'tokenizer_identity', 'trained_bpe', 'load_tokenizer',
+           'check_datasets', 'eval_entries', 'data_manifest', 'data_fingerprint']
 
 # %% ../../nbs/data/00_corpora.ipynb #05009549
 EOS = "<|endoftext|>" # end, beginning and padding of the tokenizers made here
@@ -272,20 +273,16 @@ def text_of(
     return entry.text_template.format_map(record)
 
 # %% ../../nbs/data/00_corpora.ipynb #40bda057
-NEVER_TRAINED = dict(   # splits of each task
-    synthetic_qa="val|test", digit_lookup="test_novel", two_hop="novel|novel_ood", hashhop="test_.*")
-
 def task_arguments(
     entry: DatasetEntry, # with a task
 ) -> dict: # of its generator, with defaults
     "The arguments that an entry's rows are made with; `UserError` for those that cannot be meant"
-    from peer_nb.tasks.writing import resolved
     where = f"dataset '{entry.name}': task_arguments"
     unclear = f"{where}: {entry.task_arguments!r} is no mapping; write task_arguments: {{num_pairs: 1000, seed: 1}}"
     try: given = json.loads(entry.task_arguments or "{}")
     except json.JSONDecodeError as e: raise UserError(unclear) from e
     if not isinstance(given, dict): raise UserError(unclear)
-    try: return resolved(entry.task, **given)
+    try: return find_task(entry.task).arguments(**given)
     except UserError as e: raise UserError(f"{where}: {e}") from e
 
 # %% ../../nbs/data/00_corpora.ipynb #256a0516
@@ -294,12 +291,9 @@ def task_documents(
     heldout: bool, # rows that are never trained on, instead of the training set
 ) -> Iterator[str]:
     "The rows of a generated task"
-    from peer_nb.tasks.writing import generate
-    arguments, splits = task_arguments(entry), NEVER_TRAINED[entry.task] if heldout else "train"
-    try: made = generate(entry.task, **arguments)
+    arguments = task_arguments(entry)
+    try: yield from find_task(entry.task).texts("heldout" if heldout else "trained", **arguments)
     except UserError as e: raise UserError(f"dataset '{entry.name}': task_arguments: {e}") from e
-    for split, columns in made.items():
-        if re.fullmatch(splits, split): yield from columns["text"]
 
 # %% ../../nbs/data/00_corpora.ipynb #6dcea17a
 LIBRARY = ("python:docs", "python:stdlib")
@@ -307,6 +301,8 @@ LIBRARY = ("python:docs", "python:stdlib")
 def check_entry(entry: DatasetEntry) -> None:
     "Refuse what this source cannot give"
     where = f"dataset '{entry.name}'"
+    try: [find(name) for find, name in ((find_task, entry.task), (find_mask, entry.mask)) if name]
+    except UserError as e: raise UserError(f"{where}: {e}") from e
     if entry.task:
         odd = [k for k in ("subset", "format", "text_template", "streaming") if getattr(entry, k)]
         if odd: raise UserError(f"{where}: `{odd[0]}` has no meaning for a generated task; remove it")
@@ -361,14 +357,23 @@ def summarise_parts(
     return {part: tally.result() for part, tally in tallies.items()}
 
 # %% ../../nbs/data/00_corpora.ipynb #ca1a119d
-def generator_hash() -> str: # sha256
-    "A hash of the generators' source"
-    from peer_nb.tasks import writing
-    return sha256_of([file_hash(path) for path in sorted(Path(writing.__file__).parent.glob("*.py"))])
+def code_hash(function: Callable) -> str: # sha256
+    "A hash that changes with a function and the file that it stands in"
+    file = Path(function.__code__.co_filename)
+    if file.is_file(): return file_hash(file)
+    code = function.__code__      # typed into a notebook: there is no file
+    return sha256_of([code.co_code.hex(), repr(code.co_consts), code.co_names])
+
+def generator_hash(
+    task: str, # its name
+) -> str: # sha256
+    "A hash of a task's source and of all that the tasks share"
+    shared = sorted(Path(find_task.__code__.co_filename).parent.glob("*.py"))
+    return sha256_of([code_hash(find_task(task).generator), *map(file_hash, shared)])
 
 def source_stamp(entry: DatasetEntry) -> list:
     "What changes when the source does; cheap"
-    if entry.task: return ["task", entry.task, task_arguments(entry), generator_hash()]
+    if entry.task: return ["task", entry.task, task_arguments(entry), generator_hash(entry.task)]
     if entry.path in LIBRARY: return [library_folder.__name__, entry.path, library_files()]
     if is_local(entry): return [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in local_files(entry)[0]]
     return ["hub", entry.path, entry.subset, entry.split, hub_revision(entry.path, "dataset")]

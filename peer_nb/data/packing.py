@@ -27,18 +27,18 @@ from torch import Tensor
 
 from ..config import Config, DatasetEntry
 from .corpora import (
-    RECIPE, belongs, check_datasets, documents, is_streamed, origin, records, summary, text_of)
-from .masking import apply_digit_lookup_mask, apply_hashhop_mask, apply_synthetic_qa_mask
+    RECIPE, belongs, check_datasets, code_hash, documents, is_streamed, origin, records, summary, text_of)
+from .masking import apply_mask
 from ..files import UserError, cache_folder, folder_lock, read_json, sha256_of, writable_folder, write_json
+from ..tasks.registry import find_mask
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['MASKS', 'random_bits', 'shuffled', 'TokenisedCorpus', 'tokenizer_hash', 'encode', 'fast_encoder', 'portions',
-           'in_parallel', 'token_arrays', 'cores', 'write_arrays', 'write_tokens', 'tokenised', 'ResidentRows',
-           'StreamingRows', 'Mix', 'inputs_and_labels', 'rows_batch', 'borders', 'varlen_batch', 'PackedBatches',
-           'differences', 'fill', 'end_thread', 'PrefetchedBatches', 'run_identity', 'check_run', 'open_source',
-           'build_dataloader']
+__all__ = ['random_bits', 'shuffled', 'TokenisedCorpus', 'tokenizer_hash', 'encode', 'fast_encoder', 'portions', 'in_parallel',
+           'token_arrays', 'cores', 'write_arrays', 'write_tokens', 'tokenised', 'ResidentRows', 'StreamingRows', 'Mix',
+           'inputs_and_labels', 'rows_batch', 'borders', 'varlen_batch', 'PackedBatches', 'differences', 'fill',
+           'end_thread', 'PrefetchedBatches', 'run_identity', 'check_run', 'open_source', 'build_dataloader']
 
 # %% ../../nbs/data/02_packing.ipynb #f00b1660
 def random_bits(
@@ -124,8 +124,6 @@ def in_parallel(
         while waiting: yield waiting.popleft().result()
 
 # %% ../../nbs/data/02_packing.ipynb #b0422071
-MASKS = dict(qa=apply_synthetic_qa_mask, hashhop=apply_hashhop_mask, digit_lookup=apply_digit_lookup_mask)
-
 def token_arrays(
     entry: DatasetEntry, # says the mask
     tokenizer: PreTrainedTokenizerBase, # of the run
@@ -136,10 +134,12 @@ def token_arrays(
         dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
         return lambda texts: [np.asarray(ids, dtype) for ids in encode(texts)]
 
+    rule = find_mask(entry.mask).answers
+
     def masked(texts):
         ids = [np.asarray(i, np.int32) for i in encode(texts)]
         borders, together = np.cumsum([0, *map(len, ids)]), np.concatenate(ids)
-        labels = MASKS[entry.mask](torch.from_numpy(together)[None], tokenizer, cu_seqlens=torch.from_numpy(borders))
+        labels = apply_mask(torch.from_numpy(together)[None], tokenizer, rule, cu_seqlens=torch.from_numpy(borders))
         return np.split(np.where(labels[0].numpy() == -100, ~together, together), borders[1:-1])
     return masked
 
@@ -182,7 +182,8 @@ def tokenised(
 ) -> TokenisedCorpus:
     "The tokens of one training part, from the cache or into it"
     train = summary(entry, fraction)["train"]
-    key = sha256_of([RECIPE, train["sha256"], tokenizer_hash(tokenizer), *([entry.mask] if entry.mask else [])])[:32]
+    mask = [entry.mask, code_hash(find_mask(entry.mask).spans)] if entry.mask else []
+    key = sha256_of([RECIPE, train["sha256"], tokenizer_hash(tokenizer), *mask])[:32]
     parent = writable_folder(cache_folder()/"tokens"/key)
     kept, work = parent/"tokens", parent/"work"
     if not kept.exists():

@@ -20,19 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files import UserError, read_json
-from ..tasks.writing import TASKS
+from ..tasks.registry import TASKS, find_task
+from ..tasks.task import METRICS, Task
 
 # %% auto #0
-__all__ = ['GROUPS', 'LOGITS', 'Mode', 'Z', 'FLAT', 'Question', 'questions_of', 'file_rows', 'read_questions', 'Encoded',
-           'encoded_one', 'encode_questions', 'start_of', 'Pieces', 'Forced', 'split_places', 'keeps_last_logits',
-           'teacher_forced', 'cut_cache', 'Speech', 'speak', 'longest_context', 'generate_after', 'batches_of',
-           'check_fit', 'forced_text', 'places_of', 'record_of', 'answer_batches', 'wilson', 'share', 'mean', 'summary',
+__all__ = ['LOGITS', 'Mode', 'Z', 'Question', 'questions_of', 'file_rows', 'read_questions', 'Encoded', 'encoded_one',
+           'encode_questions', 'start_of', 'Pieces', 'Forced', 'split_places', 'keeps_last_logits', 'teacher_forced',
+           'cut_cache', 'Speech', 'speak', 'longest_context', 'generate_after', 'batches_of', 'check_fit',
+           'forced_text', 'places_of', 'record_of', 'answer_batches', 'wilson', 'share', 'mean', 'summary',
            'bucket_names', 'questions_in', 'recall_of', 'Walk', 'walk']
 
 # %% ../../nbs/evaluation/06_recall.ipynb #470ae94b
-# columns that answers are counted by
-GROUPS = ("frequency", "difficulty", "hops", "chain_of_thought", "alphabet", "length")
-
 @dataclass(frozen=True)
 class Question:
     "Something to ask"
@@ -41,25 +39,19 @@ class Question:
     prompt: str # what the model reads
     answer: str # what it should go on with
     end: str # what follows the answer in the training text
-    groups: dict[str, Any] = field(default_factory=dict) # those of GROUPS that the row has
+    groups: dict[str, Any] = field(default_factory=dict) # what answers are counted by: column -> value
 
 # %% ../../nbs/evaluation/06_recall.ipynb #58c9d272
 def questions_of(
+    task: Task, # whose rows these are
     split: str, # name of the rows
     number: int, # of the row
     row: dict[str, Any], # as `peer-data` writes it
 ) -> list[Question]: # one for each query of a row
     "The questions of a row"
-    groups = {name: row[name] for name in GROUPS if name in row}
-    if "queries" not in row:
-        prompt, answer = row["prompt"], row["answer"]
-        return [Question(f"{split}/{number}", split, prompt, answer, row["text"][len(prompt) + len(answer):], groups)]
-    text, at, found = row["text"], len(row["prompt"]) + 1, []
-    for i, (query, answer) in enumerate(zip(row["queries"], row["answers"])):
-        at = text.index(f"\n{query} = '{answer}'\n", at) + len(f"\n{query} = '")
-        found.append(Question(f"{split}/{number}.{i}", split, text[:at], answer, "'", groups))
-        at += len(answer)
-    return found
+    groups = {name: row[name] for name in task.groups if name in row}
+    name = lambda asked: f"{split}/{number}" if asked.number is None else f"{split}/{number}.{asked.number}"
+    return [Question(name(asked), split, asked.prompt, asked.answer, asked.end, groups) for asked in task.questions(row)]
 
 # %% ../../nbs/evaluation/06_recall.ipynb #8adf45c7
 def file_rows(file: Path) -> list[dict]:
@@ -77,7 +69,7 @@ def file_rows(file: Path) -> list[dict]:
 # %% ../../nbs/evaluation/06_recall.ipynb #b455caca
 def read_questions(
     folder: Path, # written by `peer-data TASK`
-    splits: Sequence[str] | None = None, # which; None: all that have questions, but not the training set
+    splits: Sequence[str] | None = None, # which; None: those that the task asks
     limit: int | None = None, # of rows from the beginning of each split
 ) -> tuple[str, list[Question]]: # name of the task, questions in order
     "The questions of a data set"
@@ -85,19 +77,21 @@ def read_questions(
     if not isinstance(manifest, dict) or manifest.get("task") not in TASKS:
         raise UserError(f"{folder}: holds no data set of a memory task (manifest.json is missing or not ours); "
             f"make one with peer-data TASK --output_dir {folder}")
+    task = find_task(manifest["task"])
     there = {name: info for name, info in manifest["splits"].items() if {"answer", "answers"} & set(info["columns"])}
     for name in splits or ():
         if name not in there:
             can = ", ".join(there) or "no split"
             raise UserError(f"split {name}: has no questions in {folder}; {can} can be asked")
     found = []
-    for name in splits or [name for name in there if name != "train"]:
+    asked = [name for name, split in task.roles(**manifest["arguments"]).items() if split.asked and name in there]
+    for name in splits or asked:
         rows = file_rows(Path(folder)/next(iter(there[name]["files"])))
-        found += [q for number, row in enumerate(rows[:limit]) for q in questions_of(name, number, row)]
+        found += [q for number, row in enumerate(rows[:limit]) for q in questions_of(task, name, number, row)]
     if not found:
         where = f" in {', '.join(splits)}" if splits else ""
         raise UserError(f"{folder}: holds no questions{where}; make a data set with larger test sets")
-    return manifest["task"], found
+    return task.name, found
 
 # %% ../../nbs/evaluation/06_recall.ipynb #e885cd13
 @dataclass(frozen=True)
@@ -474,15 +468,14 @@ def summary(
     return numbers | dict(accuracy_by_place=[share(values) for values in by_place])
 
 # %% ../../nbs/evaluation/06_recall.ipynb #3f567ac2
-FLAT = ("exact_match", "first_digit_accuracy", "digit_accuracy", "answer_logprob")
-
 def bucket_names(record: dict) -> list[str]: # most general first
     "What an answer is counted under"
     split, groups = record["split"], record["groups"]
-    return ["", f"{split}/", *(f"{split}/{name}={groups[name]}/" for name in GROUPS if name in groups)]
+    return ["", f"{split}/", *(f"{split}/{name}={value}/" for name, value in groups.items())]
 
 # %% ../../nbs/evaluation/06_recall.ipynb #921c2159
 def questions_in(
+    task: Task, # whose rows these are
     splits: dict[str, Sequence[dict] | dict[str, list]], # split -> rows, or columns as the tasks' generators give them
     limit: int | None = None, # of rows from the beginning of each split
 ) -> list[Question]:
@@ -490,14 +483,14 @@ def questions_in(
     questions = []
     for split, rows in splits.items():
         if isinstance(rows, dict): rows = [dict(zip(rows, values)) for values in zip(*rows.values())]
-        questions += [q for number, row in enumerate(rows[:limit]) for q in questions_of(split, number, row)]
+        questions += [q for number, row in enumerate(rows[:limit]) for q in questions_of(task, split, number, row)]
     return questions
 
 # %% ../../nbs/evaluation/06_recall.ipynb #9ec85f74
 def recall_of(
     model: nn.Module, # any causal language model of transformers; its mode is restored
     tokenizer, # that it is trained with
-    task: str, # first part of the names
+    task: Task, # whose questions are asked
     splits: dict[str, Sequence[dict] | dict[str, list]], # as `questions_in`
     mode: Mode = "teacher", # one forward pass, or also let it speak
     limit: int | None = None, # of rows from the beginning of each split
@@ -505,8 +498,8 @@ def recall_of(
     start: Literal["separator", "nothing"] = "separator", # what comes before a question
 ) -> dict[str, float]: # such as synthetic_qa/known/frequency=8/exact_match
     "Recall of a task's questions as flat metrics"
-    questions = questions_in(splits, limit)
-    if not questions: raise UserError(f"{task}: no questions in {', '.join(splits) or 'no split'}")
+    questions = questions_in(task, splits, limit)
+    if not questions: raise UserError(f"{task.name}: no questions in {', '.join(splits) or 'no split'}")
     found: dict[str, list[dict]] = {}
     for batch in answer_batches(model, tokenizer, encode_questions(tokenizer, questions, start), mode, batch_tokens):
         for record in batch:
@@ -514,7 +507,7 @@ def recall_of(
     flat = {}
     for name in sorted(found):
         numbers = summary(found[name])
-        flat |= {f"{task}/{name}{metric}": numbers[metric]["value"] for metric in FLAT}
+        flat |= {f"{task.name}/{name}{metric}": numbers[metric]["value"] for metric in task.metrics}
     return flat
 
 # %% ../../nbs/evaluation/06_recall.ipynb #2b993e82

@@ -20,13 +20,14 @@ from .. import __version__
 from ..cli import check_least
 from ..config import load_config
 from .loading import claim_answers, files_fingerprint, load_model
-from .recall import FLAT, Question, answer_batches, encode_questions, read_questions, start_of, walk
+from .recall import Question, answer_batches, encode_questions, read_questions, start_of, walk
 from .recall_page import (
     add_kinds, answer_pool, by_group, calibration, chances, count_kinds, recall_page, uncertain_text)
 from ..files import (
     UserError, append_jsonl, folder_lock, read_json, read_jsonl, sha256_of, writable_folder, write_json)
 from ..processes import Processes, join_processes
 from ..progress import Progress
+from ..tasks.task import METRICS
 
 # %% auto #0
 __all__ = ['SCHEMA', 'trained_start', 'read_answers', 'flat_metrics', 'recall_result', 'measured_with', 'results_table', 'Asked',
@@ -85,7 +86,7 @@ def flat_metrics(
 ) -> dict[str, float]: # such as synthetic_qa/known/frequency=8/exact_match
     "The numbers of all groups under one name each"
     name = lambda g: "/".join([task, g["split"], *(f"{k}={v}" for k, v in g["by"].items())])
-    return {f"{name(g)}/{metric}": g[metric]["value"] for g in groups for metric in FLAT}
+    return {f"{name(g)}/{metric}": g[metric]["value"] for g in groups for metric in METRICS}
 
 # %% ../../nbs/evaluation/11_recall_command.ipynb #a792a919
 def recall_result(

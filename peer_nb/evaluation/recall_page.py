@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from ..data.masking import digit_lookup_spans
-from .recall import GROUPS, Question, file_rows, share, summary
+from .recall import Question, file_rows, share, summary
 from ..charts import Dot, new_figure, safe, series_figure
 from ..files import read_json
 from peer_nb.page import (
     COLOURS, Shown, charts_html, facts_html, figure_html, heading, note_html, render, section_html, table_html,
     write_page)
+from ..tasks.registry import find_task
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
@@ -61,11 +61,12 @@ def answer_pool(
 ) -> set[str]: # of numbers; empty for hashes, which each prompt has its own of
     "All answers of a data set"
     manifest = read_json(Path(folder)/"manifest.json")
-    if manifest["task"] == "hashhop": return set()
+    task = find_task(manifest["task"])
+    if task.in_context: return set()
     pool = {word for q in questions for word in words(q.answer)}
     file = next(iter(manifest["splits"]["train"]["files"]))
     texts = {row["text"] for row in file_rows(Path(folder)/file)}
-    return pool | {word for text in texts for a, b in digit_lookup_spans(text) for word in words(text[a:b])}
+    return pool | {word for text in texts for a, b in task.mask.spans(text) for word in words(text[a:b])}
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #7b230563
 def chances(pool: set[str]) -> dict[str, float]: # near miss, another fact's answer
@@ -106,15 +107,16 @@ def by_group(
     buckets: dict[tuple, list[dict]] = {}
     for r in records:
         keys = [(r["split"], None, None)]
-        keys += [(r["split"], name, r["groups"][name]) for name in GROUPS if name in r["groups"]]
+        keys += [(r["split"], name, r["groups"][name]) for name in r["groups"]]
         for key in keys: buckets.setdefault(key, []).append(r)
     values = {}
     for split, name, value in buckets: values.setdefault((split, name), set()).add(value)
     splits = list(dict.fromkeys(r["split"] for r in records))
+    names = list(dict.fromkeys(name for r in records for name in r["groups"]))
 
     def place(key: tuple) -> tuple:
         split, name, value = key
-        of_name = (False, 0) if name is None else (True, GROUPS.index(name))
+        of_name = (False, 0) if name is None else (True, names.index(name))
         return splits.index(split), *of_name, value if isinstance(value, int) else str(value)
 
     rows = []

@@ -17,9 +17,9 @@ from ..files import UserError
 from ..data.corpora import eval_entries, task_arguments
 from .perplexity import DocumentScore, autocast_for
 from .recall import (
-    FLAT, Z, Encoded, Question, answer_batches, bucket_names, encode_questions, questions_of, start_of, summary)
-from ..tasks.synthetic_qa import Columns
-from ..tasks.writing import generate
+    Z, Encoded, Question, answer_batches, bucket_names, encode_questions, questions_of, start_of, summary)
+from ..tasks.registry import find_task
+from ..tasks.task import METRICS, Columns
 
 # %% auto #0
 __all__ = ['ROWS', 'task_entries', 'task_questions', 'encoded_questions', 'check_tasks', 'ask_tasks', 'recall_metrics',
@@ -45,9 +45,9 @@ ROWS = 1000 # of a split
 @lru_cache(maxsize=4)
 def _test_sets(task: str, arguments: str) -> dict[str, Columns]:
     "The test sets of a task, kept from one examination to the next; arguments as JSON"
-    made = generate(task, **json.loads(arguments))
-    return {split: columns for split, columns in made.items()
-            if split != "train" and {"answer", "answers"} & set(columns)}
+    task, arguments = find_task(task), json.loads(arguments)
+    roles, made = task.roles(**arguments), task.make(**arguments)
+    return {split: columns for split, columns in made.items() if roles[split].asked}
 
 # %% ../../nbs/evaluation/07_task_recall.ipynb #d5058091
 def task_questions(
@@ -58,7 +58,7 @@ def task_questions(
     found = []
     for split, columns in _test_sets(entry.task, json.dumps(task_arguments(entry))).items():
         records = [dict(zip(columns, values)) for values in zip(*(column[:rows] for column in columns.values()))]
-        found += [q for number, record in enumerate(records) for q in questions_of(split, number, record)]
+        found += [q for number, record in enumerate(records) for q in questions_of(find_task(entry.task), split, number, record)]
     if not found:
         raise UserError(f"dataset '{entry.name}': task_arguments: {entry.task} has no questions; "
             "raise the size of its test sets")
@@ -116,7 +116,7 @@ def recall_metrics(
             for name in bucket_names(record)[1:]: groups.setdefault(name, []).append(record)
         for name, group in groups.items():
             numbers = summary(group)
-            for metric in FLAT:
+            for metric in METRICS:
                 number = numbers[metric]
                 values[f"{entry}/{name}{metric}"] = number["value"]
                 se = (number["high"] - number["low"]) / (2*Z) if "low" in number else number["se"]

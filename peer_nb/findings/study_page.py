@@ -20,7 +20,7 @@ from .figures import usage_figure, usages
 from .results import StudyRuns, metric_names
 from .summary import ANECDOTAL, best_run, done_words, effect_sentence, wall_time_rows, wall_time_sentence
 from .verdicts import Finding, study_findings
-from ..formats import decimals, ratio_text, short_number
+from ..formats import decimals, ratio_text, short_number, size_text
 from ..page import figure_html, page_html, render, write_plotly
 from ..study.plan import Match, Plan, matching
 from ..study.run import FILES, FINISHED, RUNS, STUDY, file_name
@@ -65,8 +65,9 @@ def shown_metrics(
     rows: pd.DataFrame, # of a study's runs
     plan: Plan, # its primary metric comes first
 ) -> list[str]: # columns
-    "The metrics that get figures: the primary one, bits per byte, and what the claims are about"
-    scores = [m for m in metric_names(rows) if m.endswith("/bits_per_byte")]
+    "The metrics that get figures: the primary one, bits per byte, benchmarks, and what the claims are about"
+    benchmarks = (plan.base.get("eval_config") or {}).get("evals") or []
+    scores = [m for m in metric_names(rows) if m.endswith("/bits_per_byte") or m.partition("/")[0] in benchmarks]
     claimed = [c["metric"] for c in plan.study["claims"] if c["metric"] and ":" not in c["metric"]]
     return [m for m in dict.fromkeys([plan.metric, *scores, *claimed]) if m in rows]
 
@@ -458,11 +459,11 @@ def run_table(
 ) -> tuple[list[tuple[str, str]], list[list[dict]]]: # (heading, class), rows of cells
     "All runs for a table that can be sorted: what is shown, and by what it is sorted"
     cost = {"parameters": short_number, "active_parameters": short_number,
-            "tokens": lambda v: f"{v:,.0f}", "seconds": lambda v: f"{v:.0f}"}
+            "tokens": lambda v: f"{v:,.0f}", "seconds": lambda v: f"{v:.0f}", "peak_memory_bytes": size_text}
     rest = {m: decimals for m in metric_names(rows) if rows[m].notna().any()}
     numbers = {**{m: decimals for m in shown_metrics(rows, plan)}, **cost, **rest}
     columns = ["run", "state", *plan.axes, "seed", *numbers]
-    spoken = {c: c.replace("_", " ") for c in numbers if "/" not in c}
+    spoken = {c: c.removesuffix("_bytes").replace("_", " ") for c in numbers if "/" not in c}
     heads = [(spoken.get(c, c), "n" if c in numbers else "") for c in columns]
     return heads, [[_run_cell(row, c, numbers) for c in columns] for _, row in rows.iterrows()]
 

@@ -65,8 +65,8 @@ def gather_dot(
 ) -> Tensor: # [tokens, P]
     "Inner product of each token with each of its rows, and nothing gathered"
     (tokens, places), flat, x = index.shape, index.flatten(), x.contiguous()
-    if not len(flat): return x.new_zeros(index.shape)
-    starts = torch.arange(0, len(flat) + 1, places, device=index.device)
+    if not index.numel(): return x.new_zeros(index.shape)
+    starts = torch.arange(0, tokens * places + 1, places, device=index.device)
     if numpy_may(table, x) and sparse_products() and places <= len(table):
         wanted = torch.sparse_csr_tensor(starts, flat, x.new_zeros(len(flat)), (tokens, len(table)), check_invariants=False)
         return torch.sparse.sampled_addmm(wanted, x, table.t(), beta=0.0).values().view(tokens, places)

@@ -23,7 +23,9 @@ from .identity import find_template, identity, package_hash, section_hashes, tem
 from .study import Study, cell_overrides, check_levels, combinations, dropped, planned_tokens
 from .study import shared_overrides, step_tokens
 from ..config import Config, ConfigError, apply_overrides, config_from_dict, diff_configs, to_dict, validate
+from ..data.corpora import task_arguments
 from ..files import UserError, read_json, sha256_of, write_json
+from ..tasks.registry import find_task
 
 # %% auto #0
 __all__ = ['DURATION', 'THRESHOLD', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver', 'matched_tokens',
@@ -107,16 +109,15 @@ def config(self: Plan,
     return apply_overrides(self.start, own)
 
 # %% ../../nbs/study/05_plan.ipynb #48ecd6bf
-_SPLITS = dict(synthetic_qa="known|val|test", digit_lookup="test_(known|novel)", two_hop="one_hop|known|novel|novel_ood", hashhop="test_.+")
-
 def recalled(
     config: Config, # with its data sets
     name: str, # such as facts/test_known/exact_match
 ) -> bool:
     "Whether a generated task of the configuration gives a number of this name"
-    tasks = {e.name: e.task for e in [*config.dataset_config.datasets, *(config.eval_config.datasets or [])] if e.task}
-    entry, _, rest = name.partition("/")
-    return entry in tasks and re.fullmatch(rf"({_SPLITS[tasks[entry]]})(/\w+=[^/]+)?/(exact_match|first_digit_accuracy|digit_accuracy|answer_logprob)", rest) is not None
+    entries = [*config.dataset_config.datasets, *(config.eval_config.datasets or [])]
+    tasks = {e.name: e for e in entries if e.task}
+    entry, _, metric = name.partition("/")
+    return entry in tasks and find_task(tasks[entry].task).measures(metric, **task_arguments(tasks[entry]))
 
 def measured(
     config: Config, # with its held-out sets
