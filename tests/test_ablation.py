@@ -240,7 +240,7 @@ def until(what, seconds: float = 600):
 
 
 def test_interrupted_and_killed_half_way_then_continued(tmp_path):
-    "In the second run Ctrl-C, then kill -9 of its wrapper, then of the runner, then to the end: the first is run once, nothing trains on, the table is whole"
+    "In the second run Ctrl-C, then kill -9 of its process, then of the runner, then to the end: the first is run once, nothing trains on, the table is whole"
     work = write_study(tmp_path, {**STUDY, "axes": {"heads": STUDY["axes"]["heads"]}})
     out = work/"out"
     under_way = lambda: [p.parent for p in out.glob("*/runs/002*/heartbeat.json") if read_json(p)["step"] >= 2]
@@ -253,17 +253,17 @@ def test_interrupted_and_killed_half_way_then_continued(tmp_path):
     folder = run.parent.parent
     done = statuses(folder)[next(c.id for c in load_plan(folder).cells)]
     step = lambda: read_json(run/"heartbeat.json")["step"]
-    for victim in ("wrapper", "runner"):
+    for victim in ("run", "runner"):
         before = step()
         process = launch("--resume", "--output-dir", out, FAKE_STEP="0.6")
         until(lambda: step() > before)
         os.kill(process.pid if victim == "runner" else read_json(run/"status.json")["pid"], signal.SIGKILL)
         code, said, _ = finished(process)
-        if victim == "wrapper": assert code == 1 and "STALE after" in said and "1 of 2 runs done, 1 STALE" in said
+        if victim == "run": assert code == 1 and "STALE after" in said and "1 of 2 runs done, 1 STALE" in said
         until(lambda: Run(run).state == "STALE")
     size = (run/"metrics.jsonl").stat().st_size
     time.sleep(0.8)
-    assert (run/"metrics.jsonl").stat().st_size == size, "a kernel trains on"
+    assert (run/"metrics.jsonl").stat().st_size == size, "a run trains on"
     code, said, err = finished(launch("--resume", "--output-dir", out, "--parallel", 1))
     assert code == 0 and "1 of 2 runs to do" in said and f"resumed {run.name}" in said, said + err
     assert [json.loads(l)["step"] for l in (run/"metrics.jsonl").read_text().splitlines()] == list(range(1, 11))
