@@ -145,6 +145,21 @@ def test_kill_while_writing(tmp_path):
         assert not (tmp_path/str(i)).exists() or whole(tmp_path/str(i))
 
 
+def test_what_killed_starts_left_is_cleared_and_brought_back(tmp_path):
+    "A torn folder goes, one that another process holds stays, a data set that was moved aside returns; a name that is too long is one line"
+    import fcntl
+    write_task("two_hop", tmp_path/"d", **SMALL["two_hop"])
+    (tmp_path/"d").rename(tmp_path/".d.0123abcd.old")
+    for name in (".d.00000000.tmp", ".d.11111111.tmp", ".e.00000000.tmp"): (tmp_path/name).mkdir()
+    held = os.open(tmp_path/".d.11111111.tmp", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="--force"): write_task("two_hop", tmp_path/"d", **SMALL["two_hop"])
+    assert whole(tmp_path/"d")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".d.11111111.tmp", ".e.00000000.tmp", "d"]
+    os.close(held)
+    with pytest.raises(UserError, match="cannot be written"): write_task("two_hop", tmp_path/("x"*300), **SMALL["two_hop"])
+
+
 def test_nothing_is_made_of_bad_arguments(tmp_path):
     bad = dict(synthetic_qa=[dict(num_pairs=450_001), dict(num_pairs=10), dict(frequencies=[]), dict(frequencies=[2, 0]), dict(test_fraction=-.1), dict(val_fraction=.5, test_fraction=.5), dict(pairs_per_row=0)],
                digit_lookup=[dict(num_pairs=450_000), dict(num_pairs=0), dict(num_known=6001), dict(mode="copy"), dict(exposures=0)],

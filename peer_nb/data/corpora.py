@@ -37,7 +37,7 @@ __all__ = ['EOS', 'RECIPE', 'log', 'LEFT_OUT', 'ENDINGS', 'PACKED', 'LIBRARY', '
            'task_documents', 'check_entry', 'belongs', 'documents', 'summarise_parts', 'code_hash', 'generator_hash',
            'source_stamp', 'file_hash', 'origin', 'is_streamed', 'unread', 'summary', 'byte_alphabet', 'train_bpe',
            'bytes_tokenizer', 'tokenizer_entries', 'bpe_size', 'tokenizer_identity', 'trained_bpe', 'load_tokenizer',
-           'check_datasets', 'eval_entries', 'data_manifest', 'data_fingerprint']
+           'check_datasets', 'eval_entries', 'check_heldout', 'data_manifest', 'data_fingerprint']
 
 # %% ../../nbs/data/00_corpora.ipynb #05009549
 EOS = "<|endoftext|>" # end, beginning and padding of the tokenizers made here
@@ -270,7 +270,9 @@ def text_of(
         if not isinstance(record[name], str | int | float):
             raise UserError(f"{key}: the field '{name}' holds {type(record[name]).__name__} in some record; "
                 "a template takes text and numbers")
-    return entry.text_template.format_map(record)
+    try: return entry.text_template.format_map(record)
+    except (ValueError, TypeError, LookupError, AttributeError) as e:
+        raise UserError(f"{key}: {entry.text_template!r} cannot be filled: {e}") from e
 
 # %% ../../nbs/data/00_corpora.ipynb #40bda057
 def task_arguments(
@@ -313,7 +315,10 @@ def check_entry(entry: DatasetEntry) -> None:
             raise UserError(f"{where}: path '{entry.path}' is not one of Python's corpora: {', '.join(LIBRARY)}")
         odd = [k for k in ("subset", "format", "text_template") if getattr(entry, k)]
         if odd: raise UserError(f"{where}: `{odd[0]}` has no meaning for {entry.path}; remove it")
-    if (entry.path in LIBRARY or is_local(entry)) and entry.split != "train":
+    local = entry.path not in LIBRARY and is_local(entry)
+    if local and entry.subset is not None:
+        raise UserError(f"{where}: `subset` has no meaning for local files; remove it, or narrow `path`")
+    if (entry.path in LIBRARY or local) and entry.split != "train":
         raise UserError(f"{where}: split '{entry.split}' does not exist: {entry.path} has only 'train'; "
             "what is held out is chosen by `heldout_fraction`")
 
@@ -560,12 +565,26 @@ def eval_entries(cfg: Config) -> list[DatasetEntry]:
     entries = cfg.eval_config.datasets
     return cfg.dataset_config.datasets if entries is None else entries
 
+# %% ../../nbs/data/00_corpora.ipynb #heldcd01
+def check_heldout(cfg: Config) -> None:
+    "Refuse a set to be scored of which nothing is held out"
+    fraction = cfg.dataset_config.heldout_fraction
+    for e in eval_entries(cfg):
+        if is_streamed(e) and not is_local(e): continue
+        if is_streamed(e): empty = next(documents(e, True, fraction), None) is None
+        else: empty = not summary(e, fraction)["heldout"]["documents"]
+        if not empty: continue
+        advice = "make its held-out splits larger" if e.task else "take more documents, or a larger heldout_fraction"
+        raise UserError(f"dataset '{e.name}': nothing of {e.path or e.task} is held out (heldout_fraction {fraction:g}), "
+            f"so there would be no text to score; {advice}, or name other sets in eval_config.datasets")
+
 # %% ../../nbs/data/00_corpora.ipynb #d76baeb6
 def data_manifest(cfg: Config) -> dict: # sources, heldout, tokenizer; plain values
     "What a run reads: names, sizes, content hashes, origins, shares and tokenizer"
     data = cfg.dataset_config
     check_datasets(data.datasets, "dataset_config.datasets")
     check_datasets(eval_entries(cfg), "eval_config.datasets")
+    check_heldout(cfg)
     total = sum(e.weight for e in data.datasets)
     def describe(e: DatasetEntry, part: str) -> dict:
         place = e.path or f"task:{e.task}"

@@ -5,6 +5,9 @@
 # %% ../../nbs/tasks/07_writing.ipynb #d31d318c
 from __future__ import annotations
 
+import ctypes
+import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -22,8 +25,8 @@ from .registry import find_task
 from .task import Columns, require
 
 # %% auto #0
-__all__ = ['BLOCK', 'FORMATS', 'generate', 'spelled', 'jsonl_bytes', 'parquet_file', 'write_split', 'check_target',
-           'put_in_place', 'write_task']
+__all__ = ['BLOCK', 'FORMATS', 'generate', 'spelled', 'jsonl_bytes', 'parquet_file', 'write_split', 'check_target', 'exchange',
+           'put_in_place', 'clear_up', 'write_task']
 
 # %% ../../nbs/tasks/07_writing.ipynb #e7c6c5ab
 def generate(
@@ -112,15 +115,36 @@ def check_target(
             "so --force doesn't replace it; remove it yourself or choose another output_dir")
 
 # %% ../../nbs/tasks/07_writing.ipynb #5764cbc3
+def exchange(one: Path, other: Path) -> bool:
+    "Let two folders change names in one step; False where the system cannot"
+    libc, here, swap = ctypes.CDLL(None, use_errno=True), -100, 2   # AT_FDCWD, RENAME_EXCHANGE
+    if not hasattr(libc, "renameat2"): return False
+    return libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+
 def put_in_place(
     made: Path, # a whole folder beside the target
     folder: Path, # the target
 ) -> None:
     "Rename a folder to its name, replacing what stands there"
+    if folder.exists() and exchange(made, folder):
+        shutil.rmtree(made)
+        return
     old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
     if folder.exists(): os.replace(folder, old)
     os.replace(made, folder)
     if old.exists(): shutil.rmtree(old)
+
+def clear_up(folder: Path) -> None:
+    "Remove what killed starts left beside a target; bring back a data set that was being replaced"
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????.*"):
+        if left.suffix not in (".tmp", ".old") or not left.is_dir(): continue
+        handle = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)   # held by a process that is still at work
+            if left.suffix == ".old" and not folder.exists(): os.replace(left, folder)
+            else: shutil.rmtree(left)
+        except BlockingIOError: continue
+        finally: os.close(handle)
 
 # %% ../../nbs/tasks/07_writing.ipynb #1a3b19cb
 def write_task(
@@ -134,11 +158,16 @@ def write_task(
     for kind in formats: require(kind in FORMATS, "formats", kind, f"must be one of {', '.join(FORMATS)}")
     require(len(formats) > 0, "formats", "()", "give at least one")
     folder, arguments = Path(output_dir).expanduser().absolute(), find_task(task).arguments(**arguments)
-    check_target(folder, force)
+    try:
+        if folder.parent.is_dir(): clear_up(folder)
+        check_target(folder, force)
+    except OSError as e: raise UserError(f"{folder}: cannot be written: {e.strerror}") from e
     data = generate(task, **arguments)
-    beside = writable_folder(folder.parent)/f".{folder.name}.{secrets.token_hex(4)}.tmp"
+    beside, handle = writable_folder(folder.parent)/f".{folder.name}.{secrets.token_hex(4)}.tmp", None
     try:
         beside.mkdir()
+        handle = os.open(beside, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)   # says that somebody is at work here
         manifest = dict(schema=1, task=task, seed=arguments.get("seed"), arguments=arguments, peer_nb=__version__)
         if "parquet" in formats: manifest["parquet"] = f"pyarrow {importlib.metadata.version('pyarrow')}"
         splits = {name: write_split(beside, name, columns, tuple(formats)) for name, columns in data.items()}
@@ -146,5 +175,7 @@ def write_task(
         write_json(beside/"manifest.json", manifest)
         put_in_place(beside, folder)
     except OSError as e: raise UserError(f"{folder}: cannot be written: {e.strerror}") from e
-    finally: shutil.rmtree(beside, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        if handle is not None: os.close(handle)
     return manifest
