@@ -108,6 +108,7 @@ def slot_ranks(
     codes = code_of(token, r.index.cpu(), length).flatten().tolist()
     return torch.tensor([order.get(c, SPAN) for c in codes]).view(r.index.shape).to(r.index.device)
 
+# %% ../../nbs/analysis/13_ablation.ipynb #2ae6fcd8
 @torch.no_grad()
 def keys_until_loss(
     model: nn.Module, # in evaluation mode
@@ -150,6 +151,7 @@ def layer_answers(
     twin._parameters = r.layer._parameters | {"keys": nn.Parameter(random)}
     return r.read(*twin.route(r.x))
 
+# %% ../../nbs/analysis/13_ablation.ipynb #a6007619
 def all_parts(
     model: nn.Module, # of transformers
     layers: Sequence[int], # with memories
@@ -250,6 +252,7 @@ def append_all(
     "Append lines, and force them to the disk when all are there"
     for i, record in enumerate(records): append_jsonl(path, record, fsync=i == len(records) - 1)
 
+# %% ../../nbs/analysis/13_ablation.ipynb #754fe34f
 def example_lines(
     batch: list[Encoded], # questions
     clean: Clean, # as the model answers them
@@ -265,6 +268,7 @@ def example_lines(
                           bytes=len(q.answer.encode()), until_loss=until))
     return found
 
+# %% ../../nbs/analysis/13_ablation.ipynb #45426ec8
 def run_batches(
     job: Job, # to be run
     encoded: list[Encoded], # all questions
@@ -339,6 +343,7 @@ def run_ablation(
     print(f"\n{folder/'index.html'}")
     return 0
 
+# %% ../../nbs/analysis/13_ablation.ipynb #1c83599a
 def setting_for(
     model: nn.Module, # in evaluation mode
     encoded: list[Encoded], # all questions

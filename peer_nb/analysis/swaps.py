@@ -36,6 +36,7 @@ def swapping(
         return r.read(index=index)
     return answer
 
+# %% ../../nbs/analysis/12_swaps.ipynb #f795d54e
 @torch.no_grad()
 def swap_rows(
     layer: MemoryLayer, # whose tables are changed
@@ -64,6 +65,7 @@ def spoken(
         ids = torch.cat([ids, following], 1)
     return ids[:, -length:]
 
+# %% ../../nbs/analysis/12_swaps.ipynb #5cf17116
 def verdict(
     said: list[int], # tokens
     own: list[int], # the right answer
@@ -118,6 +120,7 @@ def swap_matrix(
     return dict(layer=layer, facts=named, cells=cells, counts=counts,
                 efficacy=proportion(counts["partner"], len(cells)), collateral=proportion(lost, asked))
 
+# %% ../../nbs/analysis/12_swaps.ipynb #66642860
 def proportion(
     count: int, # of them
     total: int, # asked
@@ -149,6 +152,7 @@ def swapped_answers(
                               partner_places=partner_places))
     return cells
 
+# %% ../../nbs/analysis/12_swaps.ipynb #69843729
 def collateral(
     model: nn.Module, # in evaluation mode
     chosen: list[tuple[Encoded, int]], # facts and their rows

@@ -131,10 +131,11 @@ def interaction_figure(
     figure.update_yaxes(range=metric_range(rows, metric))
     return figure
 
-# %% ../../nbs/findings/04_figures.ipynb #66021a1b
+# %% ../../nbs/findings/04_figures.ipynb #aacd3ccd
 COSTS = {"flops": "training FLOPs", "parameters": "parameters", "active_parameters": "active parameters",
          "seconds": "seconds of training"}
 
+# %% ../../nbs/findings/04_figures.ipynb #66021a1b
 def cost_points(
     rows: pd.DataFrame, # of a study's runs
     plan: Plan, # of the study
@@ -409,9 +410,10 @@ def static_costs(
     figure.axes[0].set_ylabel(_plain(metric))
     return figure
 
-# %% ../../nbs/findings/04_figures.ipynb #983e261f
+# %% ../../nbs/findings/04_figures.ipynb #7ce6e033
 USAGE = {"used": "share of rows used", "unevenness": "unevenness, nats"}
 
+# %% ../../nbs/findings/04_figures.ipynb #983e261f
 def usages(
     runs: StudyRuns, # of a study
 ) -> dict[str, dict[str, dict]]: # run: layer: statistics of its rows

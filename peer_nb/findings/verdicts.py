@@ -65,10 +65,11 @@ def item_evidence(
         said = f"{wins} only a has right, {losses} only b (McNemar)"
     return found, noise(d, clusters), said
 
-# %% ../../nbs/findings/02_verdicts.ipynb #44caf98a
+# %% ../../nbs/findings/02_verdicts.ipynb #772bfe45
 ALPHA = 0.05
 Verdict = Literal["TODO", "PARTIAL", "SUPPORTED", "REFUTED", "INCONCLUSIVE"]
 
+# %% ../../nbs/findings/02_verdicts.ipynb #44caf98a
 @dataclass(frozen=True)
 class Finding:
     "What became of a claim"
@@ -108,9 +109,10 @@ def verdict(
     if p is None or p > ALPHA: return "INCONCLUSIVE"
     return "SUPPORTED" if found.mean > found.null else "REFUTED"
 
-# %% ../../nbs/findings/02_verdicts.ipynb #7d5add1c
+# %% ../../nbs/findings/02_verdicts.ipynb #764ff63d
 Evidence = tuple[Comparison, Contrast, Noise | None, str]
 
+# %% ../../nbs/findings/02_verdicts.ipynb #7d5add1c
 def _evidence(claim: dict, rows: list[dict], axes: Iterable[str], runs: Mapping[str, Run] | None) -> Evidence:
     "What the runs say about one claim"
     a, b, metric, least = claim["a"], claim["b"], claim["metric"], claim["min_effect"]

@@ -18,7 +18,7 @@ from ..files import UserError, sha256_of
 
 # %% auto #0
 __all__ = ['NOT_IDENTITY', 'TEMPLATE_PARAMETERS', 'section_hashes', 'identity', 'find_template', 'code_cells', 'parsed',
-           'template_hash', 'imports', 'executed', 'source_hash', 'package_hash']
+           'template_hash', 'declared_metrics', 'imports', 'executed', 'source_hash', 'package_hash']
 
 # %% ../../nbs/study/03_identity.ipynb #d622d8cf
 NOT_IDENTITY = (
@@ -108,6 +108,20 @@ def template_hash(
         raise UserError(f"{path}: the parameters cell lacks {', '.join(missing)}; "
                         f"it must define {', '.join(TEMPLATE_PARAMETERS)}")
     return sha256_of([source for source, _ in cells])
+
+# %% ../../nbs/study/03_identity.ipynb #f402168d
+def declared_metrics(
+    path: str | Path, # a notebook
+) -> list[str]: # patterns such as memory/*
+    "The metrics that a template says it measures, beside those of the configuration"
+    for source, _ in code_cells(Path(path)):
+        for node in parsed(source, path).body:
+            if not isinstance(node, ast.Assign) or [getattr(t, "id", None) for t in node.targets] != ["MEASURES"]: continue
+            try: found = ast.literal_eval(node.value)
+            except ValueError: found = None
+            if isinstance(found, list) and all(isinstance(name, str) for name in found): return found
+            raise UserError(f"{path}: MEASURES must be a plain list of names, such as ['memory/coverage']")
+    return []
 
 # %% ../../nbs/study/03_identity.ipynb #e34a91cf
 def imports(

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from fastcore.basics import patch
 from .claims import better, is_number
 from .places import at
 from .run import PLAN, file_name
-from .identity import find_template, identity, package_hash, section_hashes, template_hash
+from .identity import declared_metrics, find_template, identity, package_hash, section_hashes
+from .identity import template_hash
 from .study import Study, cell_overrides, check_levels, combinations, dropped, planned_tokens
 from .study import shared_overrides, step_tokens
 from ..config import Config, ConfigError, apply_overrides, config_from_dict, diff_configs, to_dict, validate
@@ -123,21 +125,24 @@ def recalled(
 def measured(
     config: Config, # with its held-out sets
     metric: str, # such as docs/loss, or docs/loss:degradation
+    declared: Iterable[str] = (), # patterns that the template measures by itself
 ) -> bool:
     "Whether the runs will have a metric"
     names = [e.name for e in config.eval_config.datasets or config.dataset_config.datasets]
     name, _, part = metric.partition(":")
     scores = [f"{n}/{m}" for n in names for m in ("bits_per_byte", "loss", "perplexity")]
-    known = name in scores or name.partition("/")[0] in config.eval_config.evals or recalled(config, name)
+    own = any(fnmatchcase(name, pattern) for pattern in declared)
+    known = own or name in scores or name.partition("/")[0] in config.eval_config.evals or recalled(config, name)
     return known and part in ("", "peak", "degradation")
 
 # %% ../../nbs/study/05_plan.ipynb #7aa800d1
-def _primary_metric(study: Study, base: Config, where: str) -> str:
+def _primary_metric(study: Study, base: Config, where: str, declared: list[str] = []) -> str:
     "The study's primary metric, which must be one that its runs will have"
     names = [e.name for e in base.eval_config.datasets or base.dataset_config.datasets]
-    known = [f"{n}/{m}" for n in names for m in ("bits_per_byte", "loss", "perplexity")]
+    plain = [name for name in declared if not set("*?[") & set(name)]
+    known = [*plain, *(f"{n}/{m}" for n in names for m in ("bits_per_byte", "loss", "perplexity"))]
     metric = study.primary.metric or (known[0] if known else "")
-    if not measured(base, metric):
+    if not measured(base, metric, declared):
         raise UserError(f"{at(where, 'primary.metric')}: primary.metric {metric!r} will not be measured; choose from "
                         f"{', '.join(known)}")
     return metric
@@ -149,7 +154,7 @@ def _complete_claims(plan: Plan, where: str) -> list[dict[str, Any]]:
     for n, claim in enumerate(plan.study["claims"]):
         metric = claim["metric"] or plan.metric
         here = f"{at(where, f'claims.{n}')}: claim {claim['name']!r}"
-        if not measured(plan.start, metric): raise UserError(f"{here}: metric {metric!r} will not be measured")
+        if not measured(plan.start, metric, declared_metrics(plan.template)): raise UserError(f"{here}: metric {metric!r} will not be measured")
         chosen = lambda c, arm: all(c.levels[a] in (l if isinstance(l, list) else [l]) for a, l in arm.items())
         groups = [{(*(l for a, l in c.levels.items() if a not in claim["a"]), c.seed) for c in plan.cells
                    if chosen(c, arm)} for arm in (claim["a"], claim["b"]) if not is_number(arm)]
@@ -326,7 +331,7 @@ def make_plan(
     shared = shared_overrides(base, check_levels(base, study.axes, where), study.budget.tokens)
     plan = Plan(asdict(study), to_dict(base), shared, [], dict(left_out or {}), world_size, str(template), code,
                 package_hash(template), "", study.primary.direction)
-    plan.metric = _primary_metric(study, plan.start, where)
+    plan.metric = _primary_metric(study, plan.start, where, declared_metrics(template))
     planner = _Planner(plan, study, where, fingerprint, Resolver(plan.start), _allowance(plan, rate), {}, {}, speed)
     for levels in combinations(study.axes, study.design):
         if why := dropped(levels, study.constraints): plan.left_out[named(levels)] = why; continue

@@ -43,9 +43,10 @@ class Primary:
     metric: str | None = None # such as docs/bits_per_byte; null: bits per byte of the first held-out set
     direction: Literal["minimize", "maximize"] = "minimize" # which way is better
 
-# %% ../../nbs/study/02_study.ipynb #f2691feb
+# %% ../../nbs/study/02_study.ipynb #29d248de
 Design = Literal["full", "one_factor", "leave_one_out", "pairs", "list"]
 
+# %% ../../nbs/study/02_study.ipynb #f2691feb
 @dataclass
 class Study:
     "What is compared"
@@ -82,9 +83,10 @@ def known_keys(
         raise ConfigError(file, missing[0], "is missing")
     return data
 
-# %% ../../nbs/study/02_study.ipynb #7a8c3557
+# %% ../../nbs/study/02_study.ipynb #47dbe139
 NOTHING = ("", "NA", "N/A", "#N/A", "#NA", "<NA>", "NULL", "null", "NaN", "nan", "-NaN", "-nan", "n/a", "None")
 
+# %% ../../nbs/study/02_study.ipynb #7a8c3557
 def _name(value: Any, names: Iterable[str], file: str, key: str) -> str:
     "The name of an axis or a level as text; one that the table of results would lose is refused"
     name = str(value)
@@ -183,9 +185,10 @@ def check_budget(
         raise ConfigError(file, "budget.seconds",
                           f"has no effect with matched: {budget.matched}; use matched: wall_time")
 
-# %% ../../nbs/study/02_study.ipynb #2c5ee250
+# %% ../../nbs/study/02_study.ipynb #1ca4dc01
 READERS = {"constraints": read_constraints, "reuse": read_reuse, "claims": read_claims}
 
+# %% ../../nbs/study/02_study.ipynb #2c5ee250
 def study_from_dict(
     data: dict, # as YAML gives it
     file: str = "<study>", # for messages
@@ -290,9 +293,10 @@ def data_mix_levels(
         levels[name] = {"dataset_config.datasets": [asdict(d) for d in mix.datasets]}
     return levels, {}
 
-# %% ../../nbs/study/02_study.ipynb #ec29283f
+# %% ../../nbs/study/02_study.ipynb #75eea4e3
 BUILTIN_AXES = ("data_mix", "expert_setup", "selection_heads")
 
+# %% ../../nbs/study/02_study.ipynb #ec29283f
 def builtin_axes(
     base: Config, # what the levels are relative to
     names: Iterable[str] = BUILTIN_AXES, # which axes
@@ -318,7 +322,7 @@ def builtin_axes(
         left_out.update({f"{axis}: {l}": why for l, why in missing.items()})
     return axes, left_out
 
-# %% ../../nbs/study/02_study.ipynb #4db1cb8d
+# %% ../../nbs/study/02_study.ipynb #885373f0
 STUDY_KEYS = {
     "dataset_config.tokenizer_name": "a study has one tokenizer",
     "dataset_config.tokenizer_corpus": "a study has one tokenizer",
@@ -326,6 +330,7 @@ STUDY_KEYS = {
     "eval_config": "every cell is scored in the same way",
     "train_config.seed": "seeds stand under `seeds`", "train_config.output_dir": "the runner chooses the folder"}
 
+# %% ../../nbs/study/02_study.ipynb #4db1cb8d
 def _different(a: dict, b: dict) -> str:
     "Where two flat dictionaries differ"
     return ", ".join(f"{k} {a.get(k)!r} and {b.get(k)!r}" for k in {**a, **b} if a.get(k) != b.get(k))
