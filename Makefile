@@ -13,7 +13,7 @@ ALONE  := $(BIN)/python tests/own_home.py
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-alone test-full renumber export pages readme docs clean
+.PHONY: help install install-dev demo test test-alone test-full renumber example export pages readme docs clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -76,7 +76,11 @@ readme: $(VENV)/dev ## write README.md from nbs/index.ipynb
 
 docs: $(VENV)/dev ## build the site into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto, which is not on the PATH. Install it from https://quarto.org/docs/get-started/ and run 'make docs' again."; exit 2; }
+	$(BIN)/python -c "from pathlib import Path; from plotly.offline import get_plotlyjs as js; Path('nbs/example/plotly.min.js').write_text(js())"
 	$(BIN)/nbdev_docs
+
+example: $(VENV)/dev ## publish the newest study of the demo on the site
+	$(BIN)/python tests/site_check.py example "$$(ls -td $(DEMO)/*/ | head -n 1)"
 
 clean: ## remove what was built (the environment stays)
 	rm -rf _proc _docs build dist *.egg-info nbs/nbdev.yml

@@ -3,16 +3,14 @@
     python benchmarks/runner.py                      prints the figures
     python benchmarks/runner.py --json runner.json   also writes every sample
 
-*Overhead of a run.* The demo's notebook is run for a few thousand tokens, one run after the other, each in processes of its own,
-as every study does it. From the wall time between the start of the wrapper and its end, the time of three cells is taken away, as
+*Overhead of a run.* The demo's notebook is run for a few thousand tokens, one run after the other, each in a process of its own,
+as every study does it. From the wall time between the start of the process and its end, the time of three cells is taken away, as
 papermill has noted it: training (with its data, checkpoints and evaluations), expert usage, and writing samples. What is left is
-the start of its processes, their imports, the cells that describe the run, and drawing its report. The first run of a study is shown
-apart: it may find caches cold. The same difference is taken of processor time, which does not depend on who else uses the machine.
-First every run starts cold, as with --cold; then all are forks of one process that has imported already, whose start is part of the
-first. Processor time of that process itself is not in the figures of its runs and stands apart.
+the start of Python, the imports, the cells that describe the run, and drawing its report. The first run of a study is shown apart:
+it may find caches cold. The same difference is taken of processor time, which depends less on who else uses the machine.
 
-*Memory.* One more run of each kind, whose processes are asked ten times a second for their proportional share (PSS: a page that
-several processes have counts in each by its share) and for what is theirs alone (USS). The largest sums stand in the file.
+*Memory.* One more run, whose process is asked ten times a second for its proportional share (PSS: a page that several processes
+have counts in each by its share) and for what is its alone (USS). The largest stand in the file.
 
 *Status.* 10,000 runs on the disk, half of them done, some failed, some under way: `peer-ablate status`, from the start of Python to
 the last line.
@@ -30,6 +28,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from peer_nb.study.run import Run
 
 ROOT = Path(__file__).parent.parent
 WORK = ("train(cfg, resume", "layer.collect_usage()", "samples = []")
@@ -68,74 +68,50 @@ def timed_template(path: Path) -> Path:
     return path
 
 
-def below(pid: int) -> list[int]:
-    "A process and its descendants"
-    parents = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try: parents.setdefault(int(entry.read_text().rpartition(")")[2].split()[1]), []).append(int(entry.parent.name))
-        except OSError: continue
-    found = [pid]
-    for p in found: found += parents.get(p, [])
-    return found
+def memory(pid: int) -> dict[str, float]:
+    "Proportional share and own memory of a process, in MiB"
+    try: rows = {k: int(v.split()[0]) for k, _, v in (line.partition(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])}
+    except OSError: return {}
+    return dict(pss=round(rows["Pss"]/1024), uss=round((rows["Private_Clean"] + rows["Private_Dirty"])/1024))
 
 
-def memory(pids: list[int]) -> dict[str, float]:
-    "Proportional share and own memory of processes, in MiB"
-    sums = dict(pss=0.0, uss=0.0)
-    for pid in pids:
-        try: rows = {k: int(v.split()[0]) for k, _, v in (line.partition(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])}
-        except OSError: continue
-        sums["pss"] += rows["Pss"]/1024
-        sums["uss"] += (rows["Private_Clean"] + rows["Private_Dirty"])/1024
-    return sums
-
-
-def timed(folder: Path, cell, warm) -> dict:
-    "Start a run and take its time"
+def start(folder: Path, cell) -> subprocess.Popen:
     from peer_nb.running.local import choose_devices, start
+    return start(folder, cell, choose_devices(0, 1, 1, []), []).process
+
+
+def timed(folder: Path, cell) -> dict:
+    "Start a run and take its time"
     begin, cpu = time.perf_counter(), children()
-    process = start(folder, cell, choose_devices(0, 1, 1, []), [], None, warm).process
-    code = process.wait()
-    wall, cpu = time.perf_counter() - begin, process.cpu if warm else children() - cpu
-    assert code == 0, (folder/"runs"/cell.id/"log.txt").read_text()[-2000:]
-    spent = work_of(folder/"runs"/cell.id/"notebook.ipynb")
-    used = sum(map(float, (folder/"runs"/cell.id/"cpu.txt").read_text().split()))
+    code = start(folder, cell).wait()
+    wall, cpu = time.perf_counter() - begin, children() - cpu
+    run = Run.of(folder, cell.id)
+    assert code == 0, run.path("log").read_text()[-2000:]
+    spent, used = work_of(run.path("notebook")), sum(map(float, (run.folder/"cpu.txt").read_text().split()))
     return dict(wall_seconds=round(wall, 2), work_seconds=round(spent, 2), overhead_seconds=round(wall - spent, 2), cpu_seconds=round(cpu, 2), overhead_cpu_seconds=round(cpu - used, 2))
 
 
-def watched(folder: Path, cell, warm) -> dict:
+def watched(folder: Path, cell) -> dict:
     "Start a run and take its memory"
-    from peer_nb.running.local import choose_devices, start
-    process, most = start(folder, cell, choose_devices(0, 1, 1, []), [], None, warm).process, {}
+    process, most = start(folder, cell), {}
     while process.poll() is None:
         time.sleep(0.1)
-        if not process.pid: continue
-        now = {f"run_{k}_mib": v for k, v in memory(below(process.pid)).items()} | ({f"server_{k}_mib": v for k, v in memory([warm.hosts[-1].process.pid]).items()} if warm else {})
-        most = {k: round(max(v, most.get(k, 0))) for k, v in now.items()}
+        most = {k: max(v, most.get(k, 0)) for k, v in memory(process.pid).items()} or most
     return most
 
 
 def overheads(folder: Path, runs: int) -> dict:
-    "Runs of a study, one at a time, cold and warm: the time of each, then the memory of one more"
+    "Runs of a study, one at a time: the time of each, then the memory of one more"
     from peer_nb.study.plan import make_plan, save_plan
-    from peer_nb.running.warm import Warm
     from peer_nb.study.study import Budget, Study
     from peer_nb.config import apply_overrides, load_config
     base = apply_overrides(load_config(ROOT/"configs"/"demo.yaml"), {"eval_config.max_tokens": 2000, "dataset_config.tokenizer_name": "bytes", "model_config.vocab_size": 257})
-    levels = {f"{n}": {"train_config.learning_rate": 1e-4*(n + 1)} for n in range(2*runs + 2)}
+    levels = {f"{n}": {"train_config.learning_rate": 1e-4*(n + 1)} for n in range(runs + 1)}
     (folder/"runs").mkdir(parents=True)
     plan = make_plan(Study("runner", str(ROOT/"configs"/"demo.yaml"), {"rate": levels}, notebook=str(timed_template(folder/"template.ipynb")), budget=Budget(2048), seeds=[1]), base)
     save_plan(plan, folder)
-    cold, warm, last = plan.cells[:runs], plan.cells[runs:2*runs], plan.cells[2*runs:]
-    out = dict(overhead=[timed(folder, cell, None) for cell in cold])
-    server = Warm(plan.template)
-    try:
-        out["overhead_warm"] = [timed(folder, cell, server) for cell in warm]
-        out["memory"] = dict(cold=watched(folder, last[0], None), warm=watched(folder, last[1], server))
-        stat = Path(f"/proc/{server.hosts[0].process.pid}/stat").read_text().rpartition(")")[2].split()
-        out["server_cpu_seconds"] = round((int(stat[11]) + int(stat[12]))/os.sysconf("SC_CLK_TCK"), 2)
-    finally: server.close()
-    return out
+    *cells, last = plan.cells
+    return dict(overhead=[timed(folder, cell) for cell in cells], memory=watched(folder, last))
 
 
 def large_study(folder: Path, runs: int):
@@ -173,7 +149,7 @@ def status(folder: Path, times: int) -> list[dict]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write every sample there")
-    parser.add_argument("--runs", type=int, default=4, help="runs of the study whose overhead is measured, cold and again warm")
+    parser.add_argument("--runs", type=int, default=4, help="runs of the study whose overhead is measured")
     parser.add_argument("--times", type=int, default=5, help="looks at the large study")
     given = parser.parse_args()
     found = dict(machine=machine())
@@ -182,10 +158,7 @@ def main():
         large_study(Path(place)/"large", 10_000)
         found["status_of_10000_runs"] = status(Path(place)/"large", given.times)
     first, *others = [r["overhead_seconds"] for r in found["overhead"]]
-    first_warm, *others_warm = [r["overhead_seconds"] for r in found["overhead_warm"]]
-    median = lambda runs: statistics.median(r["overhead_cpu_seconds"] for r in runs)
-    found["summary"] = dict(overhead_first=first, overhead_others=statistics.median(others), overhead_cpu=median(found["overhead"]),
-                            overhead_first_warm=first_warm, overhead_others_warm=statistics.median(others_warm), overhead_cpu_warm=median(found["overhead_warm"]),
+    found["summary"] = dict(overhead_first=first, overhead_others=statistics.median(others), overhead_cpu=statistics.median(r["overhead_cpu_seconds"] for r in found["overhead"]),
                             status_cpu=statistics.median(r["cpu_seconds"] for r in found["status_of_10000_runs"]),
                             status_wall=statistics.median(r["wall_seconds"] for r in found["status_of_10000_runs"]))
     print(json.dumps(found["summary"], indent=1))

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import os
 import re
 import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -23,7 +25,8 @@ from .config import convert, describe
 from .files import UserError
 
 # %% auto #0
-__all__ = ['Parameter', 'parameters', 'takes_overrides', 'parse', 'help_text', 'make_main', 'check_least']
+__all__ = ['Parameter', 'parameters', 'takes_overrides', 'parse', 'help_text', 'SteadyStream', 'steady_streams', 'make_main',
+           'check_least']
 
 # %% ../nbs/03_cli.ipynb #ef2fff09
 @dataclass
@@ -205,6 +208,44 @@ def help_text(
         parts.append("configuration keys:\n" + _rows([key], width))
     return "\n\n".join([*parts, body.strip("\n")]).rstrip() + "\n"
 
+# %% ../nbs/03_cli.ipynb #e6f986c3
+class SteadyStream:
+    "A stream that cannot fail; `gone` once nobody takes what is written"
+    def __init__(self, stream: Any): self.stream, self.gone = stream, False
+
+    def __getattr__(self, name: str): return getattr(self.stream, name)
+
+    def _try(self, do: Callable, *words: str):
+        try: return do(*words)
+        except BlockingIOError: return None   # this time; the reader is slow
+        except UnicodeEncodeError as e: return do(words[0].encode(e.encoding, "backslashreplace").decode(e.encoding))
+        except (OSError, ValueError): self.let_go()
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self): self._try(self.stream.flush)
+
+    def let_go(self):
+        "Send what is left, and what comes, nowhere"
+        self.gone = True
+        with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere: os.dup2(nowhere.fileno(), self.stream.fileno())
+
+# %% ../nbs/03_cli.ipynb #24659a7c
+@contextmanager
+def steady_streams() -> Iterator[None]:
+    "Inside, nothing that is printed can fail"
+    for number in range(3):   # closed by who started this process: the next file to be opened would be taken for a stream
+        try: os.fstat(number)
+        except OSError: os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (SteadyStream(open(os.devnull, "w") if stream is None else stream) for stream in before)
+    try: yield
+    finally:
+        for stream in (sys.stdout, sys.stderr): stream.flush()
+        sys.stdout, sys.stderr = before
+
 # %% ../nbs/03_cli.ipynb #edb521fc
 def _overview(prog: str, commands: dict[str, Callable], default: str | None, doc: str) -> str:
     "The page that --help shows for a command with subcommands"
@@ -262,13 +303,14 @@ def make_main(
 ) -> Callable[[list[str] | None], int]: # main(argv=None) -> exit code
     "A program from functions with docments"
     def main(argv: list[str] | None = None) -> int:
-        try: return _run(prog, commands, default, doc, list(sys.argv[1:] if argv is None else argv))
-        except UserError as e:
-            print(f"{prog}: error: {e}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print(f"{prog}: interrupted", file=sys.stderr)
-            return 130
+        with steady_streams():
+            try: return _run(prog, commands, default, doc, list(sys.argv[1:] if argv is None else argv))
+            except UserError as e:
+                print(f"{prog}: error: {e}", file=sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                print(f"{prog}: interrupted", file=sys.stderr)
+                return 130
     main.__doc__ = doc or inspect.getdoc(commands)
     return main
 

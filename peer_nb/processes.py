@@ -73,6 +73,9 @@ def begin_group(
     gpu = device if device.type == "cuda" else None
     if gpu: torch.cuda.set_device(gpu)
     if dist.is_initialized(): return
+    if absent := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"the environment says that there are {os.environ.get('WORLD_SIZE')} processes, but not where they meet "
+                        f"({' and '.join(absent)} missing): start with torchrun or peer-train --gpus, or remove RANK")
     if kind == "items": dist.init_process_group("gloo", timeout=timedelta(days=7))
     else: dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT, device_id=gpu)
 

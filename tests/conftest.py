@@ -3,6 +3,7 @@ import itertools
 import os
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -42,6 +43,14 @@ def pytest_collection_modifyitems(config, items):
         chance, places = random.Random(seed), {}
         for item in items: places.setdefault(item.path, chance.random())
         items.sort(key=lambda item: (places[item.path], chance.random()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    "What a test draws without a seed of its own does not depend on the tests before it"
+    random.seed(0)
+    if "numpy" in sys.modules: sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules: sys.modules["torch"].manual_seed(0)
 
 
 REGISTERS = itertools.count()

@@ -57,14 +57,6 @@ def ended(process: subprocess.Popen, seconds: float = 900) -> tuple[int, str]:
     return process.returncode, out
 
 
-def server_of(runner: int) -> int | None:
-    "The process that a runner's runs are forked from"
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try: parent, words = int(entry.read_text().rpartition(")")[2].split()[1]), (entry.parent/"cmdline").read_bytes()
-        except (OSError, ValueError): continue
-        if parent == runner and b"running.warm" in words: return int(entry.parent.name)
-
-
 def until(what, seconds: float = 600, pause: float = 0.05):
     "Wait for something to be true"
     end = time.monotonic() + seconds

@@ -13,7 +13,8 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"""(\]\(|(?:href|src)=\\?["'])([\w./-]+?\.ipynb)(?=[#)"'\\\s])""")
-FIRST, LAST = ["index.ipynb", "architecture.ipynb", "benchmarks.ipynb"], ["experiments"]
+FIRST = ["index.ipynb", {"text": "A finished study", "href": "example/index.html"}, "architecture.ipynb", "where_to_add.ipynb", "benchmarks.ipynb"]
+LAST = ["experiments"]
 
 
 def rooms(root: Path = ROOT) -> dict[str, dict]:
@@ -73,7 +74,7 @@ def relink(text: str, path: Path, new: dict[Path, Path]) -> str:
 
 def sidebar(root: Path = ROOT) -> list:
     "The contents of the site's sidebar"
-    nbs, out = root/"nbs", [name for name in FIRST if (root/"nbs"/name).exists()]
+    nbs, out = root/"nbs", [*FIRST]
     for room, about in rooms(root).items():
         out.append({"section": about["title"], "contents": [str(p.relative_to(nbs)) for _, p in pages(room, root)]})
     for folder in LAST: out.append({"section": folder.title(), "contents": [str(p.relative_to(nbs)) for p in sorted((nbs/folder).glob("*.ipynb"))]})

@@ -2,8 +2,10 @@
 
     python tests/site_check.py run      run every notebook and store its outputs
     python tests/site_check.py readme   write README.md from nbs/index.ipynb
+    python tests/site_check.py example STUDY    publish a finished study: its page, and the report of its best run
 """
 import ast
+import configparser
 import json
 import re
 import shutil
@@ -100,7 +102,7 @@ def broken_links(site: Path, base_url: str) -> list[str]:
             else: target, root = link, page.parent
             path, _, anchor = target.partition("#")
             file = (root/path) if path else page
-            if file.suffix == ".html": file = source_of(file)
+            if file.suffix == ".html" and not file.exists(): file = source_of(file)
             if file is None or not file.exists(): found.append(f"{page.relative_to(site)}: {link}")
             elif anchor and file.suffix == ".ipynb" and not ({anchor, anchor.lower()} & anchors(file)):
                 found.append(f"{page.relative_to(site)}: {link} (no such heading)")
@@ -110,6 +112,19 @@ def broken_links(site: Path, base_url: str) -> list[str]:
 def source_of(html: Path) -> Path | None:
     "The notebook that a page is made from: nbdev drops the number from the page's name"
     return next((p for p in html.parent.glob("*.ipynb") if re.sub(r"^\d+[a-z]?_", "", p.stem) == html.stem), None)
+
+
+def publish(study: Path, to: Path = ROOT/"nbs"/"example"):
+    "A study's page and the report of its best run, as pages of the site; links to what stays behind become text"
+    best = re.search(r"best [^<]*?: [^<]*? by ([\w.+=-]+)", re.sub(r"<[^>]+>", "", (study/"index.html").read_text()))
+    runs = sorted(p.parent.name for p in study.glob("runs/*/report.html"))
+    kept = best[1] if best and best[1] in runs else runs[0]
+    shutil.rmtree(to, ignore_errors=True)
+    for name in ("index.html", f"runs/{kept}/report.html"):
+        text = (study/name).read_text()
+        gone = lambda m: m[0] if m[1].startswith(("http", "#")) or m[1].partition("#")[0] in ("../../index.html", f"runs/{kept}/report.html") else m[2]
+        (to/name).parent.mkdir(parents=True, exist_ok=True)
+        (to/name).write_text(re.sub(r'<a [^>]*?href="([^"]*)"[^>]*>(.*?)</a>', gone, text, flags=re.S))
 
 
 def mixes_imports(cell: str) -> bool:
@@ -128,6 +143,13 @@ def to_html(page: Path) -> str:
     return HTMLExporter(exclude_raw=True).from_notebook_node(nbformat.reads(json.dumps(notebook), as_version=4))[0]
 
 
+def site_address() -> str:
+    "Where the site is published"
+    settings = configparser.ConfigParser()
+    settings.read(ROOT/"settings.ini")
+    return settings["DEFAULT"]["doc_host"] + settings["DEFAULT"]["doc_baseurl"]
+
+
 def readme(index: Path) -> str:
     "README.md from the processed index page: pictures and pages are found from the top of the repository"
     cells, matter = json.loads(index.read_text())["cells"], front_matter(index)
@@ -144,6 +166,7 @@ def readme(index: Path) -> str:
                 if shown: parts.append(shown if "text/markdown" in data else "\n".join("    " + line for line in shown.splitlines()))
     text = "\n\n".join(p.strip("\n") for p in parts) + "\n"
     text = text.replace("\n```\n\n```python\n", "\n\n")   # neighbouring cells read as one block
+    text = text.replace("](example/", f"]({site_address()}/example/")   # a page that GitHub would show as source
     return re.sub(r"(\]\(|src=\")(?!https?:|#|nbs/|\.\./)([\w./-]+\.(?:png|svg|ipynb))", r"\1nbs/\2", text)
 
 
@@ -159,13 +182,14 @@ def run(page: Path):
     if done.returncode: raise SystemExit(f"{page.relative_to(ROOT)} failed:\n{done.stderr}")
 
 
-def main(what: str = ""):
+def main(what: str = "", *more: str):
     import tempfile
     if what == "run":
         for page in pages():
             if "skip_exec: true" in page.read_text(): continue
             print(page.relative_to(ROOT), flush=True)
             run(page)
+    elif what == "example": publish(Path(more[0]))
     elif what == "readme":
         with tempfile.TemporaryDirectory() as folder: (ROOT/"README.md").write_text(readme(processed(Path(folder))/"index.ipynb"))
     else: sys.exit(__doc__)

@@ -240,7 +240,7 @@ def until(what, seconds: float = 600):
 
 
 def test_interrupted_and_killed_half_way_then_continued(tmp_path):
-    "In the second run Ctrl-C, then kill -9 of its wrapper, then of the runner, then to the end: the first is run once, nothing trains on, the table is whole"
+    "In the second run Ctrl-C, then kill -9 of its process, then of the runner, then to the end: the first is run once, nothing trains on, the table is whole"
     work = write_study(tmp_path, {**STUDY, "axes": {"heads": STUDY["axes"]["heads"]}})
     out = work/"out"
     under_way = lambda: [p.parent for p in out.glob("*/runs/002*/heartbeat.json") if read_json(p)["step"] >= 2]
@@ -253,17 +253,17 @@ def test_interrupted_and_killed_half_way_then_continued(tmp_path):
     folder = run.parent.parent
     done = statuses(folder)[next(c.id for c in load_plan(folder).cells)]
     step = lambda: read_json(run/"heartbeat.json")["step"]
-    for victim in ("wrapper", "runner"):
+    for victim in ("run", "runner"):
         before = step()
         process = launch("--resume", "--output-dir", out, FAKE_STEP="0.6")
         until(lambda: step() > before)
         os.kill(process.pid if victim == "runner" else read_json(run/"status.json")["pid"], signal.SIGKILL)
         code, said, _ = finished(process)
-        if victim == "wrapper": assert code == 1 and "STALE after" in said and "1 of 2 runs done, 1 STALE" in said
+        if victim == "run": assert code == 1 and "STALE after" in said and "1 of 2 runs done, 1 STALE" in said
         until(lambda: Run(run).state == "STALE")
     size = (run/"metrics.jsonl").stat().st_size
     time.sleep(0.8)
-    assert (run/"metrics.jsonl").stat().st_size == size, "a kernel trains on"
+    assert (run/"metrics.jsonl").stat().st_size == size, "a run trains on"
     code, said, err = finished(launch("--resume", "--output-dir", out, "--parallel", 1))
     assert code == 0 and "1 of 2 runs to do" in said and f"resumed {run.name}" in said, said + err
     assert [json.loads(l)["step"] for l in (run/"metrics.jsonl").read_text().splitlines()] == list(range(1, 11))
@@ -433,3 +433,13 @@ def test_a_page_while_nothing_is_done_yet(tmp_path):
     runs = load_runs(folder)
     text = write_report(runs).read_text()
     assert "0 of 4" in text and runs.rows.state.tolist() == ["TODO"]*4
+
+
+def test_built_in_axes_take_seeds_and_a_primary_metric(tmp_path, capsys):
+    work = write_study(tmp_path)
+    ask = ["plan", "--base-config", work/"base.yaml", "--axes", "selection_heads", "--gpus", 0, "--notebook", work/"template.ipynb"]
+    code, out, _ = call(capsys, *ask, "--seeds", 5, 6, "--primary", "words/loss")
+    assert code == 0 and "6 runs; " in out and "5 6" in out and "2 seeds, power 80 %" in out
+    for words, said in [(["--seeds", 5, 5], "a seed is there twice"), (["--seeds", -1], "--seeds"), (["--primary", "mmlu/acc"], "will not be measured")]:
+        code, _, err = call(capsys, *ask, *words)
+        assert code == 2 and said in err and err.count("\n") == 1, err

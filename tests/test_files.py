@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from children import in_child
 
 from peer_nb import files
 from peer_nb.files import UserError, append_jsonl, folder_lock, read_json, read_jsonl, write_atomic, write_json
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills processes
 
 
 def killed_at_line(number: int, call, *args) -> bool:
-    "Run a call in a forked process that kills itself before the n-th line of peer_nb.files; whether it came that far"
+    "Run a call in a fork that kills itself before the n-th line of peer_nb.files; whether it came that far"
     child = os.fork()
     if child == 0:
         count = 0
@@ -46,8 +47,8 @@ def wait_until(condition, seconds=600.0):
         time.sleep(0.01)
 
 
-def test_write_atomic_killed_before_every_line(tmp_path):
-    target, old, new = tmp_path/"file.txt", "old" * 1000, "new content" * 1000
+def write_atomic_killed_before_every_line(folder: Path):
+    target, old, new = folder/"file.txt", "old" * 1000, "new content" * 1000
     seen, number = set(), 0
     while True:
         number += 1
@@ -61,8 +62,8 @@ def test_write_atomic_killed_before_every_line(tmp_path):
     assert target.read_text() == new
 
 
-def test_append_killed_before_every_line(tmp_path):
-    log, records = tmp_path/"log.jsonl", 0
+def append_killed_before_every_line(folder: Path):
+    log, records = folder/"log.jsonl", 0
     for number in range(1, 100):
         killed = killed_at_line(number, append_jsonl, log, dict(number=number))
         survived = [r["number"] for r in read_jsonl(log)]
@@ -72,6 +73,12 @@ def test_append_killed_before_every_line(tmp_path):
         records = number % 3
         for i in range(records): append_jsonl(log, dict(number=1000 + i))
     assert 8 < number < 99
+
+
+@pytest.mark.parametrize("killed", [write_atomic_killed_before_every_line, append_killed_before_every_line])
+def test_killed_before_every_line(tmp_path, killed):
+    "In a process that has nothing but files to fork: this one has threads"
+    in_child(killed, tmp_path)
 
 
 WRITER = """

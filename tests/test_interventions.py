@@ -1,12 +1,15 @@
 "What the interventions claim, against weights that are edited, scores of all rows, and one whole evaluation per key."
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peer_nb.analysis.command import main
 from peer_nb.analysis.interventions import MODES, answers_of, clean_pass, effects_of, random_keys, setting_of
+from peer_nb.analysis.swaps import swap_matrix, swap_rows
 from peer_nb.config import DatasetConfig
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.evaluation.recall import Question, encode_questions
@@ -272,3 +275,34 @@ def test_questions_of_a_file_and_a_text(learned, tmp_path, capsys):
         assert main(["ablate", str(checkpoint), str(tmp_path/name), "--window", "12", "--output", str(tmp_path/name[0])]) == 0
         assert json.loads((tmp_path/name[0]/"ablate.json").read_text())["examples"] == examples
     assert main(["ablate", str(checkpoint), str(tmp_path/"none.jsonl"), "--output", str(tmp_path/"no")]) == 2
+
+
+@pytest.mark.parametrize("kind", ["peer", "memory_plus"])
+def test_a_swap_matrix_is_that_of_models_whose_tables_were_changed(kind, encoded):
+    "Each cell against a model whose rows were exchanged, and transformers' own greedy generation"
+    model = small(memory_kind=kind)
+    alike = [e for e in encoded if len(e.context) == 3]
+    said = [model.generate(torch.tensor([e.context]), attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 3:].tolist() for e in alike]
+    known = [replace(e, answer=answer) for e, answer in zip(alike, said)]
+    found, memory = swap_matrix(model, known, layer=1, facts=3), model.model.layers[1].memory
+    assert len(found["facts"]) >= 2 and found["efficacy"]["n"] == len(found["cells"])
+    places = {e.question.id: e for e in known}
+    for cell in found["cells"]:
+        a, b = (found["facts"][cell[name]] for name in ("asked", "partner"))
+        swap_rows(memory, a["row"], b["row"])
+        now = model.generate(torch.tensor([places[a["id"]].context]), attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 3:].tolist()
+        swap_rows(memory, a["row"], b["row"])
+        assert cell["own_places"] == [s == t for s, t in zip(now, places[a["id"]].answer)] and cell["partner_places"] == [s == t for s, t in zip(now, places[b["id"]].answer)]
+
+
+def test_a_swap_is_saved_and_refused_in_one_line(learned, tmp_path, capsys):
+    checkpoint, data = learned
+    assert main(["swap", str(checkpoint), "--rows", "3", "9", "--save", str(tmp_path/"edited")]) == 0
+    before, after = (load_file(folder/"model.safetensors") for folder in (checkpoint, tmp_path/"edited"))
+    name = next(n for n in before if n.endswith("memory.values.weight"))
+    assert torch.equal(before[name][[9, 3]], after[name][[3, 9]]) and json.loads((tmp_path/"edited"/"edits.json").read_text())[0]["rows"] == [3, 9]
+    assert sum(not torch.equal(before[n], after[n]) for n in before) == 1
+    for words in (["--rows", "3", "9"], ["--rows", "3", "3", "--save", str(tmp_path/"x")], ["--rows", "3", "5000", "--save", str(tmp_path/"x")],
+                  [str(data), "--layer", "0", "--output", str(tmp_path/"x")]):
+        capsys.readouterr()
+        assert main(["swap", str(checkpoint), *words]) == 2 and capsys.readouterr().err.count("\n") == 1 and not (tmp_path/"x").exists()

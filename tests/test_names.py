@@ -14,6 +14,7 @@ ALIKE = {
 }
 # Names that still mean two things, with where the second meaning stands. This list only gets shorter.
 STILL = {
+    "Asked": "questions of a data set in recall, what a task asks",
     "Job": "a job of the ablation of keys, a job of a place that runs runs",
     "Pieces": "a tokenizer's texts in recall, parts of a row in kernels.updates",
     "Place": "a text that knows its line in the study's file, where runs run",
@@ -41,6 +42,8 @@ STILL = {
     "shown": "a row in words, in watch",
     "summary": "of answers, of a study under way, of a corpus",
     "table_html": "watch's own",
+    "Table": "runs under way in watch, rows under headings in tables",
+    "table": "recall's own, that of tables",
     "token_bytes": "by decoding and by table",
     "verdict": "of Slurm about a job, of a claim",
     "wilson": "recall's own, until it uses that of stats",

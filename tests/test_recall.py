@@ -23,9 +23,10 @@ from peer_nb.cli import make_main
 from peer_nb.config import Config, DatasetConfig, DatasetEntry, MLAConfig, ModelConfig, PeerConfig, to_dict
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.evaluation import recall_command
-from peer_nb.evaluation.recall import Pieces, answer_batches, encode_questions, questions_of, read_questions, recall_of, wilson
+from peer_nb.evaluation.recall import Pieces, answer_batches, encode_questions, questions_of, read_questions, recall_of
 from peer_nb.evaluation.recall_command import SCHEMA, recall
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
+from peer_nb.stats import wilson
 from peer_nb.tasks.registry import TASKS, find_task
 from peer_nb.tasks.writing import generate, write_task
 
@@ -210,7 +211,7 @@ def test_every_task_gets_a_page_and_a_valid_file(task, place, tmp_path, monkeypa
     jsonschema.validate(found, SCHEMA)
     assert not found["partial"] and found["answered"] == len(read_questions(place/task)[1])
     page = (folder/"index.html").read_text()
-    assert "<svg" in page and "Confidence" in page and "src=" not in page and "@import" not in page
+    assert "Plotly.newPlot(" in page and "Confidence" in page and page.count("src=") == page.count('src="plotly.min.js"') == 1 and "@import" not in page
     if task == "synthetic_qa": assert found["metrics"]["synthetic_qa/known/exact_match"] > .9 > .1 > found["metrics"]["synthetic_qa/test/exact_match"]
     places = [p for line in (folder/"items-0.jsonl").read_text().splitlines() for p in json.loads(line)["places"]]
     assert all(abs(sum(p for *_, p in place["top"]) + place["rest"] - 1) < 1e-4 for place in places)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from fake_studies import ended, fake_study, launch, server_of, until
+from fake_studies import ended, fake_study, launch, until
 from test_ablation import BASE, STUDY, write_study
 from peer_nb.running import command as runner
 from peer_nb.study.plan import load_plan
@@ -22,7 +22,7 @@ from peer_nb.running.watch import look_at
 from peer_nb.findings.results import load_runs
 from peer_nb.files import read_json, read_jsonl, write_json
 
-VICTIMS = ("runner", "server", "wrapper", "kernel")
+VICTIMS = ("runner", "run")
 REPORT = Path(__file__).parent/"kill_report.json"
 NUMBERS = ["run", "heads", "seed", "state", "words/bits_per_byte", "words/loss", "tokens", "parameters"]
 
@@ -44,21 +44,19 @@ def undisturbed(tmp_path_factory):
     return work, the_folder(work)
 
 
-def wrappers_and_kernels(folder: Path) -> tuple[list[int], list[int]]:
-    "Processes that are alive and work on the study"
-    wrappers = [s["pid"] for p in folder.glob("runs/*/status.json") if (s := read_json(p)) and s["state"] == "RUNNING" and process_mark(s["pid"])]
-    kernels = [b["pid"] for b in read_jsonl(folder/"begun.jsonl") if process_mark(b["pid"])]
-    return wrappers, kernels
+def alive(folder: Path) -> list[int]:
+    "Processes that work on the study"
+    noted = [s["pid"] for p in folder.glob("runs/*/status.json") if (s := read_json(p)) and s["state"] == "RUNNING"] + [b["pid"] for b in read_jsonl(folder/"begun.jsonl")]
+    return [pid for pid in {*noted} if process_mark(pid)]
 
 
-def kill_one(folder: Path, process: subprocess.Popen, victim: str) -> str:
-    "kill -9 of a runner, of the process that runs are forked from, of a wrapper or a kernel; who it was"
-    wrappers, kernels = wrappers_and_kernels(folder)
-    pids = {"runner": [process.pid], "server": [p for p in [server_of(process.pid)] if p], "wrapper": wrappers, "kernel": kernels}[victim]
-    if not pids or process.poll() is not None: return ""
+def kill_one(folder: Path, process: subprocess.Popen, victim: str) -> bool:
+    "kill -9 of the runner or of a run; whether there was one"
+    pids = [process.pid] if victim == "runner" else alive(folder)
+    if not pids or process.poll() is not None: return False
     try: os.kill(random.choice(pids), signal.SIGKILL)
-    except ProcessLookupError: return ""
-    return victim
+    except ProcessLookupError: return False
+    return True
 
 
 def whole(path: Path, runs: int) -> bool:
@@ -78,15 +76,15 @@ class Campaign:
         self.work, self.rng, self.pause, self.hits, self.misses, self.done = work, random.Random(seed), pause, [], 0, {}
         self.words = ["--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--resume", "--retry-failed"]
 
-    def round(self, victim: str, *more: str):
-        process = launch(*self.words, *more, FAKE_STEP=self.pause)
+    def round(self, victim: str):
+        process = launch(*self.words, FAKE_STEP=self.pause)
         until(lambda: [*(self.work/"out").glob("*/plan.json")] or process.poll() is not None)
         folder = self.folder = the_folder(self.work)
         before = sum(starts(folder).values())
         if victim != "runner": until(lambda: sum(starts(folder).values()) > before or process.poll() is not None)
         delay = self.rng.uniform(0, 6 if victim == "runner" else 2.5)
         time.sleep(delay)
-        if kill_one(folder, process, victim): self.hits.append(dict(victim=victim, start="cold" if more else "warm", after=round(delay, 2), runs_done=len(self.done)))
+        if kill_one(folder, process, victim): self.hits.append(dict(victim=victim, after=round(delay, 2), runs_done=len(self.done)))
         else: self.misses += 1
         if process.poll() is None and victim != "runner": process.send_signal(signal.SIGINT)
         ended(process)
@@ -94,15 +92,15 @@ class Campaign:
 
     def check(self):
         "Nothing lives on, the table is whole, and what was done has not begun again"
-        until(lambda: wrappers_and_kernels(self.folder) == ([], []))
+        until(lambda: not alive(self.folder))
         plan, count = load_plan(self.folder), starts(self.folder)
         assert whole(self.folder/"ablation_results.csv", len(plan.cells))
         assert {r: count[r] for r in self.done} == self.done, "a run that was done was made again"
         self.done = {c.id: count[c.id] for c in plan.cells if Run(self.folder/"runs"/c.id).state == "DONE"}
-        while len(plan.cells) - len(self.done) < 2: self.forget(self.rng.choice([*self.done]))
+        if len(self.done) == len(plan.cells): self.forget(self.rng.choice([*self.done]))
 
     def forget(self, run: str):
-        "Kills are left, and less than the two runs that a server is started for: make one anew"
+        "Kills are left, and no run to be killed: make one anew"
         runner.set_aside(self.folder, load_plan(self.folder), [run])
         del self.done[run]
 
@@ -117,12 +115,12 @@ class Campaign:
         assert ended(launch(*self.words))[0] == 0 and starts(self.folder) == count
 
 
-def test_killed_at_four_instants(undisturbed, tmp_path):
-    "kill -9 of the runner, of the process that runs are forked from, of a wrapper, of a kernel: a later --resume ends with the undisturbed table"
+def test_killed_at_three_instants(undisturbed, tmp_path):
+    "kill -9 of the runner and of runs: a later --resume ends with the undisturbed table"
     campaign = Campaign(fake_study(tmp_path, seeds=[1, 2]), seed=1, pause=0.2)
-    for victim in VICTIMS: campaign.round(victim)
+    for victim in ("run", "runner", "run"): campaign.round(victim)
     campaign.finish(undisturbed[1])
-    assert campaign.hits and campaign.misses < 3
+    assert campaign.hits and campaign.misses < 2
 
 
 @pytest.mark.slow
@@ -130,7 +128,7 @@ def test_killed_at_thirty_instants(undisturbed, tmp_path):
     campaign = Campaign(fake_study(tmp_path, seeds=[1, 2]), seed=2, pause=0.2)
     for n in range(90):
         if len(campaign.hits) >= 30: break
-        campaign.round(VICTIMS[n % 4], *(["--cold"] if n % 8 > 3 and n % 4 != 1 else []))   # every other four rounds without a server
+        campaign.round(VICTIMS[n % 2])
     campaign.finish(undisturbed[1])
     assert len(campaign.hits) >= 30 and {h["victim"] for h in campaign.hits} == {*VICTIMS}
     write_json(REPORT, dict(kills=len(campaign.hits), of={v: sum(h["victim"] == v for h in campaign.hits) for v in VICTIMS}, nobody_there=campaign.misses,
@@ -139,7 +137,7 @@ def test_killed_at_thirty_instants(undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_the_real_trainer_is_killed_and_goes_on_to_the_bit(tmp_path):
-    "kill -9 of a kernel that trains, once it has saved: the resumed run has the undisturbed run's numbers, every digit"
+    "kill -9 of a run that trains, once it has saved: the resumed run has the undisturbed run's numbers, every digit"
     base = json.loads(json.dumps(BASE)) | dict(eval_config=dict(max_tokens=500, eval_batch_size=4))
     base["train_config"] |= dict(max_tokens=64*300, save_steps=50, logging_steps=50, eval_steps=150, save_total_limit=1)
     base["model_config"]["vocab_size"] = 257
@@ -164,17 +162,17 @@ def test_the_real_trainer_is_killed_and_goes_on_to_the_bit(tmp_path):
 
 
 ENDINGS = {"asks": "import os; os._exit(75)", "torchrun": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; sys.exit(75)'], check=True)", "memory": "raise MemoryError('out')",
-           "diverged": "raise FloatingPointError('the loss is not finite')", "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "slow": "import time; time.sleep(900)"}
+           "diverged": "raise FloatingPointError('the loss is not finite')", "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"}
 
 
 @pytest.fixture(scope="module")
 def endings(tmp_path_factory):
-    "A study whose runs end in six ways, with a time limit"
+    "A study whose runs end in five ways"
     work = fake_study(tmp_path_factory.mktemp("endings"), seeds=[1], axes={"ends": {name: {"train_config.learning_rate": 0.001*(n + 1)} for n, name in enumerate(ENDINGS)}})
     book = json.loads((work/"template.ipynb").read_text())
     book["cells"][2]["source"] = f"ENDINGS = {ENDINGS!r}\nif not resume: exec(ENDINGS[levels['ends']])\n" + "".join(book["cells"][2]["source"])
     (work/"template.ipynb").write_text(json.dumps(book))
-    said = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--time", 0.5))
+    said = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0))
     return work, the_folder(work), said
 
 
@@ -183,26 +181,36 @@ def test_every_way_to_end_has_its_state_and_kind(endings):
     cells = load_plan(folder).cells
     status = {c.levels["ends"]: read_json(folder/"runs"/c.id/"status.json") for c in cells}
     assert code == 1 and {e: (s["state"], s.get("error", {}).get("kind")) for e, s in status.items()} == {
-        "asks": ("DONE", None), "torchrun": ("DONE", None), "memory": ("FAILED", "out of memory"), "diverged": ("FAILED", "not finite"), "killed": ("STALE", "killed"), "slow": ("FAILED", "timeout")}, out
-    assert [status[e]["attempt"] for e in ENDINGS] == [2, 2, 1, 1, 1, 1] and out.count("; it has saved, and goes on (1 of 3 times)") == 2, out   # exit code 75 asks for another start
+        "asks": ("DONE", None), "torchrun": ("DONE", None), "memory": ("FAILED", "out of memory"), "diverged": ("FAILED", "not finite"), "killed": ("STALE", "killed")}, out
+    assert [status[e]["attempt"] for e in ENDINGS] == [2, 2, 1, 1, 1] and out.count("; it has saved, and goes on (1 of 3 times)") == 2, out   # exit code 75 asks for another start
     rows = pd.read_csv(folder/"ablation_results.csv").set_index("ends")
     assert rows.error_kind.dropna().to_dict() == {e: s["error"]["kind"] for e, s in status.items() if "error" in s}
     assert "FAILED" in out and "out of memory, MemoryError" in out
-    assert look_at(load_runs(folder)).counts == {"DONE": 2, "FAILED": 3, "STALE": 1}
+    assert look_at(load_runs(folder)).counts == {"DONE": 2, "FAILED": 2, "STALE": 1}
+
+
+def test_a_run_that_takes_too_long(tmp_path):
+    "It is stopped at its limit, wherever it is, and FAILED: timeout; --retry-failed goes on"
+    work = fake_study(tmp_path, seeds=[1], axes={"heads": {"four": {}}})
+    code, out = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--time", 0.1, FAKE_STEP=60))
+    status = read_json(next(the_folder(work).glob("runs/*/status.json")))
+    assert code == 1 and "Timeout: ran longer than its time limit" in out and (status["state"], status["error"]["kind"]) == ("FAILED", "timeout"), out
+    code, out = ended(launch("--resume", "--retry-failed", "--output-dir", work/"out", "--time", 10, FAKE_STEP=0))
+    assert code == 0, out
 
 
 def test_what_is_taken_up_by_itself_and_what_on_request(endings):
     "--resume takes up what was killed; --retry-failed the rest; --rerun makes anew; DONE is left alone"
     work, folder, _ = endings
     code, out = ended(launch("--resume", "--output-dir", work/"out"))
-    assert code == 1 and "1 of 6 runs to do" in out and look_at(load_runs(folder)).counts == {"DONE": 3, "FAILED": 3}, out
+    assert code == 1 and "1 of 5 runs to do" in out and look_at(load_runs(folder)).counts == {"DONE": 3, "FAILED": 2}, out
     code, out = ended(launch("--resume", "--retry-failed", "--output-dir", work/"out"))
-    assert code == 0 and "3 of 6 runs to do" in out, out
+    assert code == 0 and "2 of 5 runs to do" in out, out
     before = {p.parent.name: read_json(p) for p in folder.glob("runs/*/status.json")}
     assert {s["attempt"] for s in before.values()} == {2}
     code, out = ended(launch("--resume", "--rerun", 3, "--output-dir", work/"out"))
     after = {p.parent.name: read_json(p) for p in folder.glob("runs/*/status.json")}
-    assert "1 of 6 runs to do" in out and [r for r in before if before[r] != after[r]] == [load_plan(folder).cells[2].id], out
+    assert "1 of 5 runs to do" in out and [r for r in before if before[r] != after[r]] == [load_plan(folder).cells[2].id], out
     assert len([*(folder/"earlier").iterdir()]) == 1 and after[load_plan(folder).cells[2].id]["error"]["kind"] == "out of memory"
 
 

@@ -72,6 +72,7 @@ def preactivations(self: Retrievals) -> Tensor | None: # [tokens, heads, k, neur
     down = self.layer.expert_down(self.index).unflatten(-1, (-1, self.x.shape[1]))   # [tokens, heads, k, neurons, d]
     return torch.einsum('thknd,td->thkn', down, self.x.to(down.dtype))
 
+# %% ../../nbs/analysis/08_hooks.ipynb #b0b28de2
 @patch(as_prop=True)
 def value_norms(self: Retrievals) -> Tensor: # [tokens, heads, k]
     "Lengths of the vectors that the retrieved rows write"
@@ -90,6 +91,7 @@ def chosen_layers(
             raise UserError(f"layer {number} is none of the memory layers: {', '.join(map(str, layers))}")
     return {number: layers[number] for number in (layers if numbers is None else dict.fromkeys(numbers))}
 
+# %% ../../nbs/analysis/08_hooks.ipynb #c021b25b
 def refuse_silent(
     hooked: Iterable, # names of what was hooked
     calls: Counter, # name -> how often it was called
@@ -145,6 +147,7 @@ def rows_of_tokens(
     "Whose token each is"
     return torch.arange(rows, device=device).repeat_interleave(tokens // rows)
 
+# %% ../../nbs/analysis/08_hooks.ipynb #cb778206
 def writing(
     model: nn.Module, # with memory layers
     answers: dict[int, Callable[[Retrievals], Tensor]], # layer -> what speaks in its place; gives [tokens, d]
@@ -184,6 +187,7 @@ def attention_layers(
     if not found: raise UserError(f"the model ({type(model).__name__}) has no layers with self_attn.o_proj")
     return found
 
+# %% ../../nbs/analysis/08_hooks.ipynb #74a417ee
 def head_outputs(
     model: nn.Module, # from transformers
     changes: dict[int, Callable[[Tensor], Tensor]], # layer -> change of the heads' outputs [B, T, heads, width]
@@ -222,6 +226,7 @@ def side_by_side(
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
+# %% ../../nbs/analysis/08_hooks.ipynb #617c8864
 @torch.no_grad()
 def stream_retrievals(
     model: nn.Module, # in evaluation mode

@@ -191,6 +191,7 @@ def impact_matrix(
     size = dict(height=max(260, 14*len(wide) + 120), margin=dict(l=70, r=10, t=10, b=40))
     return dict(data=[heat], layout=axes | size)
 
+# %% ../../nbs/analysis/11_impact.ipynb #565191ec
 def until_loss_figure(
     layer: dict, # of `layer_numbers`
 ) -> dict: # a plotly figure
@@ -228,6 +229,7 @@ def layer_section(
         parts.append(figure_html(until_loss_figure(layer), f"Answers lost as rows are left out; n = {until[0]['n']}"))
     return section_html(f"Layer {layer['layer']}", *parts, table_html(keys[:100], KEY_COLUMNS, sort=True))
 
+# %% ../../nbs/analysis/11_impact.ipynb #ec33a2f6
 PAGE_NOTES = (
     "Intervals and p are t-tests over examples; rows that fewer than six examples retrieve are not tested.",
     "An answer's strongest row is chosen by its effect, so its mean is larger than that of a row chosen beforehand.")

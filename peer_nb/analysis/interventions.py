@@ -51,6 +51,7 @@ class AnswerBatch:
         at = torch.arange(self.ids.shape[1], device=self.ids.device)[None]
         return at < self.place[:, :1] + self.real.sum(1, keepdim=True)
 
+# %% ../../nbs/analysis/10_interventions.ipynb #69333ee6
 def answers_of(
     batch: Sequence[Encoded], # questions of like length
     device: torch.device | None = None, # of the model
@@ -85,6 +86,7 @@ class Clean:
     logprob: Tensor # [B, A] of the right tokens
     right: Tensor # [B, A] whether they are the likeliest ones
 
+# %% ../../nbs/analysis/10_interventions.ipynb #bc33f931
 def at_places(
     hidden: Tensor, # [R, T, d]
     place: Tensor, # [R, A]
@@ -92,6 +94,7 @@ def at_places(
     "Hidden states at the places that predict"
     return hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1]))
 
+# %% ../../nbs/analysis/10_interventions.ipynb #06b7b843
 def clean_pass(
     model: nn.Module, # with memory layers, in evaluation mode
     answers: AnswerBatch, # to be asked
@@ -113,6 +116,7 @@ def positions_of(r: Retrievals, length: int) -> Tensor:
     "The position of each slot, [tokens, heads, k, 1]"
     return (torch.arange(len(r.x), device=r.x.device) % length)[:, None, None, None].expand(*r.index.shape, 1)
 
+# %% ../../nbs/analysis/10_interventions.ipynb #53dc6038
 def heads_of(r: Retrievals, length: int) -> Tensor:
     "The head of each slot, [tokens, heads, k, 1]"
     return torch.arange(r.index.shape[1], device=r.x.device)[:, None, None].expand(*r.index.shape, 1)
@@ -134,6 +138,7 @@ class Pairs:
     owner: Tensor # [S] number of a pair, ascending
     token: Tensor # [S] a token at which it takes part, rows of the batch one behind another
 
+# %% ../../nbs/analysis/10_interventions.ipynb #8862c9e5
 SPAN = 2**31 # more than there are units in a layer, or tokens in a batch
 
 def code_of(
@@ -144,6 +149,7 @@ def code_of(
     "Example and unit in one number"
     return token // length * SPAN + unit
 
+# %% ../../nbs/analysis/10_interventions.ipynb #c335016a
 def pairs_of(
     token: Tensor, # [slots] which token
     unit: Tensor, # [slots] which unit
@@ -182,6 +188,7 @@ def drop(p: Places) -> Tensor:
     "Leave the unit's part out of the sum"
     return p.read(p.weights * ~p.hit, p.index)
 
+# %% ../../nbs/analysis/10_interventions.ipynb #2fa896a7
 def renorm(p: Places) -> Tensor:
     "Leave it out and share its weight among the head's other rows"
     left = p.weights * ~p.hit
@@ -202,6 +209,7 @@ def ranked(
         r.__dict__["ranked"] = found
     return found
 
+# %% ../../nbs/analysis/10_interventions.ipynb #34eb841b
 def weigh(
     layer: MemoryLayer, # gives the score function
     scores: Tensor, # [..., k]
@@ -219,6 +227,7 @@ def others(
     order = (index == p.unit[:, None, None]).long().argsort(dim=-1, stable=True)[..., :-1]
     return scores.gather(-1, order), index.gather(-1, order).clamp_min(0)
 
+# %% ../../nbs/analysis/10_interventions.ipynb #9234eb7c
 def rerouted(
     p: Places, # with keys as units
     changed: Tensor, # [n, heads] heads whose best rows are others now
@@ -230,6 +239,7 @@ def rerouted(
     weights = torch.where(changed, weigh(p.r.layer, scores, p.weights), p.weights)
     return p.read(weights, torch.where(changed, index, p.index))
 
+# %% ../../nbs/analysis/10_interventions.ipynb #71db54bb
 def refill(p: Places) -> Tensor:
     "Take the row out of the table, and let the next best come in"
     return rerouted(p, p.hit.any(-1), *others(p))
@@ -263,6 +273,7 @@ def speak_mean(p: Places) -> Tensor:
     gone = (p.weights * p.hit).sum((1, 2))[:, None]
     return drop(p) + gone * p.setting.mean[p.r.number].to(p.weights.dtype)
 
+# %% ../../nbs/analysis/10_interventions.ipynb #803d81d9
 def speak_other(p: Places) -> Tensor:
     "Let another row speak in its place"
     other = p.setting.stand_ins(p.r.number)[p.unit]
@@ -326,10 +337,12 @@ def with_score(
     index[..., -1] = torch.where(enters, p.unit[:, None], index[..., -1])
     return rerouted(p, enters | p.hit.any(-1), scores, index)
 
+# %% ../../nbs/analysis/10_interventions.ipynb #2301caea
 def zero_key(p: Places) -> Tensor:
     "Set the row's key to zero"
     return with_score(p, torch.zeros(p.hit.shape[:2], dtype=p.weights.dtype, device=p.weights.device))
 
+# %% ../../nbs/analysis/10_interventions.ipynb #ee97f320
 def random_key(p: Places) -> Tensor:
     "Give the row a random key of its own key's length"
     keys, which = p.unit.unique(return_inverse=True)

@@ -5,19 +5,15 @@
 # %% ../../nbs/evaluation/11_recall_command.ipynb #4d7d8331
 from __future__ import annotations
 
-import os
 import platform
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from fastcore.basics import patch
 from torch import nn
 
 from .. import __version__
@@ -26,14 +22,16 @@ from ..config import load_config
 from .loading import claim_answers, files_fingerprint, load_model
 from .recall import Question, answer_batches, encode_questions, read_questions, start_of, walk
 from .recall_page import (
-    add_kinds, answer_pool, by_group, calibration, chances, count_kinds, number, recall_page)
+    add_kinds, answer_pool, by_group, calibration, chances, count_kinds, recall_page, uncertain_text)
 from ..files import (
-    UserError, append_jsonl, folder_lock, read_json, read_jsonl, sha256_of, writable_folder, write_atomic, write_json)
+    UserError, append_jsonl, folder_lock, read_json, read_jsonl, sha256_of, writable_folder, write_json)
+from ..processes import Processes, join_processes
+from ..progress import Progress
 from ..tasks.task import METRICS
 
 # %% auto #0
-__all__ = ['SCHEMA', 'trained_start', 'Processes', 'read_answers', 'watched', 'flat_metrics', 'result_of', 'environment',
-           'results_table', 'Asked', 'answer_all', 'finish', 'run_recall', 'recall']
+__all__ = ['SCHEMA', 'trained_start', 'read_answers', 'flat_metrics', 'recall_result', 'measured_with', 'results_table', 'Asked',
+           'answer_all', 'write_recall', 'run_recall', 'recall']
 
 # %% ../../nbs/evaluation/11_recall_command.ipynb #tstart1c
 def trained_start(
@@ -43,77 +41,11 @@ def trained_start(
     kept = checkpoint/"trainer_state"/"config.yaml"
     return start_of(load_config(kept).dataset_config.packing if kept.is_file() else "rows")
 
-# %% ../../nbs/evaluation/11_recall_command.ipynb #a6f69835
-@dataclass(frozen=True)
-class Processes:
-    "Who we are among those that torchrun started"
-    rank: int = 0 # of this process
-    world: int = 1 # processes
-
-    @classmethod
-    def from_environment(cls) -> Processes:
-        "As torchrun says; alone without it"
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if world == 1: return cls()
-        if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        # for a word at the beginning and the end; answers go through files
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        return cls(int(os.environ["RANK"]), world)
-
-    def share(self, items: Sequence) -> list: # in order
-        "What is ours to do"
-        return list(items[self.rank::self.world])
-
-# %% ../../nbs/evaluation/11_recall_command.ipynb #bb0f4421
-@patch
-def decided(
-    self: Processes,
-    decide: Callable[[], Any], # called in process 0 only
-) -> Any: # what it found
-    "Let process 0 decide; its refusal is everybody's"
-    if self.world == 1: return decide()
-    answer: list = [None, None]
-    if self.rank == 0:
-        try: answer[0] = decide()
-        except UserError as e: answer[1] = str(e)
-    torch.distributed.broadcast_object_list(answer)
-    if answer[1] is not None: raise UserError(answer[1]) if self.rank == 0 else SystemExit(2)
-    return answer[0]
-
-@patch
-def wait(self: Processes) -> None:
-    "Go on when all have come here"
-    if self.world > 1: torch.distributed.barrier()
-
-@patch
-def close(self: Processes) -> None:
-    "Take leave of the others"
-    if self.world > 1: torch.distributed.destroy_process_group()
-
 # %% ../../nbs/evaluation/11_recall_command.ipynb #6ef1697b
 def read_answers(folder: Path, order: dict[str, int]) -> list[dict]: # in the order of the questions
     "All answers of all processes"
     found = {r["id"]: r for file in sorted(folder.glob("items-*.jsonl")) for r in read_jsonl(file)}
     return sorted(found.values(), key=lambda r: order[r["id"]])
-
-# %% ../../nbs/evaluation/11_recall_command.ipynb #332f66b6
-def watched(
-    batches: Iterator[list[dict]], # answers
-    total: int, # how many there will be
-    visible: bool, # whether anybody should see it
-) -> Iterator[list[dict]]: # the same
-    "Show how far it is: a bar in a terminal, ten lines elsewhere"
-    from fastprogress.fastprogress import progress_bar
-    bar = progress_bar(range(total), leave=False) if visible and sys.stdout.isatty() else None
-    done, said = 0, 0
-    if bar: bar.update(0)
-    for batch in batches:
-        yield batch
-        done += len(batch)
-        if bar: bar.update(done)
-        elif visible and done*10//total > said:
-            said = done*10//total
-            print(f"{done:,} of {total:,} questions answered", flush=True)
 
 # %% ../../nbs/evaluation/11_recall_command.ipynb #0dbba671
 _TEXT, _OBJECT, _NUMBER = dict(type="string"), dict(type="object"), dict(type="number")
@@ -157,7 +89,7 @@ def flat_metrics(
     return {f"{name(g)}/{metric}": g[metric]["value"] for g in groups for metric in METRICS}
 
 # %% ../../nbs/evaluation/11_recall_command.ipynb #a792a919
-def result_of(
+def recall_result(
     task: str, # of the data set
     mode: str, # teacher or generated
     records: Sequence[dict], # all answers so far
@@ -179,14 +111,17 @@ def result_of(
         calibration=calibration(records), **about)
 
 # %% ../../nbs/evaluation/11_recall_command.ipynb #11d459f7
-def environment(model: nn.Module, world: int) -> dict[str, Any]:
+def measured_with(
+    model: nn.Module, # that answered
+    size: int, # processes
+) -> dict[str, Any]: # python, torch, transformers, peer_nb, device, dtype, processes
     "What computed it"
     import transformers
     weight = next(model.parameters())
     device = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else weight.device.type
     return dict(
         python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
-        peer_nb=__version__, device=device, dtype=str(weight.dtype).removeprefix("torch."), processes=world)
+        peer_nb=__version__, device=device, dtype=str(weight.dtype).removeprefix("torch."), processes=size)
 
 # %% ../../nbs/evaluation/11_recall_command.ipynb #f0f39af4
 def results_table(groups: Sequence[dict]) -> str: # fixed-width lines, a header first
@@ -194,7 +129,7 @@ def results_table(groups: Sequence[dict]) -> str: # fixed-width lines, a header 
     rows = [["split", "group", "questions", "exact match (95 %)", "first digit", "digits", "log p"]]
     for g in groups:
         by = " ".join(f"{name}={value}" for name, value in g["by"].items())
-        rows.append([g["split"], by, f"{g['count']:,}", number(g["exact_match"]),
+        rows.append([g["split"], by, f"{g['count']:,}", uncertain_text(g["exact_match"]),
                      f"{g['first_digit_accuracy']['value']:.1%}", f"{g['digit_accuracy']['value']:.1%}",
                      f"{g['answer_logprob']['value']:.3f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(7)]
@@ -228,27 +163,30 @@ def answer_all(
     model: nn.Module, # with
     tokenizer, # its tokenizer
     folder: Path, # of the results
-    us: Processes, # that share the work
+    processes: Processes, # that share the work
     batch_tokens: int, # most tokens of a batch
 ) -> None:
     "Answer what is ours and not yet answered, and append it to a file"
     done = {r["id"] for file in folder.glob("items-*.jsonl") for r in read_jsonl(file)}
-    ours = [q for q in us.share(asked.questions) if q.id not in done]
+    ours = [q for q in processes.share(asked.questions) if q.id not in done]
     if not ours: return
     encoded = encode_questions(tokenizer, ours, asked.settings["start"])
     batches = answer_batches(model, tokenizer, encoded, asked.settings["mode"], batch_tokens, asked.settings["top"])
-    for batch in watched(batches, len(ours), us.rank == 0):
-        last = len(batch) - 1
-        for i, record in enumerate(batch): append_jsonl(folder/f"items-{us.rank}.jsonl", record, fsync=i == last)
+    show, answered = Progress("questions", len(ours), visible=processes.main), 0
+    for batch in batches:
+        last, file = len(batch) - 1, folder/f"items-{processes.rank}.jsonl"
+        for i, record in enumerate(batch): append_jsonl(file, record, fsync=i == last)
+        answered += len(batch)
+        show(answered)
 
 # %% ../../nbs/evaluation/11_recall_command.ipynb #1f2819fc
-def finish(
+def write_recall(
     asked: Asked, # questions
     checkpoint: str, # folder of the model
     model: nn.Module, # that answered
     tokenizer, # its tokenizer
     folder: Path, # of the results
-    world: int, # processes
+    size: int, # processes
 ) -> dict | None: # result; None while nothing is answered
     "Make the JSON and the page of all answers so far"
     questions = asked.questions
@@ -259,10 +197,10 @@ def finish(
             path=str(checkpoint), type=type(model).__name__, parameters=sum(p.numel() for p in model.parameters()),
             vocabulary=model.get_input_embeddings().num_embeddings, tokenizer=len(tokenizer)),
         data=dict(path=str(asked.data), splits=" ".join(dict.fromkeys(q.split for q in questions))),
-        settings=asked.settings, environment=environment(model, world))
+        settings=asked.settings, environment=measured_with(model, size))
     pool = answer_pool(asked.data, questions)
-    result = result_of(asked.task, asked.settings["mode"], records, questions, pool, about)
-    write_atomic(folder/"index.html", recall_page(result, records, {q.id: q for q in questions}))
+    result = recall_result(asked.task, asked.settings["mode"], records, questions, pool, about)
+    recall_page(result, records, {q.id: q for q in questions}, folder/"index.html")
     write_json(folder/"recall.json", result)
     return result
 
@@ -271,23 +209,23 @@ def run_recall(
     asked: Asked, # questions
     checkpoint: str, # folder of the model
     output: Path, # of the results
-    us: Processes, # that share the work
+    processes: Processes, # that share the work
     batch_tokens: int, # most tokens of a batch
     force: bool, # forget earlier answers
 ) -> int: # exit code
     "Ask, keep, summarise"
-    folder = us.decided(lambda: writable_folder(output))
-    with folder_lock(folder) if us.rank == 0 else nullcontext():
+    folder = processes.decided(lambda: writable_folder(output))
+    with folder_lock(folder) if processes.main else nullcontext():
         answers = folder.glob("items-*.jsonl")
-        us.decided(lambda: claim_answers(folder/"run.json", asked.identity(checkpoint), answers, force))
+        processes.decided(lambda: claim_answers(folder/"run.json", asked.identity(checkpoint), answers, force))
         model, tokenizer = load_model(checkpoint)
         result = None
         try:
-            answer_all(asked, model, tokenizer, folder, us, batch_tokens)
-            us.wait()
+            answer_all(asked, model, tokenizer, folder, processes, batch_tokens)
+            processes.wait()
         finally:
-            if us.rank == 0: result = finish(asked, checkpoint, model, tokenizer, folder, us.world)
-        if us.rank == 0: print(f"{results_table(result['groups'])}\n\n{folder/'index.html'}")
+            if processes.main: result = write_recall(asked, checkpoint, model, tokenizer, folder, processes.size)
+        if processes.main: print(f"{results_table(result['groups'])}\n\n{folder/'index.html'}")
     return 0
 
 # %% ../../nbs/evaluation/11_recall_command.ipynb #455ff730
@@ -324,6 +262,5 @@ def recall(
         print(walk(*load_model(checkpoint), question, start=start))
         return 0
     output = output or f"recall-{Path(checkpoint).resolve().name}-{Path(data).resolve().name}"
-    us = Processes.from_environment()
-    try: return run_recall(asked, checkpoint, Path(output), us, batch_tokens, force)
-    finally: us.close()
+    with join_processes("items") as processes:
+        return run_recall(asked, checkpoint, Path(output), processes, batch_tokens, force)

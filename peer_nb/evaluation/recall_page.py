@@ -5,27 +5,33 @@
 # %% ../../nbs/evaluation/10_recall_page.ipynb #ad7c70db
 from __future__ import annotations
 
-import html
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
 
 from .recall import Question, file_rows, share, summary
+from ..charts import Dot, new_figure, safe, series_figure
 from ..files import read_json
+from peer_nb.page import (
+    COLOURS, Shown, charts_html, facts_html, figure_html, heading, note_html, render, section_html, table_html,
+    write_page)
 from ..tasks.registry import find_task
 
+if TYPE_CHECKING: import plotly.graph_objects as go
+
 # %% auto #0
-__all__ = ['KINDS', 'COLOURS', 'WIDTH', 'HEIGHT', 'LEFT', 'TOP', 'BOTTOM', 'STYLE', 'words', 'form_of', 'error_kind',
-           'answer_pool', 'chances', 'add_kinds', 'count_kinds', 'by_group', 'calibration', 'svg', 'text_at',
-           'share_axis', 'number', 'dot_with_interval', 'interval_figure', 'stacked_figure', 'histogram', 'key',
-           'table', 'figure', 'group_figures', 'group_table', 'marked', 'mono', 'error_examples', 'error_section',
-           'confidence_section', 'facts_of', 'head_of', 'recall_page']
+__all__ = ['ERROR_KINDS', 'words', 'form_of', 'wrong_kind', 'answer_pool', 'chances', 'add_kinds', 'count_kinds', 'by_group',
+           'calibration', 'uncertain_text', 'share_dot', 'errors_figure', 'spread_figure', 'group_figures',
+           'group_table', 'marked', 'mono', 'error_examples', 'error_section', 'confidence_section', 'facts_of',
+           'head_of', 'recall_page']
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #5c53005c
-KINDS = ("near miss", "another fact's answer", "malformed", "other")
+ERROR_KINDS = ("near miss", "another fact's answer", "malformed", "other")
 
 def words(text: str) -> list[str]:
     "The numbers or hashes of an answer"
@@ -37,12 +43,12 @@ def form_of(answer: str, digits: bool) -> re.Pattern: # matches every answer of 
     return re.compile("".join(one if c.isalnum() else re.escape(c) for c in answer))
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #32ff61f9
-def error_kind(
+def wrong_kind(
     answer: str, # the right one
     said: str, # a wrong one
     pool: set[str], # numbers or hashes that are answers in the data
     digits: bool, # whether answers are made of digits
-) -> str: # of KINDS
+) -> str: # of ERROR_KINDS
     "What a wrong answer is"
     if not form_of(answer, digits).fullmatch(said): return "malformed"
     if sum(a != b for a, b in zip(answer, said)) == 1: return "near miss"
@@ -83,7 +89,7 @@ def add_kinds(
     for r in records:
         if r.get("exact", r["forced_exact"]): continue
         others = pool or set(words(questions[r["id"]].prompt))
-        r["error"] = error_kind(r["answer"], r.get("said", r["forced"]), others, digits)
+        r["error"] = wrong_kind(r["answer"], r.get("said", r["forced"]), others, digits)
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #513dba75
 def count_kinds(
@@ -91,7 +97,7 @@ def count_kinds(
 ) -> dict[str, int]: # kind -> answers
     "How many wrong answers are of each kind"
     found = Counter(r["error"] for r in records if "error" in r)
-    return {kind: found[kind] for kind in KINDS}
+    return {kind: found[kind] for kind in ERROR_KINDS}
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #4a95ac30
 def by_group(
@@ -145,215 +151,124 @@ def calibration(
              for key in ("confidence", "entropy") for name, ok in (("right", True), ("wrong", False))}
     return dict(error=error, bins=rows, places=len(places), **means)
 
-# %% ../../nbs/evaluation/10_recall_page.ipynb #a564c37e
-COLOURS = ("var(--c0)", "var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)", "var(--c5)")
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 560, 250, 44, 12, 46
-
-def svg(body: list[str], height: int = HEIGHT, label: str = "") -> str:
-    "A figure that grows with the page"
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(label)}">{"".join(body)}</svg>'
-
-def text_at(x: float, y: float, words: str, anchor: str = "middle") -> str:
-    "A label"
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(str(words))}</text>'
-
-# %% ../../nbs/evaluation/10_recall_page.ipynb #58d5d4f0
-def share_axis(title: str) -> list[str]:
-    "Lines from 0 to 100 %"
-    height = HEIGHT - TOP - BOTTOM
-    lines = []
-    for tick in (0, .25, .5, .75, 1):
-        y = TOP + height*(1 - tick)
-        line = f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        lines += [line, text_at(LEFT - 6, y + 4, f"{tick:.0%}", "end")]
-    return [*lines, text_at((LEFT + WIDTH)/2, HEIGHT - 4, title)]
-
 # %% ../../nbs/evaluation/10_recall_page.ipynb #27f82bae
-def number(value: dict | float | None) -> str:
-    "A share with its interval, or a number, in words"
+def uncertain_text(
+    value: dict | float | None, # a share, a mean, or a plain number
+) -> str:
+    "A number with its uncertainty, in words"
     if value is None: return "–"
     if isinstance(value, float): return f"{value:.3f}"
     if "low" in value: return f"{value['value']:.1%} ({value['low']:.1%} to {value['high']:.1%})"
     return f"{value['value']:.3f}" + ("" if value["se"] is None else f" ± {value['se']:.3f}")
 
-# %% ../../nbs/evaluation/10_recall_page.ipynb #7cc2f0f6
-def dot_with_interval(
-    x: float, # where it stands
-    share: dict, # value, low, high
-    colour: str, # of dot and line
-    says: str, # when the pointer rests on it
-) -> tuple[str, str]: # SVG; where the dot is, for a line that joins several
+# %% ../../nbs/evaluation/10_recall_page.ipynb #4a0a0001
+def share_dot(
+    label: Any, # its place on the axis
+    share: dict | None, # value, low, high, n
+) -> Dot | None: # for `series_figure`
     "A share as a dot on its interval"
-    y, low, high = (TOP + (HEIGHT - TOP - BOTTOM)*(1 - share[end]) for end in ("value", "low", "high"))
-    line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
-    dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
-    return f'<g stroke="{colour}">{line}{dot}<title>{html.escape(says)}</title></g>', f"{x:.1f},{y:.1f}"
-
-# %% ../../nbs/evaluation/10_recall_page.ipynb #4e4205e9
-def interval_figure(
-    categories: Sequence[str], # along the axis
-    series: dict[str, Sequence[dict | None]], # name -> a share for each category, or None
-    title: str, # of the axis
-    joined: bool = True, # by a line, where categories have an order
-) -> str: # SVG
-    "Shares with their intervals"
-    step, body = (WIDTH - LEFT - 8)/len(categories), share_axis(title)
-    skip = max(1, math.ceil(len(categories)*max(len(str(c)) for c in categories)*7/(WIDTH - LEFT)))
-    body += [text_at(LEFT + step*(i + .5), HEIGHT - BOTTOM + 18, c) for i, c in enumerate(categories) if i % skip == 0]
-    for n, (name, shares) in enumerate(series.items()):
-        shift, colour = (n - (len(series) - 1)/2)*min(12, step/(len(series) + 1)), COLOURS[n % len(COLOURS)]
-        points = []
-        for i, s in enumerate(shares):
-            if s is None: continue
-            says = f"{name}, {categories[i]}: {number(s)} of {s['n']:,}"
-            drawn, at = dot_with_interval(LEFT + step*(i + .5) + shift, s, colour, says)
-            body.append(drawn)
-            points.append(at)
-        if joined: body.append(f'<polyline class="join" points="{" ".join(points)}" stroke="{colour}"/>')
-    return svg(body, label=title)
+    if share is None: return None
+    note = f"{uncertain_text(share)} of {share['n']:,}"
+    return Dot(str(label), share["value"], share["low"], share["high"], note=note)
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #64be7ad0
-def stacked_figure(
+def errors_figure(
     rows: dict[str, dict[str, int]], # name -> kind -> count
     totals: dict[str, int], # name -> questions
-) -> str: # SVG
+) -> go.Figure:
     "Kinds of wrong answers as parts of all answers"
-    left, bar, body = 130, 30, []
-    for i, (name, counts) in enumerate(rows.items()):
-        x, y = float(left), 8 + i*bar
-        body.append(text_at(left - 8, y + 15, name, "end"))
-        body.append(f'<rect class="rest" x="{left}" y="{y}" width="{WIDTH - left - 8}" height="20"/>')
-        for colour, (kind, n) in zip(COLOURS[1:], counts.items()):
-            width = (WIDTH - left - 8)*n/totals[name]
-            says = html.escape(f"{name}: {kind}, {n:,} of {totals[name]:,}")
-            box = f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="20" fill="{colour}">'
-            if n: body.append(f"{box}<title>{says}</title></rect>")
-            x += width
-    return svg(body, 12 + len(rows)*bar, "kinds of wrong answers")
+    figure, names = new_figure("part of all answers", height=110 + 34*len(rows), barmode="stack"), list(rows)
+    for n, kind in enumerate(ERROR_KINDS):
+        counts = [rows[name].get(kind, 0) for name in names]
+        figure.add_bar(x=[c/totals[name] for c, name in zip(counts, names)], y=[safe(name) for name in names], name=kind,
+                       orientation="h", text=[f"{c:,}" if c else "" for c in counts], marker_color=COLOURS[n + 1])
+    figure.update_yaxes(autorange="reversed", type="category")
+    return figure.update_xaxes(range=[0, 1], tickformat=".0%")
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #f7634217
-def histogram(
+def spread_figure(
     values: dict[str, Sequence[float]], # name -> numbers
     title: str, # of the axis
     bins: int = 24, # of equal width
-) -> str: # SVG
-    "Where numbers lie, a line for each name, each with its own highest point"
-    low, high = min(map(min, values.values())), max(map(max, values.values()))
-    span, body = (high - low) or 1., [text_at((LEFT + WIDTH)/2, HEIGHT - 4, title)]
-    body += [text_at(LEFT + (WIDTH - LEFT - 24)*i/4, HEIGHT - BOTTOM + 18, f"{low + span*i/4:.1f}") for i in range(5)]
-    for colour, (name, numbers) in zip(COLOURS, values.items()):
-        counts = Counter(min(int((v - low)/span*bins), bins - 1) for v in numbers)
-        most, step = max(counts.values()), (WIDTH - LEFT - 24)/bins
-        heights = [TOP + (HEIGHT - TOP - BOTTOM)*(1 - counts[i]/most) for i in range(bins)]
-        points = " ".join(f"{LEFT + step*(i + side):.1f},{y:.1f}" for i, y in enumerate(heights) for side in (0, 1))
-        label = f"<title>{html.escape(name)}</title>"
-        body.append(f'<polyline class="join" points="{points}" stroke="{colour}">{label}</polyline>')
-    return svg(body, label=title)
-
-# %% ../../nbs/evaluation/10_recall_page.ipynb #24bcc54b
-STYLE = """
-:root{--ink:#1d2129;--soft:#626a76;--line:#e3e6ea;--back:#fff;--card:#f6f7f9;--warn:#fff4dc;--warnink:#7a5200;
-  --bad:#b3261e;--c0:#2563b8;--c1:#d9691f;--c2:#2f9e77;--c3:#8b919b;--c4:#b657a4;--c5:#c79a1c;
-  color-scheme:light dark}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e8ec;--soft:#9aa2ae;--line:#30353d;--back:#15181d;
-  --card:#1d2127;--warn:#3a2f14;--warnink:#f2d391;--bad:#ff8a80;--c0:#7db2ff;--c1:#f0975a;--c2:#6fd3a0}}
-*{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);
-  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1180px;margin:0 auto;padding:36px 20px 80px}h1{font-size:1.9rem;line-height:1.2;margin:0 0 4px}
-h2{font-size:1.25rem;margin:44px 0 8px}p{margin:8px 0;max-width:75ch}.soft,figcaption{color:var(--soft)}
-code,pre,.mono{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:22px 0}
-.facts div{background:var(--card);border-radius:10px;padding:12px 14px}
-.facts b{display:block;font-size:1.4rem;font-weight:600;font-variant-numeric:tabular-nums}
-.facts span{color:var(--soft);font-size:.85rem}
-.note{background:var(--warn);color:var(--warnink);border-radius:10px;padding:12px 16px;margin:14px 0}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:18px 26px}
-figure{margin:0;min-width:0;max-width:680px}figcaption{font-size:.875rem;margin:0 0 6px}
-svg{width:100%;height:auto;font:12px system-ui,sans-serif;fill:var(--soft);stroke-width:1.5}
-svg .grid{stroke:var(--line);stroke-width:1}svg .join{fill:none;opacity:.75}svg .rest{fill:var(--card)}
-.wide{overflow-x:auto}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;margin:6px 0}
-th{color:var(--soft);font-weight:500;text-align:left}
-th,td{padding:6px 14px 6px 0;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
-td.n,th.n{text-align:right}.key{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.85rem;color:var(--soft)}
-.key i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px}
-mark{background:none;color:var(--bad);font-weight:600}details{margin:10px 0}
-summary{cursor:pointer;color:var(--soft)}"""
-
-# %% ../../nbs/evaluation/10_recall_page.ipynb #6fbc6e72
-def key(names: Iterable[str], first: int = 0) -> str:
-    "Which colour is what"
-    colour = lambda i: COLOURS[(i + first) % len(COLOURS)]
-    entries = [f'<span><i style="background:{colour(i)}"></i>{html.escape(n)}</span>' for i, n in enumerate(names)]
-    return f'<div class="key">{"".join(entries)}</div>'
-
-# %% ../../nbs/evaluation/10_recall_page.ipynb #02279d8a
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str: # cells are HTML
-    "A table whose last columns may be numbers"
-    kind = lambda i: ' class="n"' if i >= len(head) - numbers else ""
-    cells = lambda row, tag: "".join(f"<{tag}{kind(i)}>{cell}</{tag}>" for i, cell in enumerate(row))
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
-
-def figure(caption: str, drawn: str, names: Iterable[str] = (), first: int = 0) -> str:
-    "A figure with what it shows above it"
-    return f"<figure><figcaption>{caption}</figcaption>{key(names, first) if names else ''}{drawn}</figure>"
+) -> go.Figure:
+    "Where numbers lie, a line for each name"
+    import numpy as np
+    figure, every = new_figure(title, height=300), np.concatenate([np.asarray(v, float) for v in values.values()])
+    edges = np.histogram_bin_edges(every, bins)
+    for name, own in values.items():
+        counts = np.histogram(own, edges)[0]
+        figure.add_scatter(x=edges[:-1] + np.diff(edges)/2, y=counts/max(1, counts.max()), name=safe(name), mode="lines",
+                           line=dict(shape="hvh"), text=[f"{n:,}" for n in counts], hovertemplate="%{x:.2f}: %{text}")
+    return figure.update_yaxes(visible=False)
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #e8dea71e
-def group_figures(groups: Sequence[dict]) -> list[str]: # HTML
+def group_figures(
+    groups: Sequence[dict], # of `by_group`
+) -> list[Markup]:
     "Exact match of the splits, and of their buckets"
     whole = [g for g in groups if not g["by"]]
-    exact = {"exact match": [g["exact_match"] for g in whole]}
-    drawn = [figure("Exact match of each split, with 95 % intervals",
-                    interval_figure([g["split"] for g in whole], exact, "split", joined=False))]
+    exact = {"exact match": [share_dot(g["split"], g["exact_match"]) for g in whole]}
+    drawn = [figure_html(series_figure(exact, "split", mode="markers"), "Exact match of each split, with 95 % intervals")]
     titles = {"frequency": "times a fact of the bucket is seen in training; held-out ones never are"}
     for name in dict.fromkeys(name for g in groups for name in g["by"]):
-        own = [g for g in groups if name in g["by"]]
-        values = list(dict.fromkeys(sorted((g["by"][name] for g in own), key=lambda v: (isinstance(v, str), v))))
+        own, said = [g for g in groups if name in g["by"]], name.replace("_", " ")
+        values = dict.fromkeys(sorted((g["by"][name] for g in own), key=lambda v: (isinstance(v, str), v)))
         found = {(g["split"], g["by"][name]): g["exact_match"] for g in own}
-        series = {split: [found.get((split, v)) for v in values] for split in dict.fromkeys(g["split"] for g in own)}
-        said = name.replace("_", " ")
-        shares = interval_figure([str(v) for v in values], series, titles.get(name, said))
-        drawn.append(figure(f"Exact match by {said}", shares, list(series)))
-    wide = max(len(g["accuracy_by_place"]) for g in whole)
-    places = {g["split"]: [*g["accuracy_by_place"], *[None]*(wide - len(g["accuracy_by_place"]))] for g in whole}
-    at_places = interval_figure([str(i + 1) for i in range(wide)], places, "place")
-    return [*drawn, figure("Right characters by their place in the answer", at_places, places)]
+        splits = dict.fromkeys(g["split"] for g in own)
+        series = {split: [share_dot(v, found.get((split, v))) for v in values] for split in splits}
+        drawn.append(figure_html(series_figure(series, titles.get(name, said)), f"Exact match by {said}"))
+    places = {g["split"]: [share_dot(i + 1, s) for i, s in enumerate(g["accuracy_by_place"])] for g in whole}
+    wide = max(map(len, places.values()))
+    places = {split: dots + [None]*(wide - len(dots)) for split, dots in places.items()}
+    return [*drawn, figure_html(series_figure(places, "place"), "Right characters by their place in the answer")]
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #046c23ee
-def group_table(groups: Sequence[dict]) -> str: # HTML
+def group_table(
+    groups: Sequence[dict], # of `by_group`
+) -> Markup:
     "All metrics of all groups"
     columns = {
         "exact match": "exact_match", "first digit": "first_digit_accuracy", "digits": "digit_accuracy",
         "digits, forced": "forced_digit_accuracy", "log p of the answer": "answer_logprob", "ends after it": "ended"}
-    name = lambda by: ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in by.items())
-    rows = [[html.escape(g["split"]), html.escape(name(g["by"])), f"{g['count']:,}",
-             *(number(g.get(metric)) for metric in columns.values())] for g in groups]
-    return table(["split", "group", "questions", *columns], rows, 7)
+    rows = []
+    for g in groups:
+        by = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in g["by"].items())
+        found = {head: g.get(metric) for head, metric in columns.items()}
+        cells = {head: Shown(uncertain_text(v), v and v["value"], "n") for head, v in found.items()}
+        rows.append(dict(split=g["split"], group=by, questions=g["count"]) | cells)
+    return table_html(rows, {name: name for name in rows[0]}, sort=True)
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #aa31a141
-def marked(answer: str, said: str) -> str: # HTML
+def marked(
+    answer: str, # the right one
+    said: str, # another
+) -> Markup:
     "What was said, with wrong characters marked"
-    shown = (html.escape(c) if answer[i:i + 1] == c else f"<mark>{html.escape(c)}</mark>" for i, c in enumerate(said))
-    return "".join(shown) or "<mark>nothing</mark>"
+    letters = [(c, answer[i:i + 1] == c) for i, c in enumerate(said)] or [("nothing", False)]
+    each = "{% for c, ok in letters %}{% if ok %}{{ c }}{% else %}<mark>{{ c }}</mark>{% endif %}{% endfor %}"
+    return render(f'<span class="mono">{each}</span>', letters=letters)
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #1a940af7
-def mono(inside: str) -> str: # HTML of HTML
+def mono(
+    text: Any, # of a file or a model
+) -> Markup:
     "In letters of one width"
-    return f'<span class="mono">{inside}</span>'
+    return render('<span class="mono">{{ text }}</span>', text=text)
 
-def error_examples(records: Sequence[dict], questions: dict[str, Question], examples: int) -> str: # HTML
+def error_examples(
+    records: Sequence[dict], # with errors
+    questions: dict[str, Question], # by id
+    examples: int, # of each kind
+) -> Markup:
     "Some wrong answers of each kind"
     rows = []
-    for kind in KINDS:
-        own = [r for r in records if r.get("error") == kind]
-        for r in own[:examples]:
-            asked = questions[r["id"]].prompt.splitlines()[-1]
-            said = marked(r["answer"], r.get("said", r["forced"]))
-            cells = html.escape(r["id"]), html.escape(asked), html.escape(r["answer"]), said
-            rows.append([kind, *map(mono, cells), f"{r['logprob']:.2f}"])
-    return table(["kind", "id", "question", "right", "said", "log p of the right answer"], rows, 1)
+    for kind in ERROR_KINDS:
+        for r in [r for r in records if r.get("error") == kind][:examples]:
+            lines, said = questions[r["id"]].prompt.splitlines(), r.get("said", r["forced"])
+            rows.append(dict(kind=kind, id=mono(r["id"]), question=mono(lines[-1] if lines else ""),
+                             right=mono(r["answer"]), said=marked(r["answer"], said), logprob=r["logprob"]))
+    heads = dict(kind="kind", id="id", question="question", right="right", said="said")
+    return table_html(rows, heads | dict(logprob="log p of the right answer"))
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #a06fb0aa
 def error_section(
@@ -361,80 +276,79 @@ def error_section(
     records: Sequence[dict], # with errors
     questions: dict[str, Question], # by id
     examples: int = 6, # of each kind
-) -> str: # HTML
+) -> Markup:
     "Kinds of wrong answers, and some of each"
     whole = [g for g in result["groups"] if not g["by"]]
     wrong = sum(sum(g["errors"].values()) for g in whole)
-    if not wrong: return "<h2>Wrong answers</h2><p>There are none.</p>"
-    drawn = stacked_figure({g["split"]: g["errors"] for g in whole}, {g["split"]: g["count"] for g in whole})
+    if not wrong: return section_html("Wrong answers", render("<p>There are none.</p>"))
     names = {"near miss": "a near miss"}
     luck = " ".join(f"One in {round(1/chance):,} guesses of the right form would be {names.get(kind, kind)}."
                     for kind, chance in result["errors"]["chance"].items() if chance)
-    shown = error_examples(records, questions, examples)
-    return (f"<h2>Wrong answers</h2><p>{wrong:,} of {result['answered']:,}. {html.escape(luck)}</p>"
-        f"{figure('Wrong answers of each split, by kind', drawn, KINDS, 1)}"
-        f"<details open><summary>Examples</summary>{shown}</details>")
+    drawn = errors_figure({g["split"]: g["errors"] for g in whole}, {g["split"]: g["count"] for g in whole})
+    return section_html(
+        "Wrong answers", render("<p>{{ said }}</p>", said=f"{wrong:,} of {result['answered']:,}. {luck}"),
+        figure_html(drawn, "Wrong answers of each split, by kind"),
+        render("<details open><summary>Examples</summary>{{ table }}</details>",
+               table=error_examples(records, questions, examples)))
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #58de20c4
-def confidence_section(result: dict) -> str: # HTML; "" without distributions
+def confidence_section(
+    result: dict, # what `recall.json` holds
+) -> Markup: # empty without distributions
     "How sure the model was, and how often rightly"
     found = result["calibration"]
-    if not found: return ""
-    bins = found["bins"]
-    right = [b["right"] for b in bins]
-    sure = [dict(value=b["confidence"], low=b["confidence"], high=b["confidence"], n=b["right"]["n"]) for b in bins]
-    drawn = interval_figure([f"{(b['low'] + b['high'])/2:.0%}" for b in bins], dict(right=right, sure=sure),
-                            "probability of the likeliest token")
-    caption = "How often the likeliest token is right, by how sure the model was"
-    rows = [[name, *(number(found[f"{mean}_{name}"]) for mean in ("confidence", "entropy"))]
+    if not found: return Markup()
+    right = [share_dot(f"{(b['low'] + b['high'])/2:.0%}", b["right"]) for b in found["bins"]]
+    sure = [Dot(dot.label, b["confidence"], note=f"{b['confidence']:.1%} sure") for dot, b in zip(right, found["bins"])]
+    drawn = series_figure(dict(right=right, sure=sure), "probability of the likeliest token")
+    rows = [dict(token=name, confidence=found[f"confidence_{name}"], entropy=found[f"entropy_{name}"])
             for name in ("right", "wrong")]
-    means = table(["likeliest token", "mean probability", "mean entropy, nats"], rows, 2)
-    return (f"<h2>Confidence</h2><p>At {found['places']:,} places of answers, with the right answer before them. "
-        f"Expected calibration error {found['error']:.3f}.</p>"
-        f"<div class='charts'>{figure(caption, drawn, ['right', 'sure'])}{means}</div>")
+    means = table_html(rows, dict(token="likeliest token", confidence="mean probability", entropy="mean entropy, nats"))
+    said = (f"At {found['places']:,} places of answers, with the right answer before them. "
+            f"Expected calibration error {found['error']:.3f}.")
+    caption = "How often the likeliest token is right, by how sure the model was"
+    return section_html("Confidence", render("<p>{{ said }}</p>", said=said), charts_html(figure_html(drawn, caption), means))
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #2ff6aa3b
-def facts_of(result: dict) -> dict[str, Any]:
+def facts_of(
+    result: dict, # what `recall.json` holds
+) -> dict[str, Any]: # what -> value
     "What a reader must know to repeat a run"
     parts = ("model", "data", "settings", "tokens", "environment")
-    flat = {f"{part} {name.replace('_', ' ')}": value for part in parts for name, value in result[part].items()}
-    whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
-    return {name: f"{value:,}" if whole(value) else value for name, value in flat.items()}
+    return {f"{part} {name.replace('_', ' ')}": value for part in parts for name, value in result[part].items()}
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #f0a7e33c
-def head_of(result: dict) -> str: # HTML
+def head_of(
+    result: dict, # what `recall.json` holds
+) -> Markup:
     "What was asked, and the shares of all splits"
     asked = "The model sees the right answer before each place (teacher forced)."
     if result["mode"] == "generated": asked = "The model answers by itself, the likeliest token each time."
-    tiles = []
+    tiles = {}
     for g in result["groups"]:
         if g["by"]: continue
-        exact, split = g["exact_match"], html.escape(g["split"])
-        span = f"{split}: exact match of {g['count']:,}, {exact['low']:.1%} to {exact['high']:.1%}"
-        tiles.append(f"<div><b>{exact['value']:.1%}</b><span>{span}</span></div>")
-    partial = (f'<div class="note">Partial: {result["answered"]:,} of {result["questions"]:,} questions are answered. '
-               "The same command again goes on.</div>")
-    return (f"<h1>Recall: {result['task']}</h1><p class='soft'>{asked} {result['answered']:,} questions.</p>"
-        f"{partial if result['partial'] else ''}<div class='facts'>{''.join(tiles)}</div>")
+        exact = g["exact_match"]
+        span = f"{g['split']}: exact match of {g['count']:,}, {exact['low']:.1%} to {exact['high']:.1%}"
+        tiles[span] = f"{exact['value']:.1%}"
+    partial = (f"Partial: {result['answered']:,} of {result['questions']:,} questions are answered. "
+               "The same command again goes on.")
+    lead = f"{asked} {result['answered']:,} questions."
+    return heading(f"Recall: {result['task']}", lead) + note_html([partial]*result["partial"]) + facts_html(tiles)
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #94ac6d2f
 def recall_page(
     result: dict, # what `recall.json` holds
     records: Sequence[dict], # all answers
     questions: dict[str, Question], # by id
-) -> str: # HTML of a whole page
+    path: Path, # HTML file
+) -> Path: # the file
     "A recall run on one page"
     whole = [g for g in result["groups"] if not g["by"]]
-    title = f"Recall: {result['task']}"
     scores = {g["split"]: [r["logprob"] for r in records if r["split"] == g["split"]] for g in whole}
-    spread = figure("Log-probability of the right answers, each split with its own highest point",
-                    histogram(scores, "nats"), scores)
-    facts = [[html.escape(name), mono(html.escape(str(value)))] for name, value in facts_of(result).items()]
-    how = table(["", ""], facts)
-    body = "".join([
-        head_of(result), "<h2>What is known</h2><div class='charts'>", *group_figures(result["groups"]), spread,
-        "</div><h2>All numbers</h2>", group_table(result["groups"]), error_section(result, records, questions),
-        confidence_section(result), f"<h2>How it was measured</h2>{how}"])
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
-        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n')
+    spread = figure_html(spread_figure(scores, "nats"), "Log-probability of the right answers")
+    facts = [dict(what=name, value=mono(value)) for name, value in facts_of(result).items()]
+    return write_page(path, f"Recall: {result['task']}", Markup().join([
+        head_of(result), section_html("What is known", charts_html(*group_figures(result["groups"]), spread)),
+        section_html("All numbers", group_table(result["groups"])), error_section(result, records, questions),
+        confidence_section(result),
+        section_html("How it was measured", table_html(facts, dict(what="", value="")))]))

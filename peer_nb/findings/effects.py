@@ -26,6 +26,7 @@ def in_arm(
     "Whether a run has an arm's levels"
     return all(row[axis] in (levels if isinstance(levels, list) else [levels]) for axis, levels in arm.items())
 
+# %% ../../nbs/findings/00_effects.ipynb #b4948e8f
 def usable(
     row: dict[str, Any], # of the table of runs
     metric: str, # a column
@@ -99,14 +100,16 @@ def effects_table(
     rows: pd.DataFrame, # of a study's runs
     axes: dict[str, list[str]], # axis: levels, the reference first
     metric: str, # a column
-) -> pd.DataFrame: # one row per level: its mean, and but for the first: difference, interval, p, p after Holm, effect size
+# one row per level: its mean, and but for the first: difference, interval, p, p after Holm, effect size
+) -> pd.DataFrame:
     "Main effects with intervals over seeds"
     import pandas as pd
     records, out = table_rows(rows), []
     for axis, levels in axes.items():
         for level in levels:
             own = [r[metric] for r in records if r[axis] == level and usable(r, metric)]
-            out.append({"axis": axis, "level": level, "level_mean": sum(own)/len(own) if own else math.nan, "runs": len(own),
+            out.append({"axis": axis, "level": level, "level_mean": sum(own)/len(own) if own else math.nan,
+                        "runs": len(own),
                         **_against(records, axes, metric, axis, level, levels[0])})
     asked = [row for row in out if row["against"]]
     for row, p in zip(asked, holm(r["p"] for r in asked)): row["p_holm"] = p

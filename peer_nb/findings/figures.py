@@ -57,6 +57,7 @@ def effect_lines(
         groups.setdefault(tuple(r[o] for o in others), []).append((r[axis], float(r[metric]), r["run"]))
     return [sorted(line, key=lambda p: axes[axis].index(p[0])) for line in groups.values()]
 
+# %% ../../nbs/findings/04_figures.ipynb #0d50b667
 def level_means(
     lines: list[list[tuple[str, float, str]]], # effect_lines
     levels: list[str], # of the axis
@@ -130,10 +131,11 @@ def interaction_figure(
     figure.update_yaxes(range=metric_range(rows, metric))
     return figure
 
-# %% ../../nbs/findings/04_figures.ipynb #66021a1b
+# %% ../../nbs/findings/04_figures.ipynb #aacd3ccd
 COSTS = {"flops": "training FLOPs", "parameters": "parameters", "active_parameters": "active parameters",
          "seconds": "seconds of training"}
 
+# %% ../../nbs/findings/04_figures.ipynb #66021a1b
 def cost_points(
     rows: pd.DataFrame, # of a study's runs
     plan: Plan, # of the study
@@ -246,6 +248,7 @@ def curves(
         out[run.id] = tokens, [float(f"{v:.5g}") for v in loss]
     return out
 
+# %% ../../nbs/findings/04_figures.ipynb #c85632d3
 def bands(
     lines: list[tuple[list[int], list[float]]], # tokens, loss of several runs
     points: int = 100, # of the common grid
@@ -407,9 +410,10 @@ def static_costs(
     figure.axes[0].set_ylabel(_plain(metric))
     return figure
 
-# %% ../../nbs/findings/04_figures.ipynb #983e261f
+# %% ../../nbs/findings/04_figures.ipynb #7ce6e033
 USAGE = {"used": "share of rows used", "unevenness": "unevenness, nats"}
 
+# %% ../../nbs/findings/04_figures.ipynb #983e261f
 def usages(
     runs: StudyRuns, # of a study
 ) -> dict[str, dict[str, dict]]: # run: layer: statistics of its rows
@@ -417,6 +421,7 @@ def usages(
     found = {run.id: run.result.usage.get("layers") for run in runs if run.result}
     return {run: layers for run, layers in found.items() if layers and fits(layers, dict[str, dict])}
 
+# %% ../../nbs/findings/04_figures.ipynb #47ed8665
 def usage_points(
     read: dict[str, dict[str, dict]], # usages
     plan: Plan, # of the study

@@ -49,6 +49,7 @@ def _there(folder: Path) -> set[str]:
     "The runs that have a folder"
     return {e.name for e in os.scandir(folder/RUNS)} if (folder/RUNS).is_dir() else set()
 
+# %% ../../nbs/findings/01_results.ipynb #86bc553f
 def load_runs(
     folder: str | Path, # of a study
     plan: Plan | None = None, # read from the folder when not given
@@ -60,7 +61,8 @@ def load_runs(
     for cell in plan.cells:
         runs[cell.id] = run = Run.of(folder, cell.id)
         if cell.id not in there: run.status = Status("TODO")
-        elif before and before[cell.id].state in FINISHED and before.stamps[cell.id] == run.stamp: runs[cell.id] = before[cell.id]
+        elif before and before[cell.id].state in FINISHED and before.stamps[cell.id] == run.stamp:
+            runs[cell.id] = before[cell.id]
     return StudyRuns(folder, plan, runs)
 
 # %% ../../nbs/findings/01_results.ipynb #34a534a7
@@ -154,6 +156,7 @@ def _rows(self: StudyRuns) -> pd.DataFrame: # one row per planned run, in the pl
     last = [c for c in COLUMNS if c in rows and c not in lead]
     return rows[lead + sorted(c for c in rows.columns if c not in lead + last) + last]
 
+# %% ../../nbs/findings/01_results.ipynb #ec53db02
 def metric_names(
     rows: pd.DataFrame, # of a study's runs
 ) -> list[str]: # such as docs/loss
@@ -164,7 +167,9 @@ def metric_names(
 @patch
 def write_csv(self: StudyRuns) -> Path: # ablation_results.csv
     "Write the table of all runs; a text that a spreadsheet would compute has an apostrophe before it"
-    def safe(value): return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    def safe(value): return f"'{value}" if isinstance(value,
+                                                      str) and value.startswith(("=", "+", "-", "@", "\t",
+                                                          "\r")) else value
     return write_atomic(self.folder/"ablation_results.csv", self.rows.map(safe).to_csv(index=False))
 
 # %% ../../nbs/findings/01_results.ipynb #93ee29ea
@@ -180,6 +185,7 @@ def long_table(
     long["kind"] = parts[2].where(parts[2] != "", "final")
     return long[["run", *axes, "seed", "state", "metric", "kind", "value"]].reset_index(drop=True)
 
+# %% ../../nbs/findings/01_results.ipynb #b71b044e
 @patch
 def write_parquet(self: StudyRuns) -> Path: # ablation_results.parquet
     "Write the long table"
@@ -195,7 +201,8 @@ def check_axes(
     "Refuse an axis that would be the second column of its name"
     for axis in axes:
         here = f"{at(where, f'axes.{axis}')}: axis {axis!r}"
-        if "/" in axis: raise UserError(f"{here}: a slash in a column's name says that it is a metric; choose another name")
+        if "/" in axis:
+            raise UserError(f"{here}: a slash in a column's name says that it is a metric; choose another name")
         if axis in {*COLUMNS, "metric", "kind", "value", "column"}:
             raise UserError(f"{here}: the results have a column of this name; choose another")
 

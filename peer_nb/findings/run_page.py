@@ -110,7 +110,8 @@ RUN = """
 <p class="soft"><a href="../../index.html">{{ study }}</a></p>
 <h1>{{ cell.id }}</h1>
 <p>{% for axis, level in cell.levels.items() %}{{ axis }} <b>{{ level }}</b> · {% endfor %}seed <b>{{ cell.seed }}</b> ·
-<span class="{{ 'good' if status.state == 'DONE' else 'bad' }}">{{ status.state }}</span> · <a href="{{ files.log }}">log</a> ·
+<span class="{{ 'good' if status.state == 'DONE' else 'bad' }}">{{ status.state }}</span> ·
+<a href="{{ files.log }}">log</a> ·
 <a href="{{ files.config }}">configuration</a> · <a href="{{ files.notebook }}">notebook</a></p>
 {% if status.error %}
 <div class="note"><p><b>{{ status.error.class }}</b></p><pre>{{ status.error.message }}</pre></div>

@@ -18,7 +18,8 @@ from .figures import interaction_figure, interval_figure, loss_figure, peak_figu
 from .figures import static_costs, static_effects, static_intervals, static_losses, static_usage
 from .figures import usage_figure, usages
 from .results import StudyRuns, metric_names
-from .summary import ANECDOTAL, best_run, done_words, effect_sentence, wall_time_rows, wall_time_sentence
+from .summary import ANECDOTAL, best_run, done_words, effect_sentence
+from .summary import wall_time_rows, wall_time_sentence
 from .verdicts import Finding, study_findings
 from ..formats import decimals, ratio_text, short_number, size_text
 from ..page import figure_html, page_html, render, write_plotly
@@ -141,6 +142,7 @@ def arm_text(
     if not isinstance(arm, dict): return f"{arm:g}"
     return ", ".join(f"{axis} {' or '.join(l) if isinstance(l, list) else l}" for axis, l in arm.items())
 
+# %% ../../nbs/findings/06_study_page.ipynb #9a126a46
 def claim_text(
     claim: dict[str, Any], # with metric and direction
 ) -> str: # in words
@@ -222,7 +224,9 @@ CLOCK = """
 <p class="{{ 'off' if warn }}">{{ sentence }}</p>
 <div class="wide"><table>
 <tr>{% for axis in axes %}<th>{{ axis }}</th>{% endfor %}
-{% for head in ("runs", "tokens", "tokens/s", "seconds of training", "from the budget") %}<th class="n">{{ head }}</th>{% endfor %}
+{% for head in ("runs", "tokens", "tokens/s", "seconds of training", "from the budget") %}
+<th class="n">{{ head }}</th>
+{% endfor %}
 </tr>
 {% for r in found %}
 <tr>{% for level in r.levels.values() %}<td class="keep">{{ level }}</td>{% endfor %}
@@ -283,7 +287,8 @@ what was planned is in no figure, mean or difference; it is a row of the table o
 <th class="n">95 % interval</th><th class="n">p after Holm</th><th class="n">effect size</th><th class="n">seeds</th>
 <th class="n">pairs</th></tr>
 {% for e in effects[metric] %}
-<tr><td>{{ e.axis }}</td><td>{{ e.level }}</td><td class="n">{{ e.level_mean|decimals }}</td><td class="n">{{ e.runs }}</td>
+<tr><td>{{ e.axis }}</td><td>{{ e.level }}</td>
+<td class="n">{{ e.level_mean|decimals }}</td><td class="n">{{ e.runs }}</td>
 <td class="n">{{ e.mean|signed(4) if e.pairs else '–' }}</td>
 <td class="n">{{ e.low|signed(4) ~ ' to ' ~ e.high|signed(4) if e.known else
   'one seed: anecdotal' if e.seeds == 1 else '–' }}</td>
@@ -501,7 +506,8 @@ RUNS_TABLE = """
 </tbody></table></div>
 {% if failures %}<h3>What failed</h3>{% endif %}
 {% for f in failures %}
-<p><b>{{ f.run }}</b> <span class="bad">{{ f.error_class }}</span> · <a href="{{ address(f.run, 'report') }}">report</a> ·
+<p><b>{{ f.run }}</b> <span class="bad">{{ f.error_class }}</span> ·
+<a href="{{ address(f.run, 'report') }}">report</a> ·
 <a href="{{ address(f.run, 'log') }}">log</a></p>
 <pre>{{ f.error }}</pre>
 {% endfor %}
@@ -517,7 +523,8 @@ def runs_part(
     columns, runs = run_table(rows, plan)
     losses = figure_html(loss_figure(read, plan, next(iter(plan.axes))), "losses")
     failures = rows[rows.state == "FAILED"].to_dict("records")
-    return render(RUNS_TABLE, address=address, restyle=recolouring(plan), losses=losses, columns=columns, runs=runs, failures=failures)
+    return render(RUNS_TABLE, address=address, restyle=recolouring(plan), losses=losses, columns=columns, runs=runs,
+                  failures=failures)
 
 # %% ../../nbs/findings/06_study_page.ipynb #5229b167
 def taken_from(
@@ -526,10 +533,12 @@ def taken_from(
     "The runs that were taken over, by the study that they come from"
     groups = {}
     for r in rows[rows.state == "REUSE"].to_dict("records"):
-        source, origin, reason, differs = (v if isinstance(v := r.get(f"reuse_{k}"), str) else "" for k in ("source", "origin", "reason", "differs"))
+        source, origin, reason, differs = (v if isinstance(v := r.get(f"reuse_{k}"), str) else ""
+                                           for k in ("source", "origin", "reason", "differs"))
         studies = (str(Path(run).parent.parent) if run else "" for run in (source, origin))
         groups.setdefault((*studies, reason, differs), []).append(r["run"].split("-")[0])
-    return [dict(zip(("runs", "source", "origin", "reason", "differs"), (", ".join(runs), *key))) for key, runs in groups.items()]
+    return [dict(zip(("runs", "source", "origin", "reason", "differs"), (", ".join(runs), *key))) for key,
+            runs in groups.items()]
 
 TAKEN = """
 <h3>Taken over from earlier studies</h3>
@@ -538,7 +547,8 @@ TAKEN = """
 {% for t in taken %}
 <tr><td>{{ t.runs }}</td><td class="say"><code>{{ t.source }}</code>
 {% if t.origin %}<br><small>computed in <code>{{ t.origin }}</code></small>{% endif %}</td>
-<td class="say">{{ t.reason }}</td><td class="say">{{ t.differs ~ '; in no paired test' if t.differs else 'nothing' }}</td></tr>
+<td class="say">{{ t.reason }}</td>
+<td class="say">{{ t.differs ~ '; in no paired test' if t.differs else 'nothing' }}</td></tr>
 {% endfor %}
 </table></div>
 """
@@ -673,6 +683,7 @@ def _metric_figures(target: Path, plan: Plan, rows: pd.DataFrame, metric: str, d
     _write_static(target, f"intervals-{name}", static_intervals(effects, metric))
     draw(f"intervals-{name}", metric, interval_figure(effects))
 
+# %% ../../nbs/findings/06_study_page.ipynb #0e2419d2
 def write_figures(
     runs: StudyRuns, # of the study
 ):

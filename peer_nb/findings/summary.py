@@ -35,6 +35,7 @@ def _how_sure(e: Any) -> str:
     if e.low is None or e.low != e.low: return f"{e.seeds} seeds, all alike"
     return f"95 % {signed(e.low)} to {signed(e.high)}, {e.seeds} seeds, p {e.p_holm:.2g} after Holm"
 
+# %% ../../nbs/findings/03_summary.ipynb #12da0bde
 def effect_sentence(
     axis: str, # one axis
     effects: pd.DataFrame, # effects_table of one metric
@@ -52,6 +53,7 @@ def _percent(share: float) -> str:
     "A share with its sign"
     return f"{signed(100*share, 1)} %"
 
+# %% ../../nbs/findings/03_summary.ipynb #6e2c0b47
 def wall_time_rows(
     rows: pd.DataFrame, # of a study's runs
     plan: Plan, # of the study
@@ -65,7 +67,8 @@ def wall_time_rows(
         means = {k: float(group[k].mean()) for k in ("tokens", "tokens_per_second")}
         out.append(dict(levels=dict(zip(plan.axes, levels)), runs=len(group), **means, low=float(seconds.min()),
                         high=float(seconds.max()), missed_low=low, missed_high=high,
-                        missed=" to ".join(dict.fromkeys(map(_percent, (low, high)))), matched=max(-low, high) <= THRESHOLD))
+                        missed=" to ".join(dict.fromkeys(map(_percent, (low, high)))),
+                        matched=max(-low, high) <= THRESHOLD))
     return out
 
 # %% ../../nbs/findings/03_summary.ipynb #042055c7
@@ -92,7 +95,8 @@ def done_words(
     reused = states.get("REUSE", 0)
     share = "all" if reused == len(rows) else reused
     said = f", {share} of them taken over from earlier studies" if reused else ""
-    return int(states.get("DONE", 0) + reused), said + "".join(f", {n} {s}" for s, n in states.items() if s not in FINISHED)
+    return int(states.get("DONE", 0) + reused), said + "".join(f", {n} {s}" for s, n in states.items()
+                                                               if s not in FINISHED)
 
 # %% ../../nbs/findings/03_summary.ipynb #672d3c7d
 ANECDOTAL = ("One seed: anecdotal. Another seed may turn small differences round; differences are shown, "
@@ -101,8 +105,10 @@ ANECDOTAL = ("One seed: anecdotal. Another seed may turn small differences round
 def _failures(rows: pd.DataFrame) -> list[str]:
     "The first runs that failed, each with the first line of its error"
     first = rows[rows.state == "FAILED"].head(3)
-    return [f"FAILED {r.run}: {r.error_class}: {(str(r.error or '').strip().splitlines() or [''])[0]}" for r in first.itertuples()]
+    return [f"FAILED {r.run}: {r.error_class}: {(str(r.error or '').strip().splitlines() or [''])[0]}"
+            for r in first.itertuples()]
 
+# %% ../../nbs/findings/03_summary.ipynb #941ac6d4
 def summary_lines(
     rows: pd.DataFrame, # of a study's runs
     plan: Plan, # of the study

@@ -65,10 +65,11 @@ def item_evidence(
         said = f"{wins} only a has right, {losses} only b (McNemar)"
     return found, noise(d, clusters), said
 
-# %% ../../nbs/findings/02_verdicts.ipynb #44caf98a
+# %% ../../nbs/findings/02_verdicts.ipynb #772bfe45
 ALPHA = 0.05
 Verdict = Literal["TODO", "PARTIAL", "SUPPORTED", "REFUTED", "INCONCLUSIVE"]
 
+# %% ../../nbs/findings/02_verdicts.ipynb #44caf98a
 @dataclass(frozen=True)
 class Finding:
     "What became of a claim"
@@ -108,9 +109,10 @@ def verdict(
     if p is None or p > ALPHA: return "INCONCLUSIVE"
     return "SUPPORTED" if found.mean > found.null else "REFUTED"
 
-# %% ../../nbs/findings/02_verdicts.ipynb #7d5add1c
+# %% ../../nbs/findings/02_verdicts.ipynb #764ff63d
 Evidence = tuple[Comparison, Contrast, Noise | None, str]
 
+# %% ../../nbs/findings/02_verdicts.ipynb #7d5add1c
 def _evidence(claim: dict, rows: list[dict], axes: Iterable[str], runs: Mapping[str, Run] | None) -> Evidence:
     "What the runs say about one claim"
     a, b, metric, least = claim["a"], claim["b"], claim["metric"], claim["min_effect"]
@@ -125,6 +127,7 @@ def _evidence(claim: dict, rows: list[dict], axes: Iterable[str], runs: Mapping[
     words = [_words(by_item, c, "item"), said, "for these trained models, other seeds are not covered"]
     return by_item, c, apart, "; ".join(filter(None, words))
 
+# %% ../../nbs/findings/02_verdicts.ipynb #236b9064
 def evaluate_claims(
     claims: list[dict[str, Any]], # with metric and direction
     rows: pd.DataFrame | list[dict[str, Any]], # every planned run
@@ -148,7 +151,8 @@ def judge(
 ) -> list[Finding]: # the planned ones first
     "Every claim with what became of it and whether it was planned"
     edits, added = claim_edits(planned, planned if now is None else now)
-    first = [replace(f, origin=edits.get(f.claim["name"], "planned")) for f in evaluate_claims(planned, rows, axes, runs)]
+    first = [replace(f, origin=edits.get(f.claim["name"], "planned"))
+             for f in evaluate_claims(planned, rows, axes, runs)]
     later = evaluate_claims(added, rows, axes, runs)
     return first + [replace(f, origin="added after the plan was fixed") for f in later]
 
@@ -159,13 +163,16 @@ def _complete(claim: dict[str, Any], plan: Plan) -> dict[str, Any]:
     way = plan.direction if metric == plan.metric else better(metric)
     return {**claim, "metric": metric, "direction": claim["direction"] or way}
 
+# %% ../../nbs/findings/02_verdicts.ipynb #28fdd60a
 def study_findings(
     runs: StudyRuns, # of a study
 ) -> list[Finding]: # the planned claims first
     "The claims of a study and what became of them"
     plan, path, now, broken = runs.plan, runs.folder/STUDY, None, ""
     if path.exists():
-        try: now = [_complete(c, plan) for c in read_claims(read_yaml(path).get("claims") or [], plan.study["axes"], str(path))]
+        try:
+            now = [_complete(c, plan)
+                   for c in read_claims(read_yaml(path).get("claims") or [], plan.study["axes"], str(path))]
         except UserError as e: broken = f"study.yaml cannot be compared: {e}"
     found = judge(plan.study["claims"], now, runs.rows, plan.axes, runs.runs)
     return [replace(f, origin=broken) for f in found] if broken else found

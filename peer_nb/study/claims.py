@@ -63,6 +63,7 @@ def _read_claim(given: Any, axes: dict[str, Any], file: str, key: str) -> dict[s
         else: read[k] = value if k == "b" else convert(kinds[k], value, file, f"{key}.{k}")
     return asdict(Claim(**read))
 
+# %% ../../nbs/study/01_claims.ipynb #2287c2db
 def read_claims(
     data: Any, # the list of a study file
     axes: dict[str, Any], # axis, level

@@ -18,7 +18,7 @@ from ..files import UserError, sha256_of
 
 # %% auto #0
 __all__ = ['NOT_IDENTITY', 'TEMPLATE_PARAMETERS', 'section_hashes', 'identity', 'find_template', 'code_cells', 'parsed',
-           'template_hash', 'imports', 'executed', 'source_hash', 'package_hash']
+           'template_hash', 'declared_metrics', 'imports', 'executed', 'source_hash', 'package_hash']
 
 # %% ../../nbs/study/03_identity.ipynb #d622d8cf
 NOT_IDENTITY = (
@@ -49,7 +49,8 @@ def identity(
     data: str, # fingerprint of text and tokenizer
 ) -> str: # 64 hexadecimal digits
     "What makes two runs the same experiment"
-    return sha256_of(dict(sections=sections, seed=seed, world_size=world_size, template=template, package=package, data=data))
+    return sha256_of(dict(sections=sections, seed=seed, world_size=world_size, template=template, package=package,
+                          data=data))
 
 # %% ../../nbs/study/03_identity.ipynb #6e1e168c
 def find_template(
@@ -62,7 +63,8 @@ def find_template(
     for path in candidates:
         if path.is_file(): return path.resolve()
     names = sorted({p.stem for place in places for p in place.glob("*.ipynb")})
-    raise UserError(f"notebook {notebook!r}: no such template; known by name: {', '.join(names) or 'none'}; or give the path of an .ipynb file")
+    raise UserError(f"notebook {notebook!r}: no such template; known by name: {', '.join(names) or 'none'}; or give "
+                    f"the path of an .ipynb file")
 
 # %% ../../nbs/study/03_identity.ipynb #ad02ade0
 def code_cells(
@@ -73,6 +75,7 @@ def code_cells(
     except (OSError, ValueError, KeyError, TypeError) as e: raise UserError(f"{path}: not a notebook ({e})") from e
     return [("".join(c["source"]), c.get("metadata", {}).get("tags", [])) for c in cells if c["cell_type"] == "code"]
 
+# %% ../../nbs/study/03_identity.ipynb #8bbea4d1
 def parsed(
     source: str, # of a cell
     where: str | Path, # notebook, for the message
@@ -80,7 +83,8 @@ def parsed(
     "A cell's syntax, without magics"
     lines = ("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
     try: return ast.parse("\n".join(lines))
-    except SyntaxError as e: raise UserError(f"{where}: a code cell cannot be read: {e.msg}: {(e.text or '').strip()!r}") from e
+    except SyntaxError as e:
+        raise UserError(f"{where}: a code cell cannot be read: {e.msg}: {(e.text or '').strip()!r}") from e
 
 # %% ../../nbs/study/03_identity.ipynb #d5f86b44
 TEMPLATE_PARAMETERS = ("config_path", "run_dir", "levels", "overrides", "resume")
@@ -90,6 +94,7 @@ def _assigned(tree: ast.Module) -> set[str]:
     targets = (t for n in ast.walk(tree) for t in [getattr(n, "target", None), *getattr(n, "targets", [])])
     return {name.id for t in targets if t is not None for name in ast.walk(t) if isinstance(name, ast.Name)}
 
+# %% ../../nbs/study/03_identity.ipynb #b247f22f
 def template_hash(
     path: Path, # a notebook
 ) -> str: # hash of its code cells
@@ -103,6 +108,20 @@ def template_hash(
         raise UserError(f"{path}: the parameters cell lacks {', '.join(missing)}; "
                         f"it must define {', '.join(TEMPLATE_PARAMETERS)}")
     return sha256_of([source for source, _ in cells])
+
+# %% ../../nbs/study/03_identity.ipynb #f402168d
+def declared_metrics(
+    path: str | Path, # a notebook
+) -> list[str]: # patterns such as memory/*
+    "The metrics that a template says it measures, beside those of the configuration"
+    for source, _ in code_cells(Path(path)):
+        for node in parsed(source, path).body:
+            if not isinstance(node, ast.Assign) or [getattr(t, "id", None) for t in node.targets] != ["MEASURES"]: continue
+            try: found = ast.literal_eval(node.value)
+            except ValueError: found = None
+            if isinstance(found, list) and all(isinstance(name, str) for name in found): return found
+            raise UserError(f"{path}: MEASURES must be a plain list of names, such as ['memory/coverage']")
+    return []
 
 # %% ../../nbs/study/03_identity.ipynb #e34a91cf
 def imports(
@@ -125,12 +144,14 @@ def _imports_of(path: Path, root: Path, stamp: tuple) -> set[str]:
     "What a module of the package imports, read again when the file has changed"
     return imports(ast.parse(path.read_bytes()), ("peer_nb", *path.parent.relative_to(root).parts))
 
+# %% ../../nbs/study/03_identity.ipynb #58850747
 def _module(name: str, root: Path) -> Path | None:
     "The file of a module of the package"
     first, *parts = name.split(".")
     place = root.joinpath(*parts)
     if first != "peer_nb": return None
-    return next((p for p in (place.with_suffix(".py"), place/"__init__.py") if p.is_file() and p != root.with_suffix(".py")), None)
+    return next((p for p in (place.with_suffix(".py"), place/"__init__.py") if p.is_file()
+                 and p != root.with_suffix(".py")), None)
 
 # %% ../../nbs/study/03_identity.ipynb #2a9c61eb
 def executed(
@@ -148,6 +169,7 @@ def executed(
         todo |= _imports_of(path, root, _stamp(path))
     return sorted(p.relative_to(root) for p in found)
 
+# %% ../../nbs/study/03_identity.ipynb #e3476eae
 def _stamp(path: Path) -> tuple[int, int]:
     "Tells whether a file was written again"
     return path.stat().st_mtime_ns, path.stat().st_size
@@ -161,6 +183,7 @@ def source_hash(
     root = root or Path(peer_nb.__file__).parent
     return sha256_of({path.as_posix(): sha256_of((root/path).read_bytes()) for path in executed(sources, root)})
 
+# %% ../../nbs/study/03_identity.ipynb #6fefde97
 def package_hash(
     template: str | Path, # a notebook
     root: Path | None = None, # the package; None: this one

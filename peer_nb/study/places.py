@@ -24,7 +24,8 @@ class Place(str):
 # %% ../../nbs/study/00_places.ipynb #db0f9191
 def _walk(node: yaml.Node | None, path: str, lines: dict[str, int]):
     "Note the line of every key below a node"
-    if isinstance(node, yaml.MappingNode): items = [(k.value, k, v) for k, v in node.value if isinstance(k, yaml.ScalarNode)]
+    if isinstance(node, yaml.MappingNode):
+        items = [(k.value, k, v) for k, v in node.value if isinstance(k, yaml.ScalarNode)]
     elif isinstance(node, yaml.SequenceNode): items = [(n, v, v) for n, v in enumerate(node.value)]
     else: return
     for name, where, value in items:
@@ -32,6 +33,7 @@ def _walk(node: yaml.Node | None, path: str, lines: dict[str, int]):
         lines[key] = where.start_mark.line + 1
         _walk(value, key, lines)
 
+# %% ../../nbs/study/00_places.ipynb #6d4a3dbc
 def read_place(
     path: str | Path, # a YAML file
 ) -> Place: # without lines where the file is no YAML, which whoever reads it will say
@@ -65,8 +67,10 @@ def _known(name: Any, names: list[str], what: str, file: str, key: str) -> str:
     "A name that must be one of several"
     if str(name) in names: return str(name)
     near = get_close_matches(str(name), names, 1)
-    raise ConfigError(file, key, f"unknown {what} {str(name)!r}; " + (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(names)}")
+    raise ConfigError(file, key, f"unknown {what} {str(name)!r}; " + (f"did you mean {near[0]!r}? " if near else "")
+                      + f"known: {', '.join(names)}")
 
+# %% ../../nbs/study/00_places.ipynb #39fcaca1
 def chosen_levels(
     data: Any, # mapping of axis to a level, or to a list of levels
     axes: dict[str, Any], # axis, level
@@ -74,11 +78,14 @@ def chosen_levels(
     key: str, # where the mapping stands
 ) -> dict[str, str | list[str]]: # names as text
     "A choice of levels; an unknown axis or level is a ConfigError"
-    if not isinstance(data, dict) or not data: raise ConfigError(file, key, f"{data!r} is not a choice of levels such as {{{next(iter(axes), 'axis')}: level}}")
+    if not isinstance(data, dict) or not data:
+        raise ConfigError(file, key,
+                          f"{data!r} is not a choice of levels such as {{{next(iter(axes), 'axis')}: level}}")
     out = {}
     for axis, levels in data.items():
         _known(axis, list(axes), "axis", file, f"{key}.{axis}")
         many = isinstance(levels, list)
-        names = [_known(l, list(axes[str(axis)]), f"level of {axis}", file, f"{key}.{axis}") for l in (levels if many else [levels])]
+        names = [_known(l, list(axes[str(axis)]), f"level of {axis}", file, f"{key}.{axis}")
+                 for l in (levels if many else [levels])]
         out[str(axis)] = names if many else names[0]
     return out

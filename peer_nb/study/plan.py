@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from fastcore.basics import patch
 from .claims import better, is_number
 from .places import at
 from .run import PLAN, file_name
-from .identity import find_template, identity, package_hash, section_hashes, template_hash
+from .identity import declared_metrics, find_template, identity, package_hash, section_hashes
+from .identity import template_hash
 from .study import Study, cell_overrides, check_levels, combinations, dropped, planned_tokens
 from .study import shared_overrides, step_tokens
 from ..config import Config, ConfigError, apply_overrides, config_from_dict, diff_configs, to_dict, validate
@@ -28,9 +30,9 @@ from ..files import UserError, read_json, sha256_of, write_json
 from ..tasks.registry import find_task
 
 # %% auto #0
-__all__ = ['DURATION', 'THRESHOLD', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver', 'matched_tokens',
-           'wall_seconds', 'named', 'default_seeds', 'make_plan', 'Match', 'matching', 'save_plan', 'load_plan',
-           'plan_differences', 'code_differences']
+__all__ = ['DURATION', 'THRESHOLD', 'COUNTED', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver',
+           'matched_tokens', 'wall_seconds', 'named', 'default_seeds', 'make_plan', 'Match', 'matching', 'save_plan',
+           'load_plan', 'plan_differences', 'code_differences']
 
 # %% ../../nbs/study/05_plan.ipynb #f6e533bf
 def run_id(
@@ -119,22 +121,30 @@ def recalled(
     entry, _, metric = name.partition("/")
     return entry in tasks and find_task(tasks[entry].task).measures(metric, **task_arguments(tasks[entry]))
 
+# %% ../../nbs/study/05_plan.ipynb #e77d8541
 def measured(
     config: Config, # with its held-out sets
     metric: str, # such as docs/loss, or docs/loss:degradation
+    declared: Iterable[str] = (), # patterns that the template measures by itself
 ) -> bool:
     "Whether the runs will have a metric"
     names = [e.name for e in config.eval_config.datasets or config.dataset_config.datasets]
     name, _, part = metric.partition(":")
-    known = name in [f"{n}/{m}" for n in names for m in ("bits_per_byte", "loss", "perplexity")] or name.partition("/")[0] in config.eval_config.evals or recalled(config, name)
+    scores = [f"{n}/{m}" for n in names for m in ("bits_per_byte", "loss", "perplexity")]
+    own = any(fnmatchcase(name, pattern) for pattern in declared)
+    known = own or name in scores or name.partition("/")[0] in config.eval_config.evals or recalled(config, name)
     return known and part in ("", "peak", "degradation")
 
-def _primary_metric(study: Study, base: Config, where: str) -> str:
+# %% ../../nbs/study/05_plan.ipynb #7aa800d1
+def _primary_metric(study: Study, base: Config, where: str, declared: list[str] = []) -> str:
     "The study's primary metric, which must be one that its runs will have"
     names = [e.name for e in base.eval_config.datasets or base.dataset_config.datasets]
-    known = [f"{n}/{m}" for n in names for m in ("bits_per_byte", "loss", "perplexity")]
+    plain = [name for name in declared if not set("*?[") & set(name)]
+    known = [*plain, *(f"{n}/{m}" for n in names for m in ("bits_per_byte", "loss", "perplexity"))]
     metric = study.primary.metric or (known[0] if known else "")
-    if not measured(base, metric): raise UserError(f"{at(where, 'primary.metric')}: primary.metric {metric!r} will not be measured; choose from {', '.join(known)}")
+    if not measured(base, metric, declared):
+        raise UserError(f"{at(where, 'primary.metric')}: primary.metric {metric!r} will not be measured; choose from "
+                        f"{', '.join(known)}")
     return metric
 
 # %% ../../nbs/study/05_plan.ipynb #f1fb4cc4
@@ -144,11 +154,15 @@ def _complete_claims(plan: Plan, where: str) -> list[dict[str, Any]]:
     for n, claim in enumerate(plan.study["claims"]):
         metric = claim["metric"] or plan.metric
         here = f"{at(where, f'claims.{n}')}: claim {claim['name']!r}"
-        if not measured(plan.start, metric): raise UserError(f"{here}: metric {metric!r} will not be measured")
+        if not measured(plan.start, metric, declared_metrics(plan.template)): raise UserError(f"{here}: metric {metric!r} will not be measured")
         chosen = lambda c, arm: all(c.levels[a] in (l if isinstance(l, list) else [l]) for a, l in arm.items())
-        groups = [{(*(l for a, l in c.levels.items() if a not in claim["a"]), c.seed) for c in plan.cells if chosen(c, arm)} for arm in (claim["a"], claim["b"]) if not is_number(arm)]
-        if not set.intersection(*groups): raise UserError(f"{here}: the design {plan.study['design']} has no two runs that are equal in all but {', '.join(claim['a'])}")
-        out.append({**claim, "metric": metric, "direction": claim["direction"] or (plan.direction if metric == plan.metric else better(metric))})
+        groups = [{(*(l for a, l in c.levels.items() if a not in claim["a"]), c.seed) for c in plan.cells
+                   if chosen(c, arm)} for arm in (claim["a"], claim["b"]) if not is_number(arm)]
+        if not set.intersection(*groups):
+            raise UserError(f"{here}: the design {plan.study['design']} has no two runs that are equal in all but "
+                            f"{', '.join(claim['a'])}")
+        out.append({**claim, "metric": metric, "direction": claim["direction"]
+                    or (plan.direction if metric == plan.metric else better(metric))})
     return out
 
 # %% ../../nbs/study/05_plan.ipynb #83fab290
@@ -207,7 +221,7 @@ def wall_seconds(
 
 # %% ../../nbs/study/05_plan.ipynb #49cebdec
 def _allowance(plan: Plan, rate: float | None) -> float | None:
-    "FLOPs that each run may spend; None where tokens are what is matched, where the first cell will say, or where no FLOPs per second are known"
+    "FLOPs that each run may spend; None where tokens are matched, the first cell will say, or no speed is known"
     budget = plan.study["budget"]
     if budget["matched"] != "wall_time" or not (speed := budget["flops_per_second"] or rate): return None
     return budget["seconds"]*speed
@@ -224,7 +238,8 @@ class _Planner:
     allowance: float | None # FLOPs of each run; with matched FLOPs the first cell sets it
     prints: dict # dataset section's hash: fingerprint
     seen: dict # identity: levels of the cell that has it
-    speed: Callable[[Config], float | None] = lambda config: None # tokens per second of a configuration, where that is known
+    # tokens per second of a configuration, where that is known
+    speed: Callable[[Config], float | None] = lambda config: None
 
     def count(self, config: Config) -> tuple[dict, float]: # parameters, training FLOPs per token
         from peer_nb.analysis.parameters import count_parameters
@@ -240,13 +255,19 @@ class _Planner:
         matched, seconds = self.study.budget.matched, self.study.budget.seconds
         if matched == "tokens": return {}
         if matched == "wall_time" and (per_second := self.speed(config)):
-            return dict.fromkeys(DURATION) | {DURATION[0]: matched_tokens(config, 1/per_second, seconds, self.plan.world_size)}
+            return dict.fromkeys(DURATION) | {DURATION[0]: matched_tokens(config, 1/per_second, seconds,
+                                                                          self.plan.world_size)}
         if self.allowance is None and matched == "wall_time":
-            raise UserError(f"{at(self.where, 'budget')}: matched: wall_time needs the speed of every configuration, and nothing tells it: no finished run in the output folder, and no timing; --measure times them now, budget.flops_per_second states a speed")
+            raise UserError(f"{at(self.where, 'budget')}: matched: wall_time needs the speed of every configuration, "
+                            f"and nothing tells it: no finished run in the output folder, and no timing; --measure "
+                            f"times them now, budget.flops_per_second states a speed")
         if self.allowance is None:
-            if (tokens := planned_tokens(config, self.plan.world_size)) is None: raise UserError(f"{at(self.where, 'budget')}: matched: flops needs a number of tokens for the first cell; set budget.tokens")
+            if (tokens := planned_tokens(config, self.plan.world_size)) is None:
+                raise UserError(f"{at(self.where, 'budget')}: matched: flops needs a number of tokens for the first "
+                                f"cell; set budget.tokens")
             self.allowance = each*tokens
-        return dict.fromkeys(DURATION) | {DURATION[0]: matched_tokens(config, each, self.allowance, self.plan.world_size)}
+        return dict.fromkeys(DURATION) | {DURATION[0]: matched_tokens(config, each, self.allowance,
+                                                                      self.plan.world_size)}
 
 # %% ../../nbs/study/05_plan.ipynb #48e72274
 @patch
@@ -263,13 +284,17 @@ def cells(self: _Planner,
         config, hashes = self.resolve(own)
     if (text := hashes["dataset_config"]) not in self.prints: self.prints[text] = self.fingerprint(config)
     tokens = planned_tokens(config, self.plan.world_size)
-    out = [Cell("", levels, seed, own, identity(hashes, seed, self.plan.world_size, self.plan.template_hash, self.plan.package_hash, self.prints[text]),
-                self.prints[text], counted | self.steps(config), tokens, None if tokens is None else each*tokens) for seed in seeds]
+    out = [Cell("", levels, seed, own,
+                identity(hashes, seed, self.plan.world_size, self.plan.template_hash, self.plan.package_hash,
+                         self.prints[text]),
+                self.prints[text], counted | self.steps(config), tokens, None if tokens is None else each*tokens)
+                for seed in seeds]
     same = self.seen.setdefault(out[0].identity, levels)
     if same is levels: return out
     self.plan.left_out[named(levels)] = f"the same experiment as {named(same)}"
     return []
 
+# %% ../../nbs/study/05_plan.ipynb #be61b22c
 def named(
     levels: dict[str, str], # axis: level
 ) -> str: # for messages
@@ -284,24 +309,29 @@ def default_seeds(
     "The seeds of a study"
     return study.seeds or [base.train_config.seed + n for n in range(3)]
 
+# %% ../../nbs/study/05_plan.ipynb #b06bcab8
 def make_plan(
     study: Study, # what to compare
     base: Config, # its base, loaded
     *,
     where: str = "<study>", # study file, for messages; a place gives them lines
-    left_out: dict[str, str] | None = None, # levels that the built-in axes lack; None: a study file, where every cell must work
+    # levels that the built-in axes lack; None: a study file, where every cell must work
+    left_out: dict[str, str] | None = None,
     world_size: int = 1, # GPUs of each run
     fingerprint: Callable[[Config], str] | None = None, # of text and tokenizer; None: data.corpora's
     rate: float | None = None, # FLOPs per second that runs were measured to make
-    speed: Callable[[Config], float | None] = lambda config: None, # tokens per second that a configuration was timed at; None: not known
+    # tokens per second that a configuration was timed at; None: not known
+    speed: Callable[[Config], float | None] = lambda config: None,
 ) -> Plan: # frozen
     "Resolve and check every cell before anything runs"
     if fingerprint is None: from peer_nb.data.corpora import data_fingerprint as fingerprint
     try: template = find_template(study.notebook); code = template_hash(template)
-    except UserError as e: raise UserError(f"{at(where, 'notebook')}: {e}" if at(where, "notebook") != where else str(e)) from e
+    except UserError as e:
+        raise UserError(f"{at(where, 'notebook')}: {e}" if at(where, "notebook") != where else str(e)) from e
     shared = shared_overrides(base, check_levels(base, study.axes, where), study.budget.tokens)
-    plan = Plan(asdict(study), to_dict(base), shared, [], dict(left_out or {}), world_size, str(template), code, package_hash(template), "", study.primary.direction)
-    plan.metric = _primary_metric(study, plan.start, where)
+    plan = Plan(asdict(study), to_dict(base), shared, [], dict(left_out or {}), world_size, str(template), code,
+                package_hash(template), "", study.primary.direction)
+    plan.metric = _primary_metric(study, plan.start, where, declared_metrics(template))
     planner = _Planner(plan, study, where, fingerprint, Resolver(plan.start), _allowance(plan, rate), {}, {}, speed)
     for levels in combinations(study.axes, study.design):
         if why := dropped(levels, study.constraints): plan.left_out[named(levels)] = why; continue
@@ -310,18 +340,22 @@ def make_plan(
             if left_out is None: raise UserError(f"{at(where, 'axes')}: {named(levels)}: {e}") from e
             plan.left_out[named(levels)] = str(e)
     for n, c in enumerate(plan.cells, 1): c.id = run_id(n, c.levels, c.seed)
-    if not plan.cells: raise UserError(f"{at(where, 'constraints' if study.constraints else 'axes')}: no cell is left: {'; '.join(f'{k}: {v}' for k, v in plan.left_out.items())}")
+    if not plan.cells:
+        raise UserError(f"{at(where, 'constraints' if study.constraints else 'axes')}: no cell is left: "
+                        f"{'; '.join(f'{k}: {v}' for k, v in plan.left_out.items())}")
     plan.study["claims"] = _complete_claims(plan, where)
     return plan
 
 # %% ../../nbs/study/05_plan.ipynb #bd4f1461
 THRESHOLD = 0.05
 
+COUNTED = ("optimizer steps", "held-out window") # not in plans of earlier versions
 QUANTITIES = {
     "tokens": lambda c: c.tokens, "optimizer steps": lambda c: c.parameters.get("steps"),
     "held-out window": lambda c: c.parameters.get("context"), "total parameters": lambda c: c.parameters["total"],
     "active parameters": lambda c: c.parameters["active"],
-    "active experts per token": lambda c: c.parameters.get("active_experts_per_token"), "training FLOPs": lambda c: c.flops}
+    "active experts per token": lambda c: c.parameters.get("active_experts_per_token"),
+    "training FLOPs": lambda c: c.flops}
 
 # %% ../../nbs/study/05_plan.ipynb #5eaf3183
 @dataclass
@@ -357,9 +391,11 @@ def matching(
             groups.setdefault(same, []).append(c)
         for quantity, of in QUANTITIES.items():
             values = [of(c) for c in plan.cells]
+            if quantity in COUNTED and all(v is None for v in values): continue
             known = all(v is not None for v in values)
             spreads = [_spread([of(c) for c in group]) for group in groups.values()]
-            out.append(Match(axis, quantity, min(values) if known else None, max(values) if known else None, max(spreads) if known else None))
+            out.append(Match(axis, quantity, min(values) if known else None, max(values) if known else None,
+                             max(spreads) if known else None))
     return out
 
 # %% ../../nbs/study/05_plan.ipynb #b318164e
@@ -383,14 +419,16 @@ def load_plan(
         about = {k: v for k, v in data.items() if k not in ("schema", "hash", "plan")}
         plan = Plan(**{**data["plan"], "cells": [Cell(**c) for c in data["plan"]["cells"]]}, about=about)
         frozen = plan.hash == data["hash"]
-    except (KeyError, TypeError, AttributeError) as e: raise UserError(f"{path}: not a plan of this version ({e})") from e
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: not a plan of this version ({e})") from e
     if not frozen: raise UserError(f"{path}: the plan was changed after it was frozen; start a new study instead")
     return plan
 
 # %% ../../nbs/study/05_plan.ipynb #719b4a8d
 def _levels(levels: dict | None) -> str:
     "Levels with what they set, for a message"
-    return "no such axis" if levels is None else "; ".join(f"{l} {json.dumps(o, ensure_ascii=False)}" for l, o in levels.items())
+    if levels is None: return "no such axis"
+    return "; ".join(f"{l} {json.dumps(o, ensure_ascii=False)}" for l, o in levels.items())
 
 # %% ../../nbs/study/05_plan.ipynb #9f82adb9
 def plan_differences(
@@ -403,14 +441,19 @@ def plan_differences(
         old, new = frozen.study["axes"].get(axis), asked.study["axes"].get(axis)
         if old != new: out.append(f"axis {axis}: the study has {_levels(old)}; asked for {_levels(new)}")
     bases = [config_from_dict(p.base, "plan") for p in (frozen, asked)]
-    out += [f"base: {key} is {old!r} in the study; asked for {new!r}" for key, (old, new) in diff_configs(*bases).items()]
+    out += [f"base: {key} is {old!r} in the study; asked for {new!r}"
+            for key, (old, new) in diff_configs(*bases).items()]
     seeds = [sorted({c.seed for c in p.cells}) for p in (frozen, asked)]
     of = lambda part: [p.study[part] for p in (frozen, asked)]
-    facts = {"design": of("design"), "seeds": seeds, "tokens": [b["tokens"] for b in of("budget")], "budget": [{**b, "tokens": None} for b in of("budget")], "constraints": of("constraints"),
-             "GPUs of a run": [p.world_size for p in (frozen, asked)], "primary metric": [(p.metric, p.direction) for p in (frozen, asked)]}
+    facts = {"design": of("design"), "seeds": seeds, "tokens": [b["tokens"] for b in of("budget")],
+             "budget": [{**b, "tokens": None} for b in of("budget")], "constraints": of("constraints"),
+             "GPUs of a run": [p.world_size for p in (frozen, asked)],
+             "primary metric": [(p.metric, p.direction) for p in (frozen, asked)]}
     out += [f"{what}: {old} in the study; asked for {new}" for what, (old, new) in facts.items() if old != new]
     names = [[c["name"] for c in p.study["claims"]] for p in (frozen, asked)]
-    if frozen.study["claims"] != asked.study["claims"]: out.append(f"claims: {', '.join(names[0]) or 'none'} in the study; asked for {', '.join(names[1]) or 'none'}" + ("" if names[0] != names[1] else " with other terms"))
+    if frozen.study["claims"] != asked.study["claims"]:
+        out.append(f"claims: {', '.join(names[0]) or 'none'} in the study; asked for {', '.join(names[1]) or 'none'}"
+                   + ("" if names[0] != names[1] else " with other terms"))
     return out
 
 # %% ../../nbs/study/05_plan.ipynb #4482552f

@@ -48,12 +48,14 @@ def file_name(
     name = re.sub(r"([^A-Za-z0-9+=._-]|\.{2,})+", "-", text).strip("-.")
     return name if len(name) <= most else f"{name[:most - 9].rstrip('-.')}-{sha256_of(text)[:8]}"
 
+# %% ../../nbs/study/04_run.ipynb #4f418b8b
 def is_study(
     folder: str | Path, # any
 ) -> bool:
     "Whether a folder is a study's: it has a plan"
     return (Path(folder)/PLAN).is_file()
 
+# %% ../../nbs/study/04_run.ipynb #4f33944b
 def studies_in(
     place: str | Path, # a study's folder, or a folder of studies; may be missing
 ) -> list[Path]: # by name
@@ -99,6 +101,7 @@ def shaped(
 class NotFinite(UserError):
     "A metric that is no number"
 
+# %% ../../nbs/study/04_run.ipynb #0c48f72c
 @dataclass
 class Result:
     "What a run found out"
@@ -132,6 +135,7 @@ def check(self: Result,
     if odd: raise NotFinite(f"{where}: {', '.join(odd[:4])}{' and more' if odd[4:] else ''}: not finite")
     return self
 
+# %% ../../nbs/study/04_run.ipynb #9b4a03d6
 @patch
 def write(self: Result,
     run: str | Path, # its folder
@@ -235,8 +239,10 @@ def read_metrics(
     if not path.exists(): return [], []
     try: lines = json.loads("[" + ",".join(filter(None, path.read_text(encoding="utf-8").splitlines())) + "]")
     except ValueError: lines = read_jsonl(path)
-    if odd := [line for line in lines if not isinstance(line, dict)]: raise UserError(f"{path}: {odd[0]!r:.40} is no record")
-    losses = {line.get("tokens", line.get("step")): line.get("loss") for line in lines}   # a resumed run may have written a step twice
+    if odd := [line for line in lines if not isinstance(line, dict)]:
+        raise UserError(f"{path}: {odd[0]!r:.40} is no record")
+    # a resumed run may have written a step twice
+    losses = {line.get("tokens", line.get("step")): line.get("loss") for line in lines}
     drawn = sorted((t, loss) for t, loss in losses.items() if fits(t, float) and fits(loss, float))
     return drawn, [line for line in lines if any(key.startswith("eval/") for key in line)]
 
@@ -321,6 +327,7 @@ def read_status(
     "What the process of a run says about itself"
     return shaped(Status, read_json(path), path) if path.exists() else Status("TODO")
 
+# %% ../../nbs/study/04_run.ipynb #9898e8e3
 @patch
 def _stamp(self: Run) -> tuple[int, int] | None:
     "Tells whether the status was written again; None without one"
@@ -328,6 +335,7 @@ def _stamp(self: Run) -> tuple[int, int] | None:
     except OSError: return None
     return found.st_mtime_ns, found.st_size
 
+# %% ../../nbs/study/04_run.ipynb #41526f92
 @patch
 def _state(self: Run) -> State:
     "From files and processes"
@@ -354,6 +362,7 @@ def make(self: Run) -> Run: # itself
     self.folder.mkdir(parents=True, exist_ok=True)
     return self
 
+# %% ../../nbs/study/04_run.ipynb #2079e24b
 @patch
 def write_status(self: Run,
     **fields, # of a Status
@@ -365,6 +374,7 @@ def write_status(self: Run,
     self.status = status
     return status
 
+# %% ../../nbs/study/04_run.ipynb #6d0b5cc2
 @patch
 def write_lines(self: Run,
     what: str, # samples or items
@@ -383,6 +393,7 @@ def set_aside(self: Run) -> Path | None: # where it lies now; None: there was no
     count = sum(1 for _ in earlier.glob(f"{self.id}-*"))
     return self.folder.rename(earlier/f"{self.id}-{count + 1}")
 
+# %% ../../nbs/study/04_run.ipynb #26a3be01
 @patch
 def take_from(self: Run,
     source: Run, # an earlier run that stands for this one

@@ -33,17 +33,20 @@ class Budget:
     tokens: Count | None = None # of every run, or of the first cell where FLOPs are matched; null: as the base says
     matched: Literal["tokens", "flops", "wall_time"] = "tokens" # what all runs get the same amount of
     seconds: Positive | None = None # of training per run, where wall time is matched
-    flops_per_second: Positive | None = None # what the device makes of a run, stated; null: every configuration is timed
+    # what the device makes of a run, stated; null: every configuration is timed
+    flops_per_second: Positive | None = None
 
+# %% ../../nbs/study/02_study.ipynb #370b0761
 @dataclass
 class Primary:
     "The number that the study is about, named before the runs"
     metric: str | None = None # such as docs/bits_per_byte; null: bits per byte of the first held-out set
     direction: Literal["minimize", "maximize"] = "minimize" # which way is better
 
-# %% ../../nbs/study/02_study.ipynb #f2691feb
+# %% ../../nbs/study/02_study.ipynb #29d248de
 Design = Literal["full", "one_factor", "leave_one_out", "pairs", "list"]
 
+# %% ../../nbs/study/02_study.ipynb #f2691feb
 @dataclass
 class Study:
     "What is compared"
@@ -52,12 +55,16 @@ class Study:
     axes: dict[str, dict[str, dict[str, Any]]] # axis, level, dotted key: value
     notebook: str = "train_and_evaluate" # template by name, or a notebook's path
     design: Design = "full" # which combinations of levels are run
-    seeds: Annotated[list[Seed], Allowed("a list with at least one seed", len)] | None = None # every combination runs once with each; null: three, from the base's own on
-    constraints: list[dict[str, Any]] = field(default_factory=list) # combinations to leave out: {drop: {axis: levels}, reason: why}
+    # every combination runs once with each; null: three, from the base's own on
+    seeds: Annotated[list[Seed], Allowed("a list with at least one seed", len)] | None = None
+    # combinations to leave out: {drop: {axis: levels}, reason: why}
+    constraints: list[dict[str, Any]] = field(default_factory=list)
     budget: Budget = field(default_factory=Budget) # how much each run gets
     primary: Primary = field(default_factory=Primary) # what "best" means
-    reuse: list[dict[str, Any]] = field(default_factory=list) # earlier runs to take over: {cell: {axis: level}, seed, source: folder, reason: why}
-    reuse_from: list[Text] = field(default_factory=list) # folders of earlier studies, from another machine or user, whose equal runs are taken over
+    # earlier runs to take over: {cell: {axis: level}, seed, source: folder, reason: why}
+    reuse: list[dict[str, Any]] = field(default_factory=list)
+    # folders of earlier studies, from another machine or user, whose equal runs are taken over
+    reuse_from: list[Text] = field(default_factory=list)
     claims: list[dict[str, Any]] = field(default_factory=list) # what is expected to be found
 
 # %% ../../nbs/study/02_study.ipynb #1d8d1393
@@ -70,27 +77,36 @@ def known_keys(
     for key in data:
         if key in names: continue
         near = get_close_matches(str(key), names, 1)
-        raise ConfigError(file, str(key), "unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"))
-    if missing := [n for n in ("name", "base_config", "axes") if not data.get(n)]: raise ConfigError(file, missing[0], "is missing")
+        raise ConfigError(file, str(key),
+                          "unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"))
+    if missing := [n for n in ("name", "base_config", "axes") if not data.get(n)]:
+        raise ConfigError(file, missing[0], "is missing")
     return data
 
-# %% ../../nbs/study/02_study.ipynb #7a8c3557
+# %% ../../nbs/study/02_study.ipynb #47dbe139
 NOTHING = ("", "NA", "N/A", "#N/A", "#NA", "<NA>", "NULL", "null", "NaN", "nan", "-NaN", "-nan", "n/a", "None")
 
+# %% ../../nbs/study/02_study.ipynb #7a8c3557
 def _name(value: Any, names: Iterable[str], file: str, key: str) -> str:
     "The name of an axis or a level as text; one that the table of results would lose is refused"
     name = str(value)
-    if name in NOTHING: raise ConfigError(file, key, f"{name!r} is read as an empty cell by programs that open tables; name it otherwise")
-    if name in names: raise ConfigError(file, key, f"{name!r} is there twice, once as a number and once as text; names must differ as text")
+    if name in NOTHING:
+        raise ConfigError(file, key,
+                          f"{name!r} is read as an empty cell by programs that open tables; name it otherwise")
+    if name in names:
+        raise ConfigError(file, key,
+                          f"{name!r} is there twice, once as a number and once as text; names must differ as text")
     return name
 
+# %% ../../nbs/study/02_study.ipynb #d50cfc9e
 def _axes(data: Any, file: str) -> dict[str, dict[str, dict[str, Any]]]:
     "The axes of a study file, names as text"
     if not isinstance(data, dict): raise ConfigError(file, "axes", f"{data!r} is not a mapping of axes")
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for axis, levels in data.items():
         here = f"axes.{axis}"
-        if not isinstance(levels, dict) or not levels: raise ConfigError(file, here, "has no levels, so the study has no cell")
+        if not isinstance(levels, dict) or not levels:
+            raise ConfigError(file, here, "has no levels, so the study has no cell")
         own = out[_name(axis, out, file, here)] = {}
         for level, overrides in levels.items():
             if not isinstance(overrides, dict):
@@ -110,10 +126,13 @@ def read_constraints(
     out = []
     for n, given in enumerate(data):
         key = f"constraints.{n}"
-        if not isinstance(given, dict) or {*given} != {"drop", "reason"}: raise ConfigError(file, key, "must have two keys, drop: {axis: level or list of levels} and reason: text")
-        if not isinstance(given["reason"], str) or not given["reason"].strip(): raise ConfigError(file, f"{key}.reason", "is empty; the reason stands in the plan and in the report")
+        if not isinstance(given, dict) or {*given} != {"drop", "reason"}:
+            raise ConfigError(file, key, "must have two keys, drop: {axis: level or list of levels} and reason: text")
+        if not isinstance(given["reason"], str) or not given["reason"].strip():
+            raise ConfigError(file, f"{key}.reason", "is empty; the reason stands in the plan and in the report")
         drop = chosen_levels(given["drop"], axes, file, f"{key}.drop")
-        out.append(dict(drop={a: l if isinstance(l, list) else [l] for a, l in drop.items()}, reason=given["reason"].strip()))
+        out.append(dict(drop={a: l if isinstance(l, list) else [l] for a, l in drop.items()},
+                        reason=given["reason"].strip()))
     return out
 
 # %% ../../nbs/study/02_study.ipynb #2dff578c
@@ -135,12 +154,18 @@ def read_reuse(
     out = []
     for n, given in enumerate(data):
         key = f"reuse.{n}"
-        if not isinstance(given, dict) or not {"cell", "source", "reason"} <= {*given} <= {"cell", "seed", "source", "reason"}:
-            raise ConfigError(file, key, "must have cell: {axis: level}, source: folder of a run, reason: text, and may have seed: number")
+        if not isinstance(given, dict) or not {"cell", "source", "reason"} <= {*given} <= {"cell", "seed", "source",
+            "reason"}:
+            raise ConfigError(file, key,
+                              "must have cell: {axis: level}, source: folder of a run, reason: text, and may have "
+                              "seed: number")
         cell = chosen_levels(given["cell"], axes, file, f"{key}.cell")
-        if lacking := [a for a in axes if not isinstance(cell.get(a), str)]: raise ConfigError(file, f"{key}.cell", f"must name one level of every axis; {lacking[0]} is missing or a list")
+        if lacking := [a for a in axes if not isinstance(cell.get(a), str)]:
+            raise ConfigError(file, f"{key}.cell",
+                              f"must name one level of every axis; {lacking[0]} is missing or a list")
         seed = None if given.get("seed") is None else convert(Seed, given["seed"], file, f"{key}.seed")
-        out.append(dict(cell=cell, seed=seed, **{k: convert(Text, given[k], file, f"{key}.{k}") for k in ("source", "reason")}))
+        out.append(dict(cell=cell, seed=seed,
+                        **{k: convert(Text, given[k], file, f"{key}.{k}") for k in ("source", "reason")}))
     return out
 
 # %% ../../nbs/study/02_study.ipynb #ff764448
@@ -150,13 +175,20 @@ def check_budget(
 ):
     "Refuse a budget that says two things, or half of one"
     wall = budget.matched == "wall_time"
-    if wall and budget.seconds is None: raise ConfigError(file, "budget.seconds", "is missing; matched: wall_time gives every run this many seconds of training")
-    if wall and budget.tokens is not None: raise ConfigError(file, "budget.tokens", "contradicts matched: wall_time, which gives every run as many tokens as fit its seconds")
-    if not wall and budget.seconds is not None: raise ConfigError(file, "budget.seconds", f"has no effect with matched: {budget.matched}; use matched: wall_time")
+    if wall and budget.seconds is None:
+        raise ConfigError(file, "budget.seconds",
+                          "is missing; matched: wall_time gives every run this many seconds of training")
+    if wall and budget.tokens is not None:
+        raise ConfigError(file, "budget.tokens",
+                          "contradicts matched: wall_time, which gives every run as many tokens as fit its seconds")
+    if not wall and budget.seconds is not None:
+        raise ConfigError(file, "budget.seconds",
+                          f"has no effect with matched: {budget.matched}; use matched: wall_time")
 
-# %% ../../nbs/study/02_study.ipynb #2c5ee250
+# %% ../../nbs/study/02_study.ipynb #1ca4dc01
 READERS = {"constraints": read_constraints, "reuse": read_reuse, "claims": read_claims}
 
+# %% ../../nbs/study/02_study.ipynb #2c5ee250
 def study_from_dict(
     data: dict, # as YAML gives it
     file: str = "<study>", # for messages
@@ -201,8 +233,10 @@ def combinations(
     if design == "full": return [dict(zip(names, row)) for row in itertools.product(*levels)]
     reference = tuple(len(l) - 1 if design == "leave_one_out" else 0 for l in levels)
     rows = {reference}
-    for leave in itertools.chain.from_iterable(itertools.combinations(range(len(names)), k) for k in range(1, 3 if design == "pairs" else 2)):
-        rows |= set(itertools.product(*([n for n in range(len(l)) if n != reference[i]] if i in leave else [reference[i]] for i, l in enumerate(levels))))
+    for leave in itertools.chain.from_iterable(itertools.combinations(range(len(names)), k)
+                                               for k in range(1, 3 if design == "pairs" else 2)):
+        rows |= set(itertools.product(*([n for n in range(len(l)) if n != reference[i]] if i in leave
+                                        else [reference[i]] for i, l in enumerate(levels))))
     return [{a: l[n] for a, l, n in zip(names, levels, row)} for row in sorted(rows)]
 
 # %% ../../nbs/study/02_study.ipynb #da9baa23
@@ -217,7 +251,8 @@ def expert_setup_levels(
     "Base; key dimensions halved; halved with experts of four times the neurons"
     peer = base.model_config.peer_config
     halved, n = [s // 2 for s in peer.product_key_dim], peer.expert_hidden_size
-    smaller = {"model_config.peer_config.product_key_dim": halved, "model_config.peer_config.num_experts": math.prod(halved)}
+    smaller = {"model_config.peer_config.product_key_dim": halved,
+               "model_config.peer_config.num_experts": math.prod(halved)}
     levels = {_grid(peer.product_key_dim, n): {}, _grid(halved, n): smaller,
               _grid(halved, 4*n): {**smaller, "model_config.peer_config.expert_hidden_size": 4*n}}
     odd = [s for s in peer.product_key_dim if s % 2]
@@ -238,7 +273,9 @@ def selection_heads_levels(
                         (2*h, k//2, f"{k} experts per head cannot be halved" if k % 2 else
                          "the softmax over a single expert is always 1" if k == 2 and peer.score == "softmax" else "")]:
         if why: left_out[f"{h2 or '½'} heads × {k2 or '½'}"] = why
-        else: levels[name(h2, k2)] = {"model_config.peer_config.num_heads": h2, "model_config.peer_config.num_experts_per_tok": k2}
+        else:
+            levels[name(h2, k2)] = {"model_config.peer_config.num_heads": h2,
+                                    "model_config.peer_config.num_experts_per_tok": k2}
     return levels, left_out
 
 # %% ../../nbs/study/02_study.ipynb #5e93d73d
@@ -250,13 +287,16 @@ def data_mix_levels(
     levels = {"base": {}}
     for key, mix in mixes.items():
         name = "base" if key == "base" else mix.name or key
-        if name in levels and key != "base": raise UserError(f"--custom-datasets: mix {key!r} has the name {name!r} of another mix; a name tells levels apart")
+        if name in levels and key != "base":
+            raise UserError(f"--custom-datasets: mix {key!r} has the name {name!r} of another mix; a name tells levels "
+                            f"apart")
         levels[name] = {"dataset_config.datasets": [asdict(d) for d in mix.datasets]}
     return levels, {}
 
-# %% ../../nbs/study/02_study.ipynb #ec29283f
+# %% ../../nbs/study/02_study.ipynb #75eea4e3
 BUILTIN_AXES = ("data_mix", "expert_setup", "selection_heads")
 
+# %% ../../nbs/study/02_study.ipynb #ec29283f
 def builtin_axes(
     base: Config, # what the levels are relative to
     names: Iterable[str] = BUILTIN_AXES, # which axes
@@ -267,10 +307,13 @@ def builtin_axes(
     for axis in names:
         if axis not in BUILTIN_AXES:
             near = get_close_matches(axis, BUILTIN_AXES, 1, 0.4)
-            raise UserError(f"--axes: unknown axis {axis!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(BUILTIN_AXES)}")
+            raise UserError(f"--axes: unknown axis {axis!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+                            + f" Known: {', '.join(BUILTIN_AXES)}")
         if axis != "data_mix" and not base.model_config.use_peer:
-            raise UserError(f"--axes {axis}: the base has no memory layers (model_config.use_peer is false), so there is nothing to vary")
-        make = {"data_mix": lambda b: data_mix_levels(b, mixes or {}), "expert_setup": expert_setup_levels, "selection_heads": selection_heads_levels}
+            raise UserError(f"--axes {axis}: the base has no memory layers (model_config.use_peer is false), so there "
+                            f"is nothing to vary")
+        make = {"data_mix": lambda b: data_mix_levels(b, mixes or {}), "expert_setup": expert_setup_levels,
+                "selection_heads": selection_heads_levels}
         levels, missing = make[axis](base)
         for level, overrides in levels.items():
             try: apply_overrides(base, overrides)
@@ -279,12 +322,15 @@ def builtin_axes(
         left_out.update({f"{axis}: {l}": why for l, why in missing.items()})
     return axes, left_out
 
-# %% ../../nbs/study/02_study.ipynb #4db1cb8d
+# %% ../../nbs/study/02_study.ipynb #885373f0
 STUDY_KEYS = {
-    "dataset_config.tokenizer_name": "a study has one tokenizer", "dataset_config.tokenizer_corpus": "a study has one tokenizer",
-    "dataset_config.heldout_fraction": "every cell is scored on the same held-out text", "eval_config": "every cell is scored in the same way",
+    "dataset_config.tokenizer_name": "a study has one tokenizer",
+    "dataset_config.tokenizer_corpus": "a study has one tokenizer",
+    "dataset_config.heldout_fraction": "every cell is scored on the same held-out text",
+    "eval_config": "every cell is scored in the same way",
     "train_config.seed": "seeds stand under `seeds`", "train_config.output_dir": "the runner chooses the folder"}
 
+# %% ../../nbs/study/02_study.ipynb #4db1cb8d
 def _different(a: dict, b: dict) -> str:
     "Where two flat dictionaries differ"
     return ", ".join(f"{k} {a.get(k)!r} and {b.get(k)!r}" for k in {**a, **b} if a.get(k) != b.get(k))
@@ -298,7 +344,8 @@ def heldout_sets(
     for entry in (e for c in configs for e in c.dataset_config.datasets):
         plain = {k: v for k, v in asdict(entry).items() if k != "weight"}
         if sets.setdefault(entry.name, plain) != plain:
-            raise UserError(f"dataset {entry.name!r} means two different sources in this study: {_different(sets[entry.name], plain)}; give them different names")
+            raise UserError(f"dataset {entry.name!r} means two different sources in this study: "
+                            f"{_different(sets[entry.name], plain)}; give them different names")
     return list(sets.values())
 
 # %% ../../nbs/study/02_study.ipynb #7f19611a
@@ -310,7 +357,8 @@ def shared_overrides(
     "What is set in every cell alike: budget, tokenizer corpus, held-out sets"
     out = {}
     if tokens is not None:
-        out = {"train_config.max_tokens": tokens, **{f"train_config.{k}": None for k in ("max_steps", "num_train_epochs", "steps_per_epoch")}}
+        out = {"train_config.max_tokens": tokens,
+               **{f"train_config.{k}": None for k in ("max_steps", "num_train_epochs", "steps_per_epoch")}}
     data = base.dataset_config
     if data.tokenizer_name.startswith("corpus:") and data.tokenizer_corpus is None:
         out["dataset_config.tokenizer_corpus"] = [asdict(e) for e in data.datasets]
@@ -333,7 +381,7 @@ def check_levels(
     axes: dict[str, dict[str, dict]], # axis, level, overrides
     where: str, # study file, for messages
 ) -> list[Config]: # each level applied to the base
-    "Refuse a level that no configuration can have, that takes what is the study's, or that equals another level of its axis"
+    "Refuse a level that no configuration can have, that takes what is the study's, or that equals another"
     configs = []
     for axis, levels in axes.items():
         seen = {}
@@ -343,7 +391,9 @@ def check_levels(
             try: config = apply_overrides(base, overrides)
             except ConfigError as e: raise UserError(f"{here}: {e}") from e
             same = seen.setdefault(sha256_of(to_dict(config)), level)
-            if same != level: raise UserError(f"{here}: the same configuration as level {same!r}; two levels must differ in something")
+            if same != level:
+                raise UserError(f"{here}: the same configuration as level {same!r}; two levels must differ in "
+                                f"something")
             configs.append(config)
     return configs
 
@@ -359,7 +409,8 @@ def cell_overrides(
         for key, value in axes[axis][level].items():
             for k in owner:
                 if owner[k] != axis and (k == key or k.startswith(key + ".") or key.startswith(k + ".")):
-                    raise UserError(f"{at(where, f'axes.{axis}.{level}.{key}')}: axes {owner[k]!r} and {axis!r} both set {key}; a cell can have only one value")
+                    raise UserError(f"{at(where, f'axes.{axis}.{level}.{key}')}: axes {owner[k]!r} and {axis!r} both "
+                                    f"set {key}; a cell can have only one value")
             out[key], owner[key] = value, axis
     return out
 
@@ -373,6 +424,7 @@ def step_tokens(
     rows = train.per_device_train_batch_size*train.gradient_accumulation_steps*world_size
     return rows*config.dataset_config.max_seq_length
 
+# %% ../../nbs/study/02_study.ipynb #215da6ad
 def planned_tokens(
     config: Config, # one cell's
     world_size: int = 1, # GPUs of a run
@@ -382,7 +434,9 @@ def planned_tokens(
     if train.max_tokens is not None: return train.max_tokens
     if train.max_steps is not None: return train.max_steps * step
     if train.num_train_epochs is None:
-        raise UserError("how long to train is not said: give --tokens, or set one of train_config.max_tokens, max_steps, num_train_epochs")
+        raise UserError("how long to train is not said: give --tokens, or set one of train_config.max_tokens, "
+                        "max_steps, num_train_epochs")
     if train.steps_per_epoch is not None: return int(train.num_train_epochs * train.steps_per_epoch) * step
     if streams := [d.name for d in data.datasets if d.streaming]:
-        raise UserError(f"train_config.num_train_epochs: dataset {streams[0]!r} is a stream and has no end; set steps_per_epoch, or give --tokens")
+        raise UserError(f"train_config.num_train_epochs: dataset {streams[0]!r} is a stream and has no end; set "
+                        f"steps_per_epoch, or give --tokens")

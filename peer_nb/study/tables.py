@@ -31,10 +31,12 @@ class Table:
 
     def __repr__(self) -> str: return self._repr_markdown_()
 
+# %% ../../nbs/study/06_tables.ipynb #c0f6aaa3
 def _cell(value: Any) -> str:
     "A value in one line, without a border of its own"
     return " ".join(str(value).splitlines()).replace("|", "\\|")
 
+# %% ../../nbs/study/06_tables.ipynb #2bba5703
 def table(
     header: Sequence[str], # headings
     rows: Iterable[Sequence[Any]], # one per line
@@ -55,12 +57,14 @@ def told_differences(
         return not (old is None and new == untold.get(key.rpartition(".")[2], key))
     return {key: pair for key, pair in diff_configs(base, config).items() if told(key, *pair)}
 
+# %% ../../nbs/study/06_tables.ipynb #9ba0c908
 def differences_table(
     base: Config, # of the file
     config: Config, # of the run
 ) -> Table:
     "How a run differs from its configuration file"
-    short = [[key, *(f"`{str(value)[:160]}`" for value in pair)] for key, pair in told_differences(base, config).items()]
+    short = [[key, *(f"`{str(value)[:160]}`" for value in pair)] for key,
+             pair in told_differences(base, config).items()]
     return table(["key", "file", "this run"], short, "None: it is the file as it stands.")
 
 # %% ../../nbs/study/06_tables.ipynb #b62f4e46
@@ -87,6 +91,7 @@ def heldout_table(
     head = ["text", "bits per byte", "s.e.", "perplexity", "loss", "tokens", "documents", "window"]
     return table(head, [row(name, s) for name, s in scores.items()])
 
+# %% ../../nbs/study/06_tables.ipynb #ffdd4aa0
 def usage_table(
     usage: dict[str, Any], # of the memory's rows, by layer
 ) -> Table:
@@ -103,11 +108,14 @@ def recall_table(
     "What a model remembers, by split"
     def row(name, task, split, s):
         exact = s["exact_match"]
-        return [name, task, split, f"{exact['n']:,}", f"**{exact['value']:.3f}**", f"{exact['low']:.3f} – {exact['high']:.3f}",
+        return [name, task, split, f"{exact['n']:,}", f"**{exact['value']:.3f}**",
+                f"{exact['low']:.3f} – {exact['high']:.3f}",
                 f"{s['digit_accuracy']['value']:.3f}", f"{s['answer_logprob']['value']:.2f}"]
-    head = ["data set", "task", "split", "questions", "exact match", "95 % interval", "characters right", "log p (nats)"]
+    head = ["data set", "task", "split", "questions", "exact match", "95 % interval", "characters right",
+            "log p (nats)"]
     return table(head, (row(*one) for one in found), "This run has no generated task.")
 
+# %% ../../nbs/study/06_tables.ipynb #eecd78d6
 def benchmarks_table(
     benchmarks: dict[str, Any], # groups, tasks
 ) -> Table:

@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..cli import make_main
+from ..cli import make_main, steady_streams
 from ..config import Config, apply_overrides, diff_configs, load_config, to_dict
 from ..data.corpora import data_manifest, load_tokenizer
 from ..data.packing import build_dataloader, differences
@@ -531,7 +531,7 @@ def train(
 ) -> TrainResult:
     "Train, evaluate and save as a configuration says; continue where an earlier start was interrupted"
     start_log("critical" if place_of_rank()[0] else cfg.train_config.log_level)
-    with join_processes(cfg.train_config.parallel) as processes:
+    with steady_streams(), join_processes(cfg.train_config.parallel) as processes:
         trainer = Trainer(cfg, processes)
         out = processes.from_main(writable_folder(cfg.train_config.output_dir) if processes.main else None)
         lock = folder_lock(out) if processes.main else nullcontext()

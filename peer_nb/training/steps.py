@@ -9,9 +9,7 @@ import errno
 import logging
 import os
 import random
-import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..children import on_signals
 from ..config import TrainConfig
 from ..files import UserError
 from ..evaluation.perplexity import autocast_for
@@ -123,14 +122,9 @@ class Preempted(SystemExit):
 # %% ../../nbs/training/09_steps.ipynb #e5a0b293
 @contextmanager
 def stop_requests() -> Iterator[list[int]]: # numbers of the signals received so far
-    "Collect SIGTERM, SIGUSR1 and SIGUSR2 instead of dying from them"
+    "Collect SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 instead of dying from them"
     received: list[int] = []
-    names = ("SIGTERM", "SIGUSR1", "SIGUSR2") if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, lambda n, _: received.append(n))
-              for number in (getattr(signal, name, None) for name in names) if number}
-    try: yield received
-    finally:
-        for number, handler in before.items(): signal.signal(number, handler)
+    with on_signals(("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"), received.append): yield received
 
 # %% ../../nbs/training/09_steps.ipynb #4e2e835d
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
