@@ -23,9 +23,10 @@ from peer_nb.cli import make_main
 from peer_nb.config import Config, DatasetConfig, DatasetEntry, MLAConfig, ModelConfig, PeerConfig, to_dict
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.evaluation import recall_command
-from peer_nb.evaluation.recall import Pieces, answer_batches, encode_questions, questions_of, read_questions, recall_of, wilson
+from peer_nb.evaluation.recall import Pieces, answer_batches, encode_questions, questions_of, read_questions, recall_of
 from peer_nb.evaluation.recall_command import SCHEMA, recall
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
+from peer_nb.stats import wilson
 from peer_nb.tasks.registry import TASKS, find_task
 from peer_nb.tasks.writing import generate, write_task
 

@@ -19,16 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .loading import check_finite, check_tokenizer, longest_context
 from ..files import UserError, read_json
+from ..stats import wilson
 from ..tasks.registry import TASKS, find_task
 from ..tasks.task import METRICS, Task
 
 # %% auto #0
 __all__ = ['LOGITS', 'Mode', 'Z', 'Question', 'questions_of', 'file_rows', 'read_questions', 'Encoded', 'encoded_one',
            'encode_questions', 'start_of', 'Pieces', 'Forced', 'split_places', 'keeps_last_logits', 'teacher_forced',
-           'cut_cache', 'Speech', 'speak', 'longest_context', 'generate_after', 'batches_of', 'check_fit',
-           'forced_text', 'places_of', 'record_of', 'answer_batches', 'wilson', 'share', 'mean', 'summary',
-           'bucket_names', 'questions_in', 'recall_of', 'Walk', 'walk']
+           'cut_cache', 'Speech', 'speak', 'generate_after', 'batches_of', 'check_fit', 'forced_text', 'places_of',
+           'record_of', 'answer_batches', 'share', 'mean', 'summary', 'bucket_names', 'questions_in', 'recall_of',
+           'Walk', 'walk']
 
 # %% ../../nbs/evaluation/06_recall.ipynb #470ae94b
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ def split_places(
 ) -> list[Forced]: # one for each question
     "Numbers of each place, handed to the question that it belongs to"
     right = logp.gather(1, target[:, None])                                          # [places, 1]
+    check_finite(right)
     best, said = logp.max(-1)
     entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
     likely, which = logp.topk(logp.shape[1] if top < 0 else min(top, logp.shape[1]), -1)
@@ -286,12 +289,6 @@ def speak(
             if not s.over(pieces): s.tokens.append(token)
         open_ones = [s for s in open_ones if not s.over(pieces)]
 
-# %% ../../nbs/evaluation/06_recall.ipynb #298e2f0d
-def longest_context(model: nn.Module) -> int:
-    "How many tokens a model reads; without a limit, very many"
-    known = (getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions"))
-    return next(filter(None, known), 2**31)
-
 # %% ../../nbs/evaluation/06_recall.ipynb #32a3125d
 def generate_after(
     model: nn.Module, # a causal language model in evaluation mode
@@ -301,7 +298,7 @@ def generate_after(
     past=None, # cache of that pass
 ) -> list[list[int]]: # tokens that greedy decoding says for each
     "Greedy answers: the forced ones up to the first mistake, and the model's own words from there"
-    room, speeches = longest_context(model), []
+    room, speeches = longest_context(model) or 2**31, []
     for row, (e, f) in enumerate(zip(batch, forced)):
         agreed = next((i for i, t in enumerate(e.answer) if f.said[i] != t), len(e.answer))
         speeches.append(Speech(e, row, e.answer[:agreed] + f.said[agreed:agreed + 1], room - len(e.context)))
@@ -319,6 +316,7 @@ def batches_of(
     encoded: Sequence[Encoded], # in any order
     batch_tokens: int, # most tokens of a batch, padding included
     vocabulary: int, # logits of a place
+    rows: int | None = None, # most questions of a batch; None: as many as fit
 ) -> Iterator[list[Encoded]]: # the longest first, so that too large a batch shows at once
     "Questions of like length together"
     batch: list[Encoded] = []
@@ -327,7 +325,8 @@ def batches_of(
         if batch:
             width = size(batch[0])
             kept = width - min(len(x.context) for x in [*batch, e])
-            if (len(batch) + 1)*width > batch_tokens or (len(batch) + 1)*kept*vocabulary > LOGITS:
+            full = len(batch) == rows or (len(batch) + 1)*width > batch_tokens
+            if full or (len(batch) + 1)*kept*vocabulary > LOGITS:
                 yield batch
                 batch = []
         batch.append(e)
@@ -340,12 +339,9 @@ def check_fit(
     encoded: Sequence[Encoded], # of this tokenizer
 ) -> None:
     "Refuse a tokenizer or questions that the model has no place for"
-    rows, highest = model.get_input_embeddings().num_embeddings, max(max(e.context + e.answer) for e in encoded)
-    if highest >= rows or len(tokenizer) > rows:
-        raise UserError(f"the tokenizer does not match the model: it has {len(tokenizer):,} tokens, the model's "
-            f"vocabulary {rows:,}; give the tokenizer that the model was trained with")
+    check_tokenizer(model, tokenizer)
     longest = max(encoded, key=lambda e: len(e.context) + len(e.answer))
-    size, room = len(longest.context) + len(longest.answer), longest_context(model)
+    size, room = len(longest.context) + len(longest.answer), longest_context(model) or 2**31
     if size > room:
         too_long = sum(len(e.context) + len(e.answer) > room for e in encoded)
         raise UserError(f"{too_long} of {len(encoded)} questions do not fit into the {room} tokens that the model "
@@ -411,13 +407,14 @@ def answer_batches(
     mode: Mode = "generated", # one forward pass, or also let it speak
     batch_tokens: int = 8192, # most tokens of a batch
     top: int = 0, # likeliest tokens to keep at each place of an answer; -1: all; 0: no distributions
+    rows: int | None = None, # most questions of a batch; None: as many as fit
 ) -> Iterator[list[dict[str, Any]]]: # records of a batch, see `record_of`
     "Ask questions, a batch at a time"
     check_fit(model, tokenizer, encoded)
     pieces, training = Pieces(tokenizer), model.training
     model.eval()
     try:
-        for batch in batches_of(encoded, batch_tokens, model.get_input_embeddings().num_embeddings):
+        for batch in batches_of(encoded, batch_tokens, model.get_input_embeddings().num_embeddings, rows):
             forced, past = teacher_forced(model, batch, top, keep=mode == "generated")
             said = generate_after(model, batch, forced, pieces, past) if mode == "generated" else [None]*len(batch)
             yield [record_of(e, f, s, pieces, top) for e, f, s in zip(batch, forced, said)]
@@ -425,17 +422,6 @@ def answer_batches(
 
 # %% ../../nbs/evaluation/06_recall.ipynb #4f5782a7
 Z = 1.959963984540054 # of a normal distribution, 2.5 % lie above
-
-def wilson(
-    right: int, # answers
-    count: int, # questions
-) -> tuple[float, float]: # both ends
-    "The 95 % interval of a share"
-    if not 0 <= right <= count or count < 1: raise ValueError(f"{right} of {count}: not a share")
-    share, square = right/count, Z*Z/count
-    spread = Z*math.sqrt(share*(1 - share)/count + square/(4*count))
-    low, high = ((share + square/2 + sign*spread)/(1 + square) for sign in (-1, 1))
-    return (0. if right == 0 else low, 1. if right == count else high)
 
 # %% ../../nbs/evaluation/06_recall.ipynb #c682b25a
 def share(values: Sequence[bool]) -> dict[str, float]: # value, low, high, n

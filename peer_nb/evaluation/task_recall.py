@@ -100,7 +100,8 @@ def ask_tasks(
     for entry in task_entries(cfg):
         encoded = encoded_questions(entry, cfg, tokenizer, rows)
         with autocast_for(cfg.train_config, device):
-            records = {r["id"]: r for batch in answer_batches(model, tokenizer, encoded) for r in batch}
+            batches = answer_batches(model, tokenizer, encoded, rows=cfg.eval_config.eval_batch_size)
+            records = {r["id"]: r for batch in batches for r in batch}
         found[entry.name] = [records[e.question.id] for e in encoded]
     return found
 
