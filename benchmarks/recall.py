@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peer_nb.config import Config, DatasetConfig, MLAConfig, ModelConfig, PeerConfig, to_dict
 from peer_nb.data.corpora import load_tokenizer
-from peer_nb.evaluation.recall import Pieces, answer_batches, encode_questions, questions_of
+from peer_nb.evaluation.recall import TokenTexts, answer_batches, encode_questions, questions_of
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from peer_nb.tasks.writing import generate
 
@@ -75,7 +75,7 @@ def theirs(model, tokenizer, questions) -> dict[str, tuple[str, list[int]]]:
 
 def measure(model, tokenizer, questions, sample, blocks: int) -> dict[str, list[float]]:
     "Milliseconds of CPU time for a question, by block"
-    times, pieces = dict(peer_nb=[], transformers=[]), Pieces(tokenizer)   # several bytes may make one character: compared is what each token spells
+    times, pieces = dict(peer_nb=[], transformers=[]), TokenTexts(tokenizer)   # several bytes may make one character: compared is what each token spells
     spelled = lambda q, tokens: pieces.said(encode_questions(tokenizer, [q])[0], tokens)[0]
     for block in range(blocks + 1):
         some = questions[block*sample % len(questions):][:sample]

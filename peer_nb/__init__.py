@@ -39,6 +39,7 @@ def enter():
     if ConfigOnDemand.model_type not in names.CONFIG_MAPPING:
         names.AutoConfig.register(ConfigOnDemand.model_type, ConfigOnDemand)
 
+# %% ../nbs/models/04_opening.ipynb #5c1cfbf3
 class WhenListed(MetaPathFinder):
     "Notices that transformers' list is being loaded"
     def find_spec(self,

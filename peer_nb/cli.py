@@ -68,6 +68,7 @@ def parameters(func: Callable) -> list[Parameter]:
     signature = inspect.signature(func, eval_str=True)
     return [_parameter(p, comments.get(p.name)) for p in signature.parameters.values() if p.name != "overrides"]
 
+# %% ../nbs/03_cli.ipynb #f192e7eb
 def takes_overrides(func: Callable) -> bool:
     "Whether a command can change configuration keys"
     return "overrides" in inspect.signature(func).parameters
@@ -83,7 +84,9 @@ def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]: # (other 
         if option := re.fullmatch(rf"--({_KEY})", word):
             if not rest or rest[0].startswith("--"): raise UserError(f"{word} needs a value")
             key, value = option[1], rest.pop(0)
-        elif assigned := re.fullmatch(rf"(?:--)?({_KEY})=(.*)", word, re.DOTALL) or re.fullmatch(r"(\w+_config)=(.*)", word, re.DOTALL): key, value = assigned.groups()
+        elif assigned := re.fullmatch(rf"(?:--)?({_KEY})=(.*)", word,
+                                      re.DOTALL) or re.fullmatch(r"(\w+_config)=(.*)", word, re.DOTALL):
+            key, value = assigned.groups()
         else:
             others.append(word)
             continue
@@ -107,6 +110,7 @@ class _Splitter(argparse.ArgumentParser):
     "argparse without exits and abbreviations"
     def error(self, message: str): raise UserError(message)
 
+# %% ../nbs/03_cli.ipynb #11a07d4f
 def _splitter(params: list[Parameter]) -> _Splitter:
     "A parser that sorts words to options, as text"
     parser = _Splitter(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -230,13 +234,15 @@ class SteadyStream:
     def let_go(self):
         "Send what is left, and what comes, nowhere"
         self.gone = True
-        with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere: os.dup2(nowhere.fileno(), self.stream.fileno())
+        with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
 
 # %% ../nbs/03_cli.ipynb #24659a7c
 @contextmanager
 def steady_streams() -> Iterator[None]:
     "Inside, nothing that is printed can fail"
-    for number in range(3):   # closed by who started this process: the next file to be opened would be taken for a stream
+    # closed by who started this process: the next file to be opened would be taken for a stream
+    for number in range(3):
         try: os.fstat(number)
         except OSError: os.dup2(os.open(os.devnull, os.O_RDWR), number)
     before = sys.stdout, sys.stderr

@@ -43,6 +43,7 @@ def _number(value: Any) -> Decimal | None:
     number = Decimal(value.strip() if isinstance(value, str) else value)
     return number if number.is_finite() else None
 
+# %% ../nbs/02_config.ipynb #1e88262e
 def _whole(value: Any) -> int | None:
     "The whole number of at most 64 bits that a value means, else None"
     number = _number(value)
@@ -55,11 +56,13 @@ def _real(value: Any) -> float | None:
     number = _number(value)
     return None if number is None or math.isinf(float(number)) else float(number)
 
+# %% ../nbs/02_config.ipynb #938cdd07
 def _text(value: Any) -> str | None:
     "Text that can be written to a file and given to the system, else None"
     if not isinstance(value, str) or "\0" in value: return None
     return value if value.isascii() or not re.search("[\ud800-\udfff]", value) else None
 
+# %% ../nbs/02_config.ipynb #e83c3668
 def _mapping(value: Any) -> str | None:
     "The JSON text of a mapping or a list; text as it is, unless empty"
     if not isinstance(value, (dict, list)): return (_text(value) or "").strip() or None
@@ -93,6 +96,7 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool): return {True: "true", False: "false", None: "null"}[value]
     return _SHORT.repr(value)
 
+# %% ../nbs/02_config.ipynb #289d290b
 def _refuse(value: Any, kind: Any, file: str, key: str):
     "Raise the error for a value that a type does not allow"
     choices = [choice for part in (kind, *get_args(kind)) if get_origin(part) is Literal for choice in get_args(part)]
@@ -150,6 +154,7 @@ class KnownKey(NamedTuple):
     kind: Any # its type
     leaf: bool # whether it takes a value, not a section or a list of sections
 
+# %% ../nbs/02_config.ipynb #0a2e4246
 def _walk_keys(section: type, where: str = "") -> Iterator[tuple[str, KnownKey]]:
     "The keys of a section and of the sections in it"
     for name, kind in _kinds(section).items():
@@ -231,7 +236,9 @@ def _train_problems(t: TrainConfig, p: PeerConfig) -> Problems:
                 "and a map (what, and where to)")
     table = "model_config.peer_config.table_gradient"
     if p.table_dtype != "float32" and t.parallel == "fsdp2":
-        yield "model_config.peer_config.table_dtype", f"{p.table_dtype} does not work with train_config.parallel: fsdp2, which wants one type for all weights of a layer; choose float32, or parallel ddp"
+        yield "model_config.peer_config.table_dtype", (
+            f"{p.table_dtype} does not work with train_config.parallel: fsdp2, which wants one type for all weights of "
+            "a layer; choose float32, or parallel ddp")
     if p.table_gradient != "dense" and t.parallel == "fsdp2":
         yield table, (f"{p.table_gradient} does not work with train_config.parallel: fsdp2, which shards dense "
             "gradients; choose dense, or parallel ddp")
@@ -398,12 +405,14 @@ def _undressed(value: Any) -> Any:
     if isinstance(value, (list, tuple)): return [_undressed(item) for item in value]
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else deepcopy(value)
 
+# %% ../nbs/02_config.ipynb #e974e75f
 def _overridden(cfg: Config, overrides: dict[str, Any] | list[str]) -> Config:
     "A new configuration with single values changed; contradictions are not looked for"
     tree = to_dict(cfg)
     for key, value in parse_overrides(overrides).items(): _set(tree, str(key).split("."), _undressed(value), str(key))
     return _build(Config, tree, "override", "")
 
+# %% ../nbs/02_config.ipynb #970dadc1
 def apply_overrides(
     cfg: Config, # stays as it is
     overrides: dict[str, Any] | list[str], # {dotted key: value} or "key=value" words
@@ -426,10 +435,13 @@ def _write_sequence(writer: _Writer, items: list) -> yaml.Node:
     plain = not any(isinstance(item, (dict, list)) for item in items)
     return writer.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=plain)
 
+# %% ../nbs/02_config.ipynb #2fac6dbd
 def _write_text(writer: _Writer, text: str) -> yaml.Node:
     "Text: quoted with escapes where it holds a line break of Unicode, which would not come back"
-    return writer.represent_scalar("tag:yaml.org,2002:str", text, '"' if re.search("[\x85\u2028\u2029]", text) else None)
+    return writer.represent_scalar("tag:yaml.org,2002:str", text,
+                                   '"' if re.search("[\x85\u2028\u2029]", text) else None)
 
+# %% ../nbs/02_config.ipynb #a8e715b5
 _Writer.add_representer(list, _write_sequence)
 _Writer.add_representer(str, _write_text)
 _Writer.ignore_aliases = lambda self, data: True   # a list that comes twice is written twice
@@ -456,6 +468,7 @@ def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         for name, part in value.items(): yield from _flat(part, f"{key}.{name}".lstrip("."))
     else: yield key, value
 
+# %% ../nbs/02_config.ipynb #280da2cd
 def flatten(
     cfg: Any, # a Config or one of its sections
 ) -> dict[str, Any]: # dotted key -> value; an item of a list of sections by its index

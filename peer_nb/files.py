@@ -236,6 +236,7 @@ def file_hash(
     "Size and fingerprint of a file"
     with open(path, "rb") as file: return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
+# %% ../nbs/00_files.ipynb #2584fcb9
 def seal_folder(
     folder: Path, # with everything in it that it will hold
 ) -> None:

@@ -20,6 +20,7 @@ def missing(
     "Whether there is nothing to show"
     return value is None or isinstance(value, Real) and math.isnan(value)
 
+# %% ../nbs/04_formats.ipynb #ae5ee6de
 def number(
     value: Any, # number, text or None
 ) -> str: # for people
@@ -86,6 +87,7 @@ def clock(
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
+# %% ../nbs/04_formats.ipynb #038d1c68
 def duration(
     seconds: float | None, # of any length
 ) -> str: # such as 40 s, 12 min, 3.5 h

@@ -45,6 +45,7 @@ class Processes:
         "Whether this is rank 0"
         return self.rank == 0
 
+# %% ../nbs/09_processes.ipynb #1249641d
 ALONE = Processes(torch.device("cpu"))
 
 def default_device(
@@ -65,6 +66,7 @@ def check_kind(
         raise UserError(f"{size} processes were started, but train_config.parallel is none: choose ddp (every process "
                         "holds the model) or fsdp2 (each holds a part of it)")
 
+# %% ../nbs/09_processes.ipynb #3f8199b2
 def begin_group(
     kind: str, # as in `Processes`
     device: torch.device, # of this process
@@ -74,8 +76,9 @@ def begin_group(
     if gpu: torch.cuda.set_device(gpu)
     if dist.is_initialized(): return
     if absent := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise UserError(f"the environment says that there are {os.environ.get('WORLD_SIZE')} processes, but not where they meet "
-                        f"({' and '.join(absent)} missing): start with torchrun or peer-train --gpus, or remove RANK")
+        raise UserError(f"the environment says that there are {os.environ.get('WORLD_SIZE')} processes, but not where "
+                        f"they meet ({' and '.join(absent)} missing): start with torchrun or peer-train --gpus, "
+                        "or remove RANK")
     if kind == "items": dist.init_process_group("gloo", timeout=timedelta(days=7))
     else: dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT, device_id=gpu)
 
@@ -143,6 +146,7 @@ def from_main(self: Processes,
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
+# %% ../nbs/09_processes.ipynb #474c4534
 @patch
 def to_main(self: Processes,
     value: Any, # of this rank
@@ -153,6 +157,7 @@ def to_main(self: Processes,
     dist.all_gather_object(values, value)
     return values if self.main else None
 
+# %% ../nbs/09_processes.ipynb #eb365083
 @patch
 def wait(self: Processes) -> None:
     "Go on when all ranks are here"

@@ -15,6 +15,7 @@ def maybe(
     "What may be missing"
     return {"anyOf": [schema, {"type": "null"}]}
 
+# %% ../nbs/10_result_schema.ipynb #02d6aaa3
 def many(
     schema: dict, # of one
 ) -> dict: # of a list

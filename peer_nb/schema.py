@@ -37,6 +37,7 @@ class Allowed(NamedTuple):
     text: str # completes "allowed: ..."
     holds: Callable[[Any], bool] # for a value that has the right type already
 
+# %% ../nbs/01_schema.ipynb #70067f5c
 Count = Annotated[int, Allowed("a whole number, at least 1", lambda x: x >= 1)]
 Index = Annotated[int, Allowed("a whole number, at least 0", lambda x: x >= 0)]
 Even = Annotated[int, Allowed("an even number, at least 2", lambda x: x >= 2 and x % 2 == 0)]
@@ -58,6 +59,7 @@ def _is_tokenizer(name: str) -> bool:
     size = re.fullmatch(r"corpus:bpe:(\d{1,9})", name)
     return bool(name.strip()) if not name.startswith("corpus:") else size is not None and int(size[1]) >= 257
 
+# %% ../nbs/01_schema.ipynb #8ffd1ad0
 def _is_template(text: str) -> bool:
     "Whether a text can be filled with fields: `{question}` and the like"
     try: parts = [(name, spec) for _, name, spec, _ in string.Formatter().parse(text) if name is not None]
@@ -204,6 +206,7 @@ class DatasetEntry:
     task: Text | None = None # a generated task instead of a path: synthetic_qa, digit_lookup, two_hop, hashhop
     task_arguments: MappingText | None = None # of its generator, as `peer-data` takes them: {num_pairs: 1000, seed: 1}
 
+# %% ../nbs/01_schema.ipynb #d761baa1
 @dataclass
 class DatasetConfig:
     "What is trained on"

@@ -156,6 +156,20 @@ def test_local_formats_give_the_same_documents(ending, cache, tmp_path):
     assert list(documents(replace(entry, path=str(tmp_path/"x.*")), heldout_fraction=0)) == texts
 
 
+def test_names_mean_themselves_and_files_are_read_once(cache, tmp_path):
+    "Brackets in names of files and folders, a link to the folder itself, a README beside other data"
+    folder = tmp_path/"run[1]"
+    for place in (tmp_path/"run1", folder): place.mkdir()
+    for file, text in ((tmp_path/"run1"/"x.jsonl", "wrong"), (folder/"x.jsonl", "x"), (folder/"part1.jsonl", "one"), (folder/"part[1].jsonl", "itself")):
+        file.write_text(json.dumps(dict(text=text)) + "\n")
+    (folder/"loop").symlink_to(folder)
+    (folder/"README.md").write_text("# no data")
+    read = lambda path, **keys: list(documents(DatasetEntry("x", str(path), **keys), heldout_fraction=0))
+    assert read(folder/"part[1].jsonl") == ["itself"] and read(folder/"x.jsonl") == ["x"]
+    assert read(folder/"part*.jsonl") == ["one", "itself"]
+    assert read(folder) == read(folder, format="json") == ["one", "itself", "x"]
+
+
 def test_mixes_by_name(cache, files, tmp_path):
     mixes = dict(insects=dict(name="Insects", datasets=[dict(name=e.name, path=e.path, weight=w) for e, w in zip(files, (.8, .2))]))
     (tmp_path/"datasets.yaml").write_text(json.dumps(dict(data_mixes=mixes)))

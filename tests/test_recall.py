@@ -23,7 +23,7 @@ from peer_nb.cli import make_main
 from peer_nb.config import Config, DatasetConfig, DatasetEntry, MLAConfig, ModelConfig, PeerConfig, to_dict
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.evaluation import recall_command
-from peer_nb.evaluation.recall import Pieces, answer_batches, encode_questions, questions_of, read_questions, recall_of
+from peer_nb.evaluation.recall import TokenTexts, answer_batches, encode_questions, questions_of, read_questions, recall_of
 from peer_nb.evaluation.recall_command import SCHEMA, recall
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from peer_nb.stats import wilson
@@ -91,7 +91,7 @@ def alone(model, tokenizer, e) -> list[int]:
 @pytest.mark.parametrize("task", TASKS)
 def test_generated_answers_are_those_of_generate(build, task, tokenizer):
     torch.manual_seed(3)
-    model, encoded, pieces = build(len(tokenizer)).eval(), encode_questions(tokenizer, asked(task)[::3]), Pieces(tokenizer)
+    model, encoded, pieces = build(len(tokenizer)).eval(), encode_questions(tokenizer, asked(task)[::3]), TokenTexts(tokenizer)
     records = {r["id"]: r for batch in answer_batches(model, tokenizer, encoded, batch_tokens=700) for r in batch}
     assert len(records) == len(encoded)
     for e in encoded: assert records[e.question.id]["said"] == pieces.said(e, alone(model, tokenizer, e))[0]
@@ -115,7 +115,7 @@ def test_modes_agree_with_tokens_that_straddle(gluing, steps):
     questions = asked("synthetic_qa")
     known = [q for q in questions if q.split == "known"]
     model = overfit(llama(len(gluing), 64), gluing, [q.prompt + q.answer + q.end for q in known], steps)
-    encoded, pieces = encode_questions(gluing, questions), Pieces(gluing)
+    encoded, pieces = encode_questions(gluing, questions), TokenTexts(gluing)
     assert max(len(gluing.convert_ids_to_tokens(t)) for e in encoded for t in e.answer) > 1
     records = {r["id"]: r for batch in answer_batches(model, gluing, encoded, batch_tokens=64) for r in batch}
     for e in encoded:

@@ -41,6 +41,7 @@ def say(
     "Print"
     print(lines if isinstance(lines, str) else "\n".join(lines), flush=True)
 
+# %% ../../nbs/analysis/15_command.ipynb #34f4762e
 def report_result(
     kind: str, # of result
     result: dict, # from `analysis_result`
@@ -72,6 +73,7 @@ def own_config(
     length = {"max_seq_length": config.get("max_position_embeddings", 2048)}
     return config_from_dict({"model_config": own, "dataset_config": length}, str(source/"config.json"))
 
+# %% ../../nbs/analysis/15_command.ipynb #d8919168
 def has_training(source: Path) -> bool: # whether it says how the model is trained
     "A bare model folder knows nothing of batches"
     return source.is_file() or (source/"trainer_state"/"config.yaml").is_file()
@@ -122,6 +124,7 @@ def _columns(first: Any, *cells: Any, width: int = 16) -> str:
     "A line of a table: a name, then numbers or words in columns of twenty characters"
     return f"{first:<{width}}" + "".join(f"{number(cell):>20}" for cell in cells)
 
+# %% ../../nbs/analysis/15_command.ipynb #cf0e3685
 def parameters_text(
     result: dict, # of kind parameters
 ) -> str: # for a terminal
@@ -182,6 +185,7 @@ def file_text(
     except OSError as e: raise UserError(f"{path}: not a text file that can be read: {e.strerror}") from e
     except UnicodeDecodeError as e: raise UserError(f"{path}: not a text file that can be read: it is not UTF-8") from e
 
+# %% ../../nbs/analysis/15_command.ipynb #6bda7ec2
 def in_turn(
     sources: list[Iterable[Any]], # of documents
 ) -> Iterator[Any]: # one of each, as long as it has any

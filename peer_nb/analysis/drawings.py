@@ -453,7 +453,8 @@ def draw_checkpoint(
     rows = [t | dict(shape="\u00a0×\u00a0".join(map(str, t["shape"]))) for t in tensors]
     columns = dict(name="tensor", dtype="format", shape="shape", numbers="numbers", rms="root mean square", mean="mean",
                    largest="largest", norm="norm", zeros="zeros", nan="nan", infinite="inf")
-    return (result_heading(result, "Checkpoint", lead) + note_html(result["misfits"][:20] + bad[:20]) + facts_html(facts)
+    return (result_heading(result, "Checkpoint",
+                           lead) + note_html(result["misfits"][:20] + bad[:20]) + facts_html(facts)
             + sizes + norms + section_html("Tensors", table_html(rows, columns, sort=True)))
 
 # %% ../../nbs/analysis/07_drawings.ipynb #a38407c0

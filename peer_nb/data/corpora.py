@@ -33,11 +33,11 @@ if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast
 # %% auto #0
 __all__ = ['EOS', 'RECIPE', 'log', 'LEFT_OUT', 'ENDINGS', 'PACKED', 'LIBRARY', 'is_heldout', 'library_files', 'docstrings',
            'library_documents', 'overlapping', 'library_split', 'Tally', 'summarise', 'library_folder', 'format_of',
-           'is_local', 'local_files', 'hub_revision', 'fields_of', 'records', 'text_of', 'task_arguments',
-           'task_documents', 'check_entry', 'belongs', 'documents', 'summarise_parts', 'code_hash', 'generator_hash',
-           'source_stamp', 'file_hash', 'origin', 'is_streamed', 'unread', 'summary', 'byte_alphabet', 'train_bpe',
-           'bytes_tokenizer', 'tokenizer_entries', 'bpe_size', 'tokenizer_identity', 'trained_bpe', 'load_tokenizer',
-           'check_datasets', 'eval_entries', 'check_heldout', 'data_manifest', 'data_fingerprint']
+           'is_local', 'pattern_of', 'data_of_folder', 'local_files', 'hub_revision', 'fields_of', 'records', 'text_of',
+           'task_arguments', 'task_documents', 'check_entry', 'belongs', 'documents', 'summarise_parts', 'code_hash',
+           'generator_hash', 'source_stamp', 'file_hash', 'origin', 'is_streamed', 'unread', 'summary', 'byte_alphabet',
+           'train_bpe', 'bytes_tokenizer', 'tokenizer_entries', 'bpe_size', 'tokenizer_identity', 'trained_bpe',
+           'load_tokenizer', 'check_datasets', 'eval_entries', 'check_heldout', 'data_manifest', 'data_fingerprint']
 
 # %% ../../nbs/data/00_corpora.ipynb #05009549
 EOS = "<|endoftext|>" # end, beginning and padding of the tokenizers made here
@@ -178,15 +178,36 @@ def is_local(entry: DatasetEntry) -> bool:
     looks_local = glob.has_magic(path) or path.startswith((".", os.sep)) or os.path.exists(path)
     return bool(entry.format or format_of(path) or looks_local)
 
+# %% ../../nbs/data/00_corpora.ipynb #pathcd01
+def pattern_of(path: str) -> str: # for `glob`
+    "A path whose existing parts mean themselves"
+    base, *parts = path.split("/")
+    so_far, pattern = base, glob.escape(base)
+    for part in parts:
+        so_far = f"{so_far}/{part}"
+        pattern += "/" + (glob.escape(part) if os.path.lexists(so_far) else part)
+    return pattern + "/**" if os.path.isdir(path) else pattern
+
+def data_of_folder(
+    files: list[str], # all that a folder holds
+    kind: str | None, # the entry's format
+) -> list[str]: # in the same order
+    "The files of a folder that are data"
+    if kind and any(format_of(f) == kind for f in files): return [f for f in files if format_of(f) in (kind, None)]
+    known = [f for f in files if kind or format_of(f)]
+    ending = lambda f: os.path.splitext(f)[1].lower()
+    about = lambda f: os.path.basename(f).lower().startswith("readme.")
+    others = {ending(f) for f in known if not about(f)}
+    return [f for f in known if not about(f) or not others or ending(f) in others]
+
 # %% ../../nbs/data/00_corpora.ipynb #76652c59
 def local_files(entry: DatasetEntry) -> tuple[list[str], str]: # sorted absolute paths, their one format
     "The files that a local entry means; `UserError` when there are none or of several formats"
     path, where = os.path.expanduser(entry.path), f"dataset '{entry.name}': path '{entry.path}'"
-    pattern = os.path.join(glob.escape(path), "**") if os.path.isdir(path) else path
-    found = [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
-    files = [os.path.abspath(f) for f in found if os.path.isfile(f)]
-    # of a folder, which may hold other things too, the files whose format is known
-    if os.path.isdir(path): files = [f for f in files if entry.format or format_of(f)]
+    found = [path] if os.path.isfile(path) else glob.glob(pattern_of(path), recursive=True)
+    files = sorted((os.path.abspath(f) for f in found if os.path.isfile(f)), key=lambda f: (f.count(os.sep), f))
+    files = list({os.path.realpath(f): f for f in reversed(files)}.values())   # once, by the shortest way to it
+    if os.path.isdir(path): files = data_of_folder(files, entry.format)
     if not files:
         raise UserError(f"{where}: no such file. Give a file, a folder or a pattern such as data/*.jsonl; "
             "relative paths start at the current folder")
@@ -239,7 +260,8 @@ def records(
         files, fmt = local_files(entry)
         as_written = dict(keep_default_na=False, converters=dict.fromkeys(fields_of(entry), str))
         exact = dict(text=dict(sample_by="paragraph"), csv=as_written)
-        args = dict(path=fmt, data_files=files, split="train", streaming=True) | exact.get(fmt, {})
+        paths = [glob.escape(f) for f in files]   # `datasets` reads paths as patterns again
+        args = dict(path=fmt, data_files=paths, split="train", streaming=True) | exact.get(fmt, {})
     else:
         revision = hub_revision(entry.path, "dataset")
         args = dict(path=entry.path, name=entry.subset, split=entry.split, streaming=entry.streaming, revision=revision)

@@ -19,7 +19,7 @@ from ..config import parse_yaml
 from ..files import UserError, cache_folder, sha256_of, write_atomic
 
 # %% auto #0
-__all__ = ['FULL_TEXT', 'ANY_TEXT', 'INDEX', 'LABEL', 'FOUR', 'WORKED', 'BOXED', 'NUMBER', 'TARGETS', 'FIELDS', 'Converted',
+__all__ = ['FULL_TEXT', 'ANY_TEXT', 'INDEX', 'LABEL', 'FOUR', 'WORKED', 'BOXED', 'NUMBER', 'TARGETS', 'ROW_FIELDS', 'Converted',
            'EXAMPLES', 'SOURCES', 'CONVERTERS', 'Field', 'check_row', 'read_text', 'read_lines', 'gsm8k', 'humaneval',
            'math500', 'hellaswag', 'mmlu', 'truthfulqa', 'write_hub_shape', 'convert_source', 'trial_note', 'data_root',
            'find_items', 'configurations', 'reading_cache']
@@ -49,7 +49,7 @@ NUMBER = Field("a whole number", lambda v: str(v).strip().lstrip("-").isdigit())
 TARGETS = Field("choices and as many labels, of which the first is 1", _is_targets)
 
 # %% ../../nbs/evaluation/03_items.ipynb #0bc331c8
-FIELDS: dict[str, dict[str, Field]] = {   # data set on the hub -> its fields
+ROW_FIELDS: dict[str, dict[str, Field]] = {   # data set on the hub -> its fields
     "openai/gsm8k": dict(question=FULL_TEXT, answer=WORKED),
     "Rowan/hellaswag": dict(activity_label=ANY_TEXT, ctx_a=FULL_TEXT, ctx_b=ANY_TEXT, endings=FOUR, label=LABEL),
     "openai/openai_humaneval": dict(task_id=FULL_TEXT, prompt=FULL_TEXT, test=FULL_TEXT, entry_point=FULL_TEXT),
@@ -69,10 +69,10 @@ def check_row(
     "A row that can be scored, or a UserError that names the place"
     if not isinstance(row, dict):
         raise UserError(f"{place}: a row must be an object with fields, not {json.dumps(row)[:60]}")
-    for name, field in FIELDS.get(dataset, {}).items():
+    for name, field in ROW_FIELDS.get(dataset, {}).items():
         if name not in row:
             raise UserError(f"{place}: the row has no field {name!r} (it has {', '.join(row) or 'none'}); "
-                f"a row of {dataset} needs {', '.join(FIELDS[dataset])}")
+                f"a row of {dataset} needs {', '.join(ROW_FIELDS[dataset])}")
         if not field.holds(row[name]):
             value = json.dumps(row[name], ensure_ascii=False)[:80]
             raise UserError(f"{place}: {name} must be {field.text}, not {value}")

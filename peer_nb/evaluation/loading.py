@@ -20,11 +20,11 @@ from ..files import UserError, damages, read_json, sha256_of, write_json
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['LIMITS', 'is_local', 'read_parts', 'check_weights', 'check_finite', 'check_tokenizer', 'longest_context',
+__all__ = ['LIMITS', 'in_folder', 'read_parts', 'check_weights', 'check_finite', 'check_tokenizer', 'longest_context',
            'choose_window', 'load_model', 'model_fingerprint', 'claim_answers', 'files_fingerprint']
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0008
-def is_local(
+def in_folder(
     checkpoint: str | Path, # folder of a model, or its name on the hub
 ) -> bool: # False: on the hub
     "Whether a model lies in a folder; a folder that holds none, or is damaged, is refused"
@@ -41,7 +41,7 @@ def is_local(
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0011
 def read_parts(
     checkpoint: str, # folder, or name on the hub
-    local: bool,     # as `is_local` says
+    local: bool,     # as `in_folder` says
 ) -> tuple[PreTrainedModel, dict, PreTrainedTokenizerBase]: # model on the CPU, what is said of its weights, tokenizer
     "What transformers makes of a checkpoint; no code that came with it is run"
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -131,7 +131,7 @@ def load_model(
     checkpoint: str | Path, # folder that `from_pretrained` can read, or a name on the hub
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # in evaluation mode, on the GPU if there is one
     "A causal language model and its tokenizer; `UserError` for one that cannot be trusted"
-    model, loading, tokenizer = read_parts(str(checkpoint), is_local(checkpoint))
+    model, loading, tokenizer = read_parts(str(checkpoint), in_folder(checkpoint))
     try:
         check_weights(model, loading)
         check_tokenizer(model, tokenizer)

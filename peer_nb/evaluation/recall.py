@@ -27,10 +27,10 @@ from ..tasks.task import METRICS, Task
 
 # %% auto #0
 __all__ = ['LOGITS', 'Mode', 'Z', 'Question', 'questions_of', 'file_rows', 'read_questions', 'Encoded', 'encoded_one',
-           'encode_questions', 'start_of', 'Pieces', 'Forced', 'split_places', 'keeps_last_logits', 'teacher_forced',
-           'cut_cache', 'Speech', 'speak', 'generate_after', 'batches_of', 'check_fit', 'forced_text', 'places_of',
-           'record_of', 'answer_batches', 'share', 'mean', 'summary', 'bucket_names', 'questions_in', 'recall_of',
-           'Walk', 'walk']
+           'encode_questions', 'start_of', 'TokenTexts', 'Forced', 'split_places', 'keeps_last_logits',
+           'teacher_forced', 'cut_cache', 'Speech', 'speak', 'generate_after', 'batches_of', 'check_fit', 'forced_text',
+           'places_of', 'record_of', 'answer_batches', 'share', 'mean', 'summary', 'bucket_names', 'questions_in',
+           'recall_of', 'Walk', 'walk']
 
 # %% ../../nbs/evaluation/06_recall.ipynb #470ae94b
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def start_of(
     return "nothing" if packing == "varlen" else "separator"
 
 # %% ../../nbs/evaluation/06_recall.ipynb #8c7b98bd
-class Pieces:
+class TokenTexts:
     "What each token spells inside of a text"
     def __init__(self, tokenizer):
         self.tokenizer, self.known, self.eos = tokenizer, {}, tokenizer.eos_token_id
@@ -260,7 +260,7 @@ class Speech:
     tokens: list[int] # said so far
     room: int # tokens that fit into the model's context
 
-    def over(self, pieces: Pieces) -> bool:
+    def over(self, pieces: TokenTexts) -> bool:
         "Whether more tokens would change nothing"
         q, lead = self.encoded.question, self.encoded.lead
         if len(self.tokens) >= self.room or self.tokens[-1] == pieces.eos: return True
@@ -273,7 +273,7 @@ class Speech:
 def speak(
     model: nn.Module, # a causal language model in evaluation mode
     speeches: list[Speech], # equally long; they grow
-    pieces: Pieces, # of its tokenizer
+    pieces: TokenTexts, # of its tokenizer
     past=None, # cache of all but the last token; None: of nothing
 ) -> None:
     "Go on with the likeliest token until every answer is over"
@@ -294,7 +294,7 @@ def generate_after(
     model: nn.Module, # a causal language model in evaluation mode
     batch: Sequence[Encoded], # questions
     forced: Sequence[Forced], # what one forward pass says about them
-    pieces: Pieces, # of the tokenizer
+    pieces: TokenTexts, # of the tokenizer
     past=None, # cache of that pass
 ) -> list[list[int]]: # tokens that greedy decoding says for each
     "Greedy answers: the forced ones up to the first mistake, and the model's own words from there"
@@ -353,7 +353,7 @@ Mode = Literal["teacher", "generated"]
 def forced_text(
     e: Encoded, # the question
     said: Sequence[int], # the likeliest token at each place of the answer
-    pieces: Pieces, # of the tokenizer
+    pieces: TokenTexts, # of the tokenizer
 ) -> tuple[str, str]: # what the forced tokens spell; for each character of the answer 1 (right) or 0
     "The likeliest tokens beside the right ones"
     pairs = [(pieces[s], pieces[t]) for s, t in zip(said, e.answer)]
@@ -365,7 +365,7 @@ def forced_text(
 def places_of(
     e: Encoded, # the question
     f: Forced, # what one forward pass says
-    pieces: Pieces, # of the tokenizer
+    pieces: TokenTexts, # of the tokenizer
 ) -> list[dict[str, Any]]: # one for each token of the answer
     "The distributions at the places of an answer"
     places = []
@@ -380,7 +380,7 @@ def record_of(
     e: Encoded, # the question
     f: Forced, # what one forward pass says
     said: list[int] | None, # what it said by itself
-    pieces: Pieces, # of the tokenizer
+    pieces: TokenTexts, # of the tokenizer
     top: int, # likeliest tokens to keep; -1: all; 0: no distributions
 ) -> dict[str, Any]: # plain values
     "What is kept of a question"
@@ -411,7 +411,7 @@ def answer_batches(
 ) -> Iterator[list[dict[str, Any]]]: # records of a batch, see `record_of`
     "Ask questions, a batch at a time"
     check_fit(model, tokenizer, encoded)
-    pieces, training = Pieces(tokenizer), model.training
+    pieces, training = TokenTexts(tokenizer), model.training
     model.eval()
     try:
         for batch in batches_of(encoded, batch_tokens, model.get_input_embeddings().num_embeddings, rows):

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field
 from ..files import UserError
 
 # %% auto #0
-__all__ = ['RUN', 'GRACE', 'EXPOSED', 'Limits', 'Outcome', 'limit_resources', 'leave_namespaces', 'confine', 'chain_of',
-           'refuse_search', 'program_source', 'supervise', 'child_program', 'judge', 'run_code', 'exposure_note',
-           'pass_at_k', 'CodeEval']
+__all__ = ['RUNNER', 'START_SECONDS', 'EXPOSED', 'Limits', 'Outcome', 'limit_resources', 'leave_namespaces', 'confine',
+           'chain_of', 'refuse_search', 'program_source', 'supervise', 'child_program', 'outcome_of', 'run_code',
+           'exposure_note', 'pass_at_k', 'CodeEval']
 
 # %% ../../nbs/evaluation/02_sandbox.ipynb #70bb0f5b
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def refuse_search(event: str, _) -> None:
     if event in ("gc.get_objects", "gc.get_referrers", "gc.get_referents"): raise RuntimeError(f"{event} is refused")
 
 # %% ../../nbs/evaluation/02_sandbox.ipynb #5b0a0003
-RUN = """
+RUNNER = """
 import collections, operator
 sys.addaudithook(refuse_search)
 report = int(sys.argv[1])
@@ -121,7 +121,7 @@ os._exit(0)
 def program_source() -> str: # Python
     "What the program's process runs"
     return "\n".join(["import json, os, sys",
-        *map(inspect.getsource, (limit_resources, confine, chain_of, refuse_search)), RUN])
+        *map(inspect.getsource, (limit_resources, confine, chain_of, refuse_search)), RUNNER])
 
 # %% ../../nbs/evaluation/02_sandbox.ipynb #5b0a0005
 def supervise(source: str, word: str, limits: dict, program: str):
@@ -165,7 +165,7 @@ def _reason(code: int | None, said: str, seconds: float) -> str: # without the s
     return f"left with exit code {code} before the end"
 
 # %% ../../nbs/evaluation/02_sandbox.ipynb #f6d6a52d
-def judge(
+def outcome_of(
     report: bytes, # what the supervisor has printed
     word: str,     # that only a program that ran to its end has sent
     seconds: float, # it was given
@@ -180,7 +180,7 @@ def judge(
     return Outcome(False, _reason(found["code"], said.replace(word, ""), seconds), protected)
 
 # %% ../../nbs/evaluation/02_sandbox.ipynb #7e849904
-GRACE = 20 # seconds for two interpreters to start, on a busy machine
+START_SECONDS = 20 # seconds for two interpreters to start, on a busy machine
 
 def run_code(
     source: str,              # a whole program; it passes when it ends without an exception
@@ -197,14 +197,14 @@ def run_code(
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", child_program()], cwd=folder, env={"TMPDIR": folder} | one, text=True,
             stdin=subprocess.PIPE, stdout=report, stderr=subprocess.DEVNULL, start_new_session=True)
-        try: process.communicate(request, timeout=limits.seconds + GRACE)
+        try: process.communicate(request, timeout=limits.seconds + START_SECONDS)
         except subprocess.TimeoutExpired: pass   # there is no report then, and the judge says so
         finally:
             try: os.killpg(process.pid, signal.SIGKILL)
             except ProcessLookupError: pass      # it is gone, as it should be
             process.wait()
         report.seek(0)
-        return judge(report.read(1 << 20), word, limits.seconds)
+        return outcome_of(report.read(1 << 20), word, limits.seconds)
 
 # %% ../../nbs/evaluation/02_sandbox.ipynb #5b0a0012
 EXPOSED = {"files": "changing files outside their folder", "network": "using the network",

@@ -104,8 +104,10 @@ def refuse_misplaced(
     "Refuse settings that are made in another place, or for another architecture"
     for name in given:
         if name in own or name not in ELSEWHERE and name not in INSIDE: continue
-        if name not in INSIDE: raise ValueError(f"the model configuration has no key {name!r}: it belongs to other architectures")
-        example = "{'rope_theta': 500000.0, 'rope_scaling': {...}}" if name.startswith("rope_") else f"{{{name!r}: ...}}"
+        if name not in INSIDE:
+            raise ValueError(f"the model configuration has no key {name!r}: it belongs to other architectures")
+        rotary = "{'rope_theta': 500000.0, 'rope_scaling': {...}}"
+        example = rotary if name.startswith("rope_") else f"{{{name!r}: ...}}"
         raise ValueError(f"the model configuration has no key {name!r}: it belongs into {INSIDE[name]}={example}")
 
 # %% ../../nbs/models/03_causal_lm.ipynb #ccfa4339
@@ -132,8 +134,8 @@ def refuse_incomplete(
     known = [f.name for f in fields(section)]
     refuse_unknown(given, known, where)
     if missing := [name for name in known if name not in given]:
-        raise ValueError(f"{where} lacks {', '.join(missing)}: change single keys, as in {where}[{missing[0]!r}] = ..., "
-            f"or make a new PeerMLAConfig({where}=...)")
+        raise ValueError(f"{where} lacks {', '.join(missing)}: change single keys, as in "
+            f"{where}[{missing[0]!r}] = ..., or make a new PeerMLAConfig({where}=...)")
 
 # %% ../../nbs/models/03_causal_lm.ipynb #b90042ab
 def mla_view(
@@ -222,6 +224,7 @@ def from_dict(cls: PeerMLAConfig,
     config.check()
     return found
 
+# %% ../../nbs/models/03_causal_lm.ipynb #82f317f0
 @patch
 def to_dict(self: PeerMLAConfig) -> dict:
     "What stands in config.json"
@@ -370,9 +373,9 @@ def refuse_auto_class(
     auto_class: str | type = "", # as transformers has it
 ):
     "Say why a checkpoint doesn't bring this class along"
-    raise NotImplementedError(f"the code of {cls.__name__} cannot travel in a checkpoint: it lies in several folders, and "
-        "transformers copies single files. Install peer_nb where the checkpoint is opened, and `import peer_nb` there: "
-        "AutoModelForCausalLM.from_pretrained then knows it")
+    raise NotImplementedError(f"the code of {cls.__name__} cannot travel in a checkpoint: it lies in several folders, "
+        "and transformers copies single files. Install peer_nb where the checkpoint is opened, and "
+        "`import peer_nb` there: AutoModelForCausalLM.from_pretrained then knows it")
 
 for kind in (PeerMLAConfig, PeerMLAPreTrainedModel): kind.register_for_auto_class = classmethod(refuse_auto_class)
 
@@ -381,6 +384,7 @@ def may_look() -> bool:
     "Whether the values of tensors may decide what is done: nothing traces or transforms the operations"
     return not torch.compiler.is_compiling() and not transformed()
 
+# %% ../../nbs/models/03_causal_lm.ipynb #07e20416
 def real_tokens(
     attention_mask: Tensor | None, # [B, past + T]
     length: int, # T
@@ -460,8 +464,9 @@ def check_cache(
     layers = getattr(past_key_values, "layers", None)
     keys = getattr(layers[0], "keys", None) if layers else None
     if not isinstance(keys, Tensor) or keys.ndim != 4 or keys.shape[1::2] == (1, config.kv_lora_rank): return
-    raise ValueError(f"past_key_values holds {keys.shape[1]} heads of width {keys.shape[3]}; this model caches one latent of "
-        f"width {config.kv_lora_rank} per token (prefix tuning, which learns keys and values, cannot be used with it)")
+    raise ValueError(f"past_key_values holds {keys.shape[1]} heads of width {keys.shape[3]}; this model caches one "
+        f"latent of width {config.kv_lora_rank} per token (prefix tuning, which learns keys and values, "
+        "cannot be used with it)")
 
 # %% ../../nbs/models/03_causal_lm.ipynb #b3eabd75
 def document_lengths(
@@ -497,9 +502,11 @@ def take_borders(
     for borders in found:
         if cu_seqlens is None: cu_seqlens = borders
         elif borders is not None and may_look() and not torch.equal(borders, cu_seqlens):
-            raise ValueError("cu_seqlens, cu_seq_lens_q and cu_seq_lens_k differ; the documents of a row have one set of borders")
+            raise ValueError("cu_seqlens, cu_seq_lens_q and cu_seq_lens_k differ; the documents of a row have one set "
+                             "of borders")
     if numbers is not None and cu_seqlens is None and position_ids is None:
-        raise ValueError("seq_idx alone doesn't say where documents begin: give position_ids that begin anew, or cu_seqlens")
+        raise ValueError("seq_idx alone doesn't say where documents begin: give position_ids that begin anew, or "
+                         "cu_seqlens")
     return cu_seqlens
 
 # %% ../../nbs/models/03_causal_lm.ipynb #61df7e51
@@ -747,13 +754,14 @@ def loss_in_chunks(self: PeerMLAForCausalLM) -> bool:
     "Whether a loss is computed without all logits"
     return self.config.loss_chunk_size is not None and is_plain_linear(self.lm_head) and not transformed()
 
+# %% ../../nbs/models/03_causal_lm.ipynb #50d24458
 @patch
 def refuse_sparse(self: PeerMLAForCausalLM):
     "Refuse transformers' Trainer for tables with sparse gradients"
     sparse = self.config.memory_layer_indices and self.config.peer_config["table_gradient"] == "sparse"
     if sparse and self.training and getattr(self, "_is_accelerate_prepared", False):
-        raise ValueError("peer_config.table_gradient is 'sparse', and transformers' Trainer clips and updates dense gradients "
-            "only: set table_gradient to 'dense'; peer-train has an optimizer for sparse ones")
+        raise ValueError("peer_config.table_gradient is 'sparse', and transformers' Trainer clips and updates dense "
+            "gradients only: set table_gradient to 'dense'; peer-train has an optimizer for sparse ones")
 
 # %% ../../nbs/models/03_causal_lm.ipynb #046033da
 @patch
@@ -798,7 +806,8 @@ def _prepare_generated_length(self: PeerMLAForCausalLM,
 ):
     "A largest length that only repeats the model's is no contradiction to a number of new tokens"
     limit = self.config.max_position_embeddings
-    if generation_config.max_new_tokens is not None and generation_config.max_length == limit: has_default_max_length = True
+    if generation_config.max_new_tokens is not None and generation_config.max_length == limit:
+        has_default_max_length = True
     return GenerationMixin._prepare_generated_length(self, generation_config=generation_config,
         has_default_max_length=has_default_max_length, **kwargs)
 
@@ -818,14 +827,15 @@ def _get_candidate_generator(self: PeerMLAForCausalLM,
     generator.get_candidates = get_candidates
     return generator
 
+# %% ../../nbs/models/03_causal_lm.ipynb #e91c4777
 @patch
 def init_continuous_batching(self: PeerMLAForCausalLM,
     *args, # as transformers has it
     **kwargs, # as transformers has it
 ):
     "Say that continuous batching is not for this cache"
-    raise NotImplementedError("transformers' continuous batching pages keys and values of heads, and this model caches latents: "
-        "use generate with a batch of padded prompts")
+    raise NotImplementedError("transformers' continuous batching pages keys and values of heads, and this model caches "
+        "latents: use generate with a batch of padded prompts")
 
 # %% ../../nbs/models/03_causal_lm.ipynb #82fade7c
 register_checkpoint_conversion_mapping("peer_mla", [WeightRenaming("memory.keys", "memory.sub_keys")], overwrite=True)

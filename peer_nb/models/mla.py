@@ -204,6 +204,7 @@ def is_watched(
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(map(bool, hooks)) or "forward" in vars(module)
 
+# %% ../../nbs/models/00_mla.ipynb #01302698
 def is_plain_linear(
     module: nn.Module, # a projection
 ) -> bool: # False: only a call of the module says what it computes

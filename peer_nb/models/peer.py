@@ -68,10 +68,12 @@ def gather_dot(
     if not index.numel(): return x.new_zeros(index.shape)
     starts = torch.arange(0, tokens * places + 1, places, device=index.device)
     if numpy_may(table, x) and sparse_products() and places <= len(table):
-        wanted = torch.sparse_csr_tensor(starts, flat, x.new_zeros(len(flat)), (tokens, len(table)), check_invariants=False)
+        wanted = torch.sparse_csr_tensor(starts, flat, x.new_zeros(len(flat)), (tokens, len(table)),
+                                         check_invariants=False)
         return torch.sparse.sampled_addmm(wanted, x, table.t(), beta=0.0).values().view(tokens, places)
     bags = torch.arange(tokens, device=index.device).repeat_interleave(places)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, table.contiguous(), flat, starts[:-1], bags, 0).view(tokens, places)
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(x, table.contiguous(), flat, starts[:-1], bags, 0)
+    return dots.view(tokens, places)
 
 # %% ../../nbs/models/02_peer.ipynb #c3177992
 TABLE_GRADIENTS = ("dense", "sparse", "consumed")
@@ -86,6 +88,7 @@ def row_order(
     "What is shared by the gradients of tables that are read by one index"
     return by_row(index, None if sparse and not torch.compiler.is_compiling() else len(table) * parts)
 
+# %% ../../nbs/models/02_peer.ipynb #9ba00e68
 def table_gradient(
     table: Tensor, # [N, parts*width]
     pairs: ByRow, # what `row_order` says
@@ -96,7 +99,8 @@ def table_gradient(
     values = add_by_row(pairs, weights, x).view(-1, table.shape[1])
     if pairs.rows is None: return values
     parts = table.shape[1] // x.shape[1]
-    return torch.sparse_coo_tensor(pairs.rows[None, ::parts] // parts, values, table.shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(pairs.rows[None, ::parts] // parts, values, table.shape, is_coalesced=True,
+                                   check_invariants=False)
 
 # %% ../../nbs/models/02_peer.ipynb #81b2b717
 def values_reference(
@@ -106,6 +110,7 @@ def values_reference(
     "The sum of gathered rows"
     return torch.einsum('tp,tpd->td', weights.to(rows.dtype), rows)
 
+# %% ../../nbs/models/02_peer.ipynb #e56247f6
 class ReadValues(torch.autograd.Function):
     "`gather_sum` that decides by itself what gradient the table gets"
     @staticmethod
@@ -121,7 +126,8 @@ class ReadValues(torch.autograd.Function):
             twin = lambda table, weights: values_reference(F.embedding(index, table), weights)
             return *twin_gradients(twin, (table, weights), ctx.needs_input_grad[:2], grad), None, None
         grad_table = None
-        if ctx.needs_input_grad[0]: grad_table = table_gradient(table, row_order(table, index, 1, ctx.sparse), weights, grad)
+        if ctx.needs_input_grad[0]:
+            grad_table = table_gradient(table, row_order(table, index, 1, ctx.sparse), weights, grad)
         return grad_table, gather_dot(table, index, grad).to(weights.dtype), None, None
 
 # %% ../../nbs/models/02_peer.ipynb #4b31307b
@@ -208,8 +214,8 @@ class MemoryLayer(ProductKeyRouter):
         hidden_size: int, # width of input and output
         *,
         expert_hidden_size: int = 1, # neurons (or value vectors' widths in units of hidden_size) per row
-        activation: str = "gelu", # non-linearity of an expert: gelu, relu or silu; memories without experts don't use it
-        table_gradient: str = "dense", # what tables get: dense, sparse; consumed: dense, or no gradient at all where an optimizer collects its factors
+        activation: str = "gelu", # non-linearity of an expert: gelu, relu or silu
+        table_gradient: str = "dense", # what tables get: dense, sparse or consumed
         table_dtype: str = "float32", # how tables are stored: float32 (or torch's default), bfloat16
         # use the tables of this layer, or of the `memory` of this module, instead of own ones
         tables_of: "nn.Module | None" = None,
@@ -217,10 +223,12 @@ class MemoryLayer(ProductKeyRouter):
     ):
         super().__init__(hidden_size, **router)
         if expert_hidden_size < 1: raise ValueError(f"expert_hidden_size={expert_hidden_size}: it must be at least 1")
-        for name, value, known in (("activation", activation, ACTIVATIONS), ("table_gradient", table_gradient, TABLE_GRADIENTS),
+        for name, value, known in (("activation", activation, ACTIVATIONS),
+                                   ("table_gradient", table_gradient, TABLE_GRADIENTS),
                                    ("table_dtype", table_dtype, TABLE_DTYPES)):
             if value not in known: raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
-        self.expert_hidden_size, self.activation, self.table_gradient, self.table_dtype = expert_hidden_size, activation, table_gradient, table_dtype
+        self.expert_hidden_size, self.activation = expert_hidden_size, activation
+        self.table_gradient, self.table_dtype = table_gradient, table_dtype
         self.usage: ExpertUsage | None = None
         self.reader = None                             # called in place of `read`, with the layer before its arguments
         self.__dict__["tables_of"] = tables_of                                   # not registered: counted once
@@ -234,7 +242,8 @@ class MemoryLayer(ProductKeyRouter):
     ) -> Tensor: # [..., d]
         "Route every token, then read its rows"
         self.check_input(hidden_states, mask)
-        x, mask = hidden_states.flatten(0, -2), None if mask is None else mask.flatten().bool()   # [tokens, d], [tokens]
+        # [tokens, d], [tokens]
+        x, mask = hidden_states.flatten(0, -2), None if mask is None else mask.flatten().bool()
         weights, index = self.route(x, mask)
         if self.usage is not None and not recomputing(): self.usage.add(weights, index, mask)
         read = self.read if self.reader is None else partial(self.reader, self)
@@ -246,6 +255,7 @@ class MemoryLayer(ProductKeyRouter):
 def build(self: MemoryLayer):
     "Make further parameters, and refuse what cannot be; nothing by default"
 
+# %% ../../nbs/models/02_peer.ipynb #7b4f6a09
 @patch
 def init_std(self: MemoryLayer,
     name: str, # which table
@@ -253,12 +263,15 @@ def init_std(self: MemoryLayer,
     "Standard deviation of a table's initial values"
     return (self.expert_hidden_size * self.hidden_size) ** -0.5
 
+# %% ../../nbs/models/02_peer.ipynb #8fb11521
 @patch
 def build_tables(self: MemoryLayer):
     "Make the layer's own tables"
     for name in self.table_names:
-        setattr(self, name, MemoryTable(self.num_experts, self.expert_hidden_size * self.hidden_size, self.init_std(name), TABLE_DTYPES[self.table_dtype]))
+        setattr(self, name, MemoryTable(self.num_experts, self.expert_hidden_size * self.hidden_size,
+                                        self.init_std(name), TABLE_DTYPES[self.table_dtype]))
 
+# %% ../../nbs/models/02_peer.ipynb #127eb70d
 @patch
 def check_owner(self: MemoryLayer,
     owner: MemoryLayer, # whose tables are to be used
@@ -276,6 +289,7 @@ def lender(self: MemoryLayer) -> nn.Module:
     owner = self.__dict__["tables_of"]
     return owner.memory if hasattr(owner, "memory") else owner
 
+# %% ../../nbs/models/02_peer.ipynb #21e698b7
 @patch
 def borrow(self: MemoryLayer,
     owner: nn.Module, # whose tables are read from now on; as `tables_of`
@@ -295,6 +309,7 @@ def owners_table(
     borrowed = self.__dict__.get("tables_of") is not None and name in self.table_names
     return getattr(self.lender(), name) if borrowed else super(MemoryLayer, self).__getattr__(name)
 
+# %% ../../nbs/models/02_peer.ipynb #c51e9c8c
 MemoryLayer.__getattr__ = owners_table
 
 @patch
@@ -319,13 +334,17 @@ def check_input(self: MemoryLayer,
     "Refuse shapes and kinds of number that the layer cannot take"
     shape, kind = hidden_states.shape, hidden_states.dtype
     if len(shape) < 2 or shape[-1] != self.hidden_size:
-        raise ValueError(f"hidden_states has shape {tuple(shape)}: the last of at least two dimensions must be hidden_size={self.hidden_size}")
-    if kind != self.sub_keys.dtype and not (kind.is_floating_point and torch.is_autocast_enabled(hidden_states.device.type)):
+        raise ValueError(f"hidden_states has shape {tuple(shape)}: the last of at least two dimensions must be "
+                         f"hidden_size={self.hidden_size}")
+    if kind != self.sub_keys.dtype and not (kind.is_floating_point
+                                            and torch.is_autocast_enabled(hidden_states.device.type)):
         raise TypeError(f"hidden_states is {kind} and the layer's parameters are {self.sub_keys.dtype}: "
             "convert one of them, or use torch.autocast")
     if mask is not None and mask.shape != shape[:-1]:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}: it must be hidden_states' without the last dimension, {tuple(shape[:-1])}")
+        raise ValueError(f"mask has shape {tuple(mask.shape)}: it must be hidden_states' without the last dimension, "
+                         f"{tuple(shape[:-1])}")
 
+# %% ../../nbs/models/02_peer.ipynb #006059fb
 @patch
 def collect_usage(self: MemoryLayer,
     on: bool = True, # False: stop, and forget what was collected
@@ -340,11 +359,13 @@ def plain_tables(self: MemoryLayer) -> bool:
     "Whether the weights are all there is to the tables, and nothing looks inside the operations that read them"
     return not transformed() and all(is_plain_table(getattr(self, name)) for name in self.table_names)
 
+# %% ../../nbs/models/02_peer.ipynb #90322efb
 @patch
 def in_factors(self: MemoryLayer) -> bool:
     "Whether a fused backward pass hands out the factors of the tables' gradients in place of gradients"
     return self.table_gradient == "consumed" and collecting()
 
+# %% ../../nbs/models/02_peer.ipynb #1755b08b
 @patch
 def rows(self: MemoryLayer,
     name: str, # of a table
@@ -353,7 +374,7 @@ def rows(self: MemoryLayer,
     "Rows from a call of the table"
     table = getattr(self, name)
     if hasattr(getattr(table, "weight", None), "device_mesh") and not is_watched(table):
-        raise RuntimeError(f"the table {name!r} is sharded and not gathered here: it belongs to the sharded group of another "
+        raise RuntimeError(f"the table {name!r} is sharded and not gathered here: it belongs to the sharded group of "
             "layer. With share_memory, shard the attention of each layer, and the rest with the whole model")
     return table(index).to(index.device)
 
@@ -409,8 +430,8 @@ class ProductKeyMemory(MemoryLayer):
     def build(self):
         "Check that a row is one vector"
         if self.expert_hidden_size != 1:
-            raise ValueError(f"expert_hidden_size={self.expert_hidden_size}: a row of a product-key memory is one value vector, "
-                "so it must be 1; memory_plus has wider values")
+            raise ValueError(f"expert_hidden_size={self.expert_hidden_size}: a row of a product-key memory is one "
+                "value, so it must be 1; memory_plus has wider values")
 
     def read(self,
         x: Tensor, # [tokens, d]; not used

@@ -77,6 +77,7 @@ def pack(
     bits |= places
     return keys
 
+# %% ../../nbs/models/01_product_keys.ipynb #443c6caa
 def sorted_places(
     keys: ndarray, # [rows, n] what `pack` made; will be sorted
     k: int, # wanted
@@ -94,6 +95,7 @@ def group_size(
     "The number of columns in a group, near the square root of n/k, so that both sorts are short"
     return max((g for g in range(1, isqrt(max(n // k, 1)) + 1) if n % g == 0), default=1)
 
+# %% ../../nbs/models/01_product_keys.ipynb #5a36d699
 def sorted_top(
     scores: ndarray, # [rows, n] float32, contiguous, fewer than 2**29 numbers
     k: int, # at most n
@@ -121,7 +123,8 @@ def merge_top(
     i, j = (np.array(ranks) for ranks in staircase(s.shape[1], t.shape[1], k))
     sums = np.concatenate([s[:, r:r+1] + t[:, :k // (r+1)] for r in range(min(k, s.shape[1]))], 1)
     keep = sorted_places(pack(sums, np.arange(sums.shape[1])), min(k, sums.shape[1]))
-    return np.take_along_axis(sums, keep, 1), np.take_along_axis(index, i[keep], 1) * size + np.take_along_axis(columns, j[keep], 1)
+    return np.take_along_axis(sums, keep,
+                              1), np.take_along_axis(index, i[keep], 1) * size + np.take_along_axis(columns, j[keep], 1)
 
 # %% ../../nbs/models/01_product_keys.ipynb #ecbeccc8
 BLOCK = 2**19 # scores that are held at a time
@@ -139,13 +142,15 @@ def search(
     scores, index = np.empty((tokens, heads, k), np.float32), np.empty((tokens, heads, k), np.int64)
     step = max(1, min(tokens, 512, 64 * BLOCK // max(sizes)))
     together = max(1, BLOCK // (step * max(sizes)))
-    for part, some in ((slice(t, t + step), slice(h, h + together)) for t in range(0, tokens, step) for h in range(0, heads, together)):
+    for part, some in ((slice(t, t + step), slice(h, h + together)) for t in range(0, tokens, step)
+                       for h in range(0, heads, together)):
         best = None
         for q, s, n in zip(pieces, sets, sizes):
             block = torch.bmm(q[some, part], s[some]).flatten(0, 1).numpy()                # [heads*tokens, n_d]
             found = sorted_top(block, min(k, n))
             best = found if best is None else merge_top(best, found, n, k)
-        for out, found in zip((scores, index), best): out[part, some] = found.reshape(-1, len(scores[part]), k).swapaxes(0, 1)
+        for out, found in zip((scores, index), best):
+            out[part, some] = found.reshape(-1, len(scores[part]), k).swapaxes(0, 1)
     return torch.from_numpy(scores), torch.from_numpy(index)
 
 # %% ../../nbs/models/01_product_keys.ipynb #553fe46a
@@ -178,6 +183,7 @@ class ByRow(NamedTuple):
     starts: Tensor # [rows + 1] where the pairs of each row begin, and where the last ones end
     rows: Tensor | None # [rows] their numbers, ascending; None: all from 0
 
+# %% ../../nbs/models/01_product_keys.ipynb #2e8592bf
 def by_row(
     index: Tensor, # [tokens, P] row numbers
     num_rows: int | None = None, # all rows; None: only those that occur
@@ -197,6 +203,7 @@ def fresh(
     "Uninitialised memory on the CPU, in large pages where the system has them"
     return torch.from_numpy(np.empty((rows, like.shape[1]), like.detach()[:0].numpy().dtype))
 
+# %% ../../nbs/models/01_product_keys.ipynb #74b5ec6f
 @lru_cache(maxsize=None)
 def sparse_products() -> bool:
     "Whether this torch multiplies sparse matrices fast; says once, quietly, that they are new in torch"
@@ -241,7 +248,8 @@ class Retrieve(torch.autograd.Function):
         rows = sub_key_rows(index, ctx.sizes, keys.shape[0]).view(len(pieces), -1)
         grad = grad.unsqueeze(2).expand(-1, -1, len(ctx.sizes), -1).reshape(len(pieces), -1)
         flat = keys.flatten(0, 1)                                                  # [heads*sum of sizes, width]
-        grad_keys = add_by_row(by_row(rows, len(flat)), grad, pieces) if ctx.needs_input_grad[1] else torch.zeros_like(flat)
+        grad_keys = add_by_row(by_row(rows, len(flat)), grad,
+                               pieces) if ctx.needs_input_grad[1] else torch.zeros_like(flat)
         return gather_sum(flat, rows, grad).view_as(query), grad_keys.view_as(keys), None, None
 
 # %% ../../nbs/models/01_product_keys.ipynb #52f27f9a
@@ -264,10 +272,12 @@ class SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return SumOverProcesses.apply(grad)
 
+# %% ../../nbs/models/01_product_keys.ipynb #528d0ecc
 def data_parallel() -> bool:
     "Whether other processes hold parts of the batch"
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
+# %% ../../nbs/models/01_product_keys.ipynb #939f7853
 def moments(
     rows: Tensor, # [tokens, channels] real tokens of this process
 ) -> tuple[Tensor, Tensor, int]: # mean, biased variance, number of tokens, all over all processes
@@ -289,7 +299,8 @@ class QueryBatchNorm(nn.BatchNorm1d):
         mask: Tensor | None = None, # [tokens] True for real tokens; None: all are
     ) -> Tensor: # [tokens, channels]
         "Normalise each channel over the real tokens"
-        if not self.training: return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         mean, var, count = moments(x if mask is None else x[mask])
         if count < 2 and (count or mask is not None and len(x)):
             raise ValueError(f"query_norm 'batch' needs at least 2 real tokens in a training batch, got {count}; "
@@ -329,13 +340,16 @@ def check_router(
         raise ValueError(f"product_key_dim={product_key_dim}: one positive size per dimension is needed")
     rows, dims = prod(product_key_dim), len(product_key_dim)
     if num_experts != rows:
-        raise ValueError(f"num_experts={num_experts} is not the product of product_key_dim={product_key_dim}, which is {rows}")
+        raise ValueError(f"num_experts={num_experts} is not the product of product_key_dim={product_key_dim}, which "
+                         f"is {rows}")
     if query_dim < 1 or query_dim % dims:
-        raise ValueError(f"query_dim={query_dim} doesn't divide evenly among the {dims} dimensions of product_key_dim={product_key_dim}")
+        raise ValueError(f"query_dim={query_dim} doesn't divide evenly among the {dims} dimensions of "
+                         f"product_key_dim={product_key_dim}")
     if not 1 <= num_experts_per_tok <= rows:
         raise ValueError(f"num_experts_per_tok={num_experts_per_tok}: it must be from 1 to num_experts={rows}")
     if score not in SCORES: raise ValueError(f"score={score!r}: choose one of {', '.join(SCORES)}")
-    if query_norm not in ("layer", "batch", "none"): raise ValueError(f"query_norm={query_norm!r}: choose layer, batch or none")
+    if query_norm not in ("layer", "batch", "none"):
+        raise ValueError(f"query_norm={query_norm!r}: choose layer, batch or none")
     if score == "softmax" and num_experts_per_tok == 1:
         raise ValueError("num_experts_per_tok=1 with score='softmax': the one weight is always 1, so keys and queries "
             "would never learn; use score='sigmoid' or more experts")
@@ -360,8 +374,10 @@ class ProductKeyRouter(nn.Module):
         super().__init__()
         if kernel not in KERNELS: raise ValueError(f"kernel={kernel!r}: choose one of {', '.join(KERNELS)}")
         check_router(num_experts, num_experts_per_tok, product_key_dim, query_dim, score, query_norm)
-        if hidden_size < 1 or num_heads < 1: raise ValueError(f"hidden_size={hidden_size}, num_heads={num_heads}: both must be at least 1")
-        self.hidden_size, self.num_experts, self.top_k, self.num_heads = hidden_size, num_experts, num_experts_per_tok, num_heads
+        if hidden_size < 1 or num_heads < 1:
+            raise ValueError(f"hidden_size={hidden_size}, num_heads={num_heads}: both must be at least 1")
+        self.hidden_size, self.num_experts = hidden_size, num_experts
+        self.top_k, self.num_heads = num_experts_per_tok, num_heads
         self.sizes, self.score, self.kernel = list(product_key_dim), score, kernel
         self.query_proj = nn.Linear(hidden_size, num_heads * query_dim, bias=False)
         norms = {"batch": (QueryBatchNorm, num_heads * query_dim), "layer": (nn.LayerNorm, query_dim)}
@@ -388,6 +404,7 @@ def name_in_files(
     "What a parameter is called in files: sub-keys are `keys`"
     return f"{name.removesuffix('sub_keys')}keys" if name.rpartition(".")[2] == "sub_keys" else name
 
+# %% ../../nbs/models/01_product_keys.ipynb #3d665ff9
 @patch
 def _load_from_state_dict(self: ProductKeyRouter,
     state_dict: dict, # of the whole model, changed in place
@@ -416,7 +433,8 @@ def similarities(self: ProductKeyRouter,
     query: Tensor, # [tokens, heads, query_dim]
 ) -> list[Tensor]: # per dimension [tokens, heads, n_d]
     "Query pieces against the sub-keys of their dimension"
-    pieces = query.chunk(len(self.sizes), -1)                                          # D of [tokens, heads, query_dim/D]
+    # D of [tokens, heads, query_dim/D]
+    pieces = query.chunk(len(self.sizes), -1)
     keys = self.sub_keys.to(query.dtype).expand(self.num_heads, -1, -1).split(self.sizes, 1)
     return [torch.einsum('thc,hnc->thn', q, k) for q, k in zip(pieces, keys)]
 
@@ -445,5 +463,6 @@ def route(self: ProductKeyRouter,
     "The best rows of each head and their weights"
     query = self.queries(x, mask)
     scores, index = self.retrieve(query)
-    wide = torch.promote_types(scores.dtype, torch.float32)                            # weights are made in float32 at least
+    # weights are made in float32 at least
+    wide = torch.promote_types(scores.dtype, torch.float32)
     return SCORES[self.score](scores.to(wide)).to(query.dtype), index

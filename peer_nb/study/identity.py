@@ -116,7 +116,8 @@ def declared_metrics(
     "The metrics that a template says it measures, beside those of the configuration"
     for source, _ in code_cells(Path(path)):
         for node in parsed(source, path).body:
-            if not isinstance(node, ast.Assign) or [getattr(t, "id", None) for t in node.targets] != ["MEASURES"]: continue
+            if not isinstance(node, ast.Assign) or [getattr(t, "id", None) for t in node.targets] != ["MEASURES"]:
+                continue
             try: found = ast.literal_eval(node.value)
             except ValueError: found = None
             if isinstance(found, list) and all(isinstance(name, str) for name in found): return found

@@ -154,7 +154,8 @@ def _complete_claims(plan: Plan, where: str) -> list[dict[str, Any]]:
     for n, claim in enumerate(plan.study["claims"]):
         metric = claim["metric"] or plan.metric
         here = f"{at(where, f'claims.{n}')}: claim {claim['name']!r}"
-        if not measured(plan.start, metric, declared_metrics(plan.template)): raise UserError(f"{here}: metric {metric!r} will not be measured")
+        if not measured(plan.start, metric, declared_metrics(plan.template)):
+            raise UserError(f"{here}: metric {metric!r} will not be measured")
         chosen = lambda c, arm: all(c.levels[a] in (l if isinstance(l, list) else [l]) for a, l in arm.items())
         groups = [{(*(l for a, l in c.levels.items() if a not in claim["a"]), c.seed) for c in plan.cells
                    if chosen(c, arm)} for arm in (claim["a"], claim["b"]) if not is_number(arm)]

@@ -142,6 +142,7 @@ def tell_generation(
     if model.generation_config.max_length is None:
         model.generation_config.max_length = model.config.max_position_embeddings
 
+# %% ../../nbs/training/03_checkpoints.ipynb #dc17fd9a
 def tokenizer_for_generation(
     tokenizer, # from transformers
 ): # another one
@@ -240,12 +241,14 @@ def in_files(
     "The same by the names that files have"
     return {name_in_files(name): value for name, value in state.items()}
 
+# %% ../../nbs/training/03_checkpoints.ipynb #3bacd54c
 def stored_names(
     model: nn.Module, # whose names they must be
     folder: Path,     # with one or several .safetensors files
 ) -> list[str]: # of weights and buffers
     "What a folder holds, if it is exactly what a model needs"
-    here, stored = in_files(model.state_dict(keep_vars=True)), set()   # parameters themselves: a tied one is the same twice
+    # parameters themselves: a tied one is the same twice
+    here, stored = in_files(model.state_dict(keep_vars=True)), set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as inside: stored |= set(inside.keys())
     filled = {id(here[name]) for name in stored & here.keys()}

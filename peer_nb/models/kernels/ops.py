@@ -45,10 +45,15 @@ def kernel_obstacle(
     if transformed(): return "torch.func and forward-mode differentiation need torch's own operations"
     kinds, places = {t.dtype for t in tensors}, {t.device.type for t in tensors}
     if not HAS_TRITON: return "Triton is not installed (pip install triton)"
-    if not kinds <= set(KERNEL_DTYPES): return f"the kernels know float32, bfloat16 and float16, not {', '.join(sorted(map(str, kinds - set(KERNEL_DTYPES))))}"
+    if not kinds <= set(KERNEL_DTYPES):
+        others = ", ".join(sorted(map(str, kinds - set(KERNEL_DTYPES))))
+        return f"the kernels know float32, bfloat16 and float16, not {others}"
     if width > WIDEST_ROW: return f"a vector of {width} numbers is too wide; at most {WIDEST_ROW}"
-    if places == {"cpu"} and not INTERPRETED: return "the tensors are on the CPU; there the kernels run in Triton's interpreter only (set TRITON_INTERPRET=1 before the start)"
-    if not places <= {"cuda", "cpu"} or len(places) > 1: return f"the tensors are on {', '.join(sorted(places))}; all must be on one GPU"
+    if places == {"cpu"} and not INTERPRETED:
+        return ("the tensors are on the CPU; there the kernels run in Triton's interpreter only "
+                "(set TRITON_INTERPRET=1 before the start)")
+    if not places <= {"cuda", "cpu"} or len(places) > 1:
+        return f"the tensors are on {', '.join(sorted(places))}; all must be on one GPU"
     return ""
 
 # %% ../../../nbs/models/kernels/03_ops.ipynb #f4accab2
@@ -60,7 +65,8 @@ def use_kernel(
     "Whether the fused kernels take a call"
     if kernel == "eager" or kernel == "auto" and tensors[0].device.type != "cuda": return False
     why = kernel_obstacle(*tensors, width=width)
-    if why and kernel == "triton": raise ValueError(f"kernel='triton' cannot be: {why}. kernel='auto' uses the kernels where they can run")
+    if why and kernel == "triton":
+        raise ValueError(f"kernel='triton' cannot be: {why}. kernel='auto' uses the kernels where they can run")
     return not why
 
 # %% ../../../nbs/models/kernels/03_ops.ipynb #61e411ef
@@ -75,6 +81,7 @@ def differentiated_again() -> bool:
     "Whether the backward pass at work is itself recorded, because of `create_graph`"
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #4e3abe5d
 def twin_gradients(
     twin: Callable, # inputs -> output, in torch's own operations
     inputs: Sequence[Tensor], # of the forward pass
@@ -82,7 +89,8 @@ def twin_gradients(
     grad: Tensor, # of the output
 ) -> list[Tensor | None]: # one for each input
     "Gradients that can be differentiated again"
-    inputs = [x.view_as(x) if needed else x for x, needed in zip(inputs, learns)]   # one tensor in two places has two gradients
+    # one tensor in two places has two gradients
+    inputs = [x.view_as(x) if needed else x for x, needed in zip(inputs, learns)]
     wanted = [x for x, needed in zip(inputs, learns) if needed]
     with torch.autocast(grad.device.type, enabled=False): out = twin(*inputs)
     found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True, allow_unused=True))
@@ -96,6 +104,7 @@ def gradient_rows(
     "Which rows of a table get a gradient"
     return index.unique() if sparse and not torch.compiler.is_compiling() else None
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #d2688481
 def as_gradient(
     values: Tensor, # [R, width]
     rows: Tensor | None, # [R] their numbers; None: all
@@ -120,10 +129,12 @@ def collect_factors(
     try: yield
     finally: TAKE, COLLECTING = before
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #001c6fe6
 def collecting() -> bool:
     "Whether someone takes factors"
     return COLLECTING
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #ee17fb98
 def give(
     table: Tensor, # as the layer reads it
     numbers: Tensor, # [tokens, P*parts] float32
@@ -133,7 +144,9 @@ def give(
     copy: bool, # whether someone else may overwrite vectors and index
 ):
     "Hand out a gradient in factors"
-    if TAKE is None: raise RuntimeError("a forward pass inside collect_factors, as an optimizer's `consuming`, belongs with a backward pass inside of it")
+    if TAKE is None:
+        raise RuntimeError("a forward pass inside collect_factors, as an optimizer's `consuming`, belongs with a "
+                           "backward pass inside of it")
     if copy: vectors, index = vectors.clone(), index.clone()
     TAKE(table, kernels("updates").FactoredGradient(numbers.contiguous(), vectors.contiguous(), index, pairs))
 
@@ -144,37 +157,46 @@ def in_factors(
 ) -> bool:
     "Whether tables get no gradient of their own"
     if not ctx.factors or not any(ctx.needs_input_grad[:tables]): return False
-    if differentiated_again(): raise RuntimeError("a consumed table has no gradient that could be differentiated again: take second "
+    if differentiated_again():
+        raise RuntimeError("a consumed table has no gradient that could be differentiated again: take second "
         "derivatives outside of collect_factors (an optimizer's `consuming`), or with table_gradient 'dense'")
-    return not torch.compiler.is_compiling() or any(ctx.needs_input_grad[tables:tables + 2])   # a graph drops an operation without a use
+    # a graph drops an operation without a use
+    return not torch.compiler.is_compiling() or any(ctx.needs_input_grad[tables:tables + 2])
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #9ada7474
 def served(
     table: Tensor, # [N, width] whose factors were given
     learns: bool, # whether it needs a gradient
 ) -> Tensor | None:
     "What autograd gets in place of a gradient"
     if not learns or torch.compiler.is_compiling(): return None
-    return torch.sparse_coo_tensor(torch.empty(1, 0, dtype=torch.long, device=table.device), table.new_empty(0, table.shape[1]), table.shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(torch.empty(1, 0, dtype=torch.long, device=table.device),
+                                   table.new_empty(0, table.shape[1]), table.shape, is_coalesced=True,
+                                   check_invariants=False)
 
 # %% ../../../nbs/models/kernels/03_ops.ipynb #a5e809d3
 BY_ROW_FROM = 4.0 # pairs per row of the table; not measured
 
 @torch.library.custom_op("peer_nb::experts", mutates_args=())
-def experts(down: Tensor, up: Tensor, x: Tensor, weights: Tensor, index: Tensor, activation: str, sparse: bool, by_row_from: float,
+def experts(down: Tensor, up: Tensor, x: Tensor, weights: Tensor, index: Tensor, activation: str, sparse: bool,
+            by_row_from: float,
         factors: bool = False) -> tuple[Tensor, Tensor]:
     "Output [tokens, width] and what was before the activation, [tokens, P*h] float32"
     rows = kernels("rows")
     run = rows.run_experts_by_row if index.numel() and index.numel() >= by_row_from * len(down) else rows.run_experts
     return run(down, up, x, index, weights, activation)
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #b343262e
 @experts.register_fake
 def experts_shapes(down, up, x, weights, index, activation, sparse, by_row_from, factors=False):
     "Shapes of `experts`"
-    return x.new_empty(x.shape), x.new_empty(len(x), index.shape[1] * (down.shape[1] // x.shape[1]), dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(len(x), index.shape[1] * (down.shape[1] // x.shape[1]),
+                                             dtype=torch.float32)
 
 # %% ../../../nbs/models/kernels/03_ops.ipynb #8dc3b931
 @torch.library.custom_op("peer_nb::experts_backward", mutates_args=())
-def experts_backward(grad: Tensor, down: Tensor, up: Tensor, x: Tensor, weights: Tensor, index: Tensor, pre: Tensor, activation: str,
+def experts_backward(grad: Tensor, down: Tensor, up: Tensor, x: Tensor, weights: Tensor, index: Tensor, pre: Tensor,
+                     activation: str,
         numbers: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Gradients of both tables (all rows, or those of `numbers`), the input and the weights"
     rows = kernels("rows")
@@ -183,21 +205,25 @@ def experts_backward(grad: Tensor, down: Tensor, up: Tensor, x: Tensor, weights:
     grad_weights = found.weights.unflatten(1, (index.shape[1], -1)).sum(-1).to(weights.dtype)
     return found.down, found.up, rows.sum_rows(down, index, found.pre, x.dtype), grad_weights
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #c424610e
 @experts_backward.register_fake
 def experts_backward_shapes(grad, down, up, x, weights, index, pre, activation, numbers):
     "Shapes of `experts_backward`"
     rows = len(down) if numbers is None else len(numbers)
-    return down.new_empty(rows, down.shape[1]), up.new_empty(rows, up.shape[1]), x.new_empty(x.shape), weights.new_empty(weights.shape)
+    tables = down.new_empty(rows, down.shape[1]), up.new_empty(rows, up.shape[1])
+    return *tables, x.new_empty(x.shape), weights.new_empty(weights.shape)
 
 # %% ../../../nbs/models/kernels/03_ops.ipynb #a2c0c0e4
 @torch.library.custom_op("peer_nb::experts_backward_frozen", mutates_args=())
-def experts_backward_frozen(grad: Tensor, down: Tensor, up: Tensor, x: Tensor, weights: Tensor, index: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def experts_backward_frozen(grad: Tensor, down: Tensor, up: Tensor, x: Tensor, weights: Tensor, index: Tensor,
+                            pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     "Gradients of the input and the weights, for tables that don't learn"
     rows = kernels("rows")
     found = rows.by_token(grad, up, index, weights, pre, activation)
     grad_weights = found.weights.unflatten(1, (index.shape[1], -1)).sum(-1).to(weights.dtype)
     return rows.sum_rows(down, index, found.pre, x.dtype), grad_weights
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #e1a11f62
 @experts_backward_frozen.register_fake
 def experts_backward_frozen_shapes(grad, down, up, x, weights, index, pre, activation):
     "Shapes of `experts_backward_frozen`"
@@ -205,18 +231,21 @@ def experts_backward_frozen_shapes(grad, down, up, x, weights, index, pre, activ
 
 # %% ../../../nbs/models/kernels/03_ops.ipynb #190c9d90
 @torch.library.custom_op("peer_nb::experts_factors", mutates_args=())
-def experts_factors(grad: Tensor, down: Tensor, up: Tensor, x: Tensor, weights: Tensor, index: Tensor, pre: Tensor, activation: str,
+def experts_factors(grad: Tensor, down: Tensor, up: Tensor, x: Tensor, weights: Tensor, index: Tensor, pre: Tensor,
+                    activation: str,
         learns: list[bool], copy: bool) -> tuple[Tensor, Tensor]:
     "Gradients of the input and the weights; those of the tables that learn are handed out in factors"
     rows = kernels("rows")
     s = rows.segments(index, len(down))
     found = rows.by_row(grad, weights, s, up, x, pre, activation, sums=False)
-    hidden = rows.ACTIVATIONS[activation](pre).unflatten(1, (index.shape[1], -1)) * weights.unsqueeze(-1)   # [tokens, P, h]
+    # [tokens, P, h]
+    hidden = rows.ACTIVATIONS[activation](pre).unflatten(1, (index.shape[1], -1)) * weights.unsqueeze(-1)
     grad_x = rows.sum_rows(down, index, found.pre, x.dtype)
     if learns[0]: give(down, found.pre, x, index, s, copy)
     if learns[1]: give(up, hidden.flatten(1), grad, index, s, copy)
     return grad_x, found.weights.unflatten(1, (index.shape[1], -1)).sum(-1).to(weights.dtype)
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #14897d50
 @experts_factors.register_fake
 def experts_factors_shapes(grad, down, up, x, weights, index, pre, activation, learns, copy):
     "Shapes of `experts_factors`"
@@ -229,12 +258,14 @@ def keep_for_experts(ctx, inputs, output):
     ctx.save_for_backward(down, up, x, weights, index, output[1])
     ctx.mark_non_differentiable(output[1])
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #1ded9ca1
 def differentiate_experts(ctx, grad, _):
     "Gradients of the tables, the input and the weights"
     down, up, x, weights, index, pre = ctx.saved_tensors
     nothing, learns = (None,) * 5, list(ctx.needs_input_grad[:2])
     if in_factors(ctx, 2):
-        found = experts_factors(grad, down, up, x, weights, index, pre, ctx.activation, learns, torch.compiler.is_compiling())
+        found = experts_factors(grad, down, up, x, weights, index, pre, ctx.activation, learns,
+                                torch.compiler.is_compiling())
         return served(down, learns[0]), served(up, learns[1]), *found, *nothing
     if differentiated_again():
         reference, kind = kernels("rows").run_experts_reference, ctx.activation
@@ -243,7 +274,8 @@ def differentiate_experts(ctx, grad, _):
     if not any(learns):
         return None, None, *experts_backward_frozen(grad, down, up, x, weights, index, pre, ctx.activation), *nothing
     rows = gradient_rows(index, ctx.sparse)
-    grad_down, grad_up, grad_x, grad_weights = experts_backward(grad, down, up, x, weights, index, pre, ctx.activation, rows)
+    found = experts_backward(grad, down, up, x, weights, index, pre, ctx.activation, rows)
+    grad_down, grad_up, grad_x, grad_weights = found
     return as_gradient(grad_down, rows, down), as_gradient(grad_up, rows, up), grad_x, grad_weights, *nothing
 
 experts.register_autograd(differentiate_experts, setup_context=keep_for_experts)
@@ -270,22 +302,27 @@ def values(table: Tensor, weights: Tensor, index: Tensor, sparse: bool, factors:
     rows = kernels("rows")
     return rows.sum_rows(table, index, weights)
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #91f17204
 @values.register_fake
 def values_shapes(table, weights, index, sparse, factors=False):
     "Shapes of `values`"
     return table.new_empty(len(index), table.shape[1])
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #8f9e06d7
 @torch.library.custom_op("peer_nb::values_backward", mutates_args=())
-def values_backward(grad: Tensor, table: Tensor, weights: Tensor, index: Tensor, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
+def values_backward(grad: Tensor, table: Tensor, weights: Tensor, index: Tensor,
+                    numbers: Tensor | None) -> tuple[Tensor, Tensor]:
     "Gradients of the table (all rows, or those of `numbers`) and the weights"
     rows = kernels("rows")
     found = rows.by_row(grad, weights, rows.segments(index, len(table), numbers), table, dtype=table.dtype)
     return found.up, found.weights.to(weights.dtype)
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #6ed25602
 @values_backward.register_fake
 def values_backward_shapes(grad, table, weights, index, numbers):
     "Shapes of `values_backward`"
-    return table.new_empty(len(table) if numbers is None else len(numbers), table.shape[1]), weights.new_empty(weights.shape)
+    return table.new_empty(len(table) if numbers is None else len(numbers),
+                           table.shape[1]), weights.new_empty(weights.shape)
 
 # %% ../../../nbs/models/kernels/03_ops.ipynb #7b11f3ae
 @torch.library.custom_op("peer_nb::values_factors", mutates_args=())
@@ -297,6 +334,7 @@ def values_factors(grad: Tensor, table: Tensor, weights: Tensor, index: Tensor, 
     give(table, weights.float().clone(), grad, index, s, copy)
     return found.weights.to(weights.dtype)
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #9efe27ca
 @values_factors.register_fake
 def values_factors_shapes(grad, table, weights, index, copy):
     "Shape of `values_factors`"
@@ -309,21 +347,25 @@ def dots(table: Tensor, index: Tensor, x: Tensor) -> Tensor:
     rows = kernels("rows")
     return rows.dot_rows(table, index, x)
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #972694c9
 @dots.register_fake
 def dots_shapes(table, index, x):
     "Shapes of `dots`"
     return x.new_empty(index.shape, dtype=torch.float32)
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #a82bbbff
 def keep_for_values(ctx, inputs, output):
     "What the backward pass of `values` needs"
     table, weights, index, ctx.sparse, ctx.factors = inputs
     ctx.save_for_backward(table, weights, index)
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #9f68cb95
 def differentiate_values(ctx, grad):
     "Gradients of the table and the weights"
     table, weights, index = ctx.saved_tensors
     nothing = (None,) * 3
-    if in_factors(ctx, 1): return served(table, True), values_factors(grad, table, weights, index, torch.compiler.is_compiling()), *nothing
+    if in_factors(ctx, 1):
+        return served(table, True), values_factors(grad, table, weights, index, torch.compiler.is_compiling()), *nothing
     if differentiated_again():
         twin = lambda table, weights: kernels("rows").sum_rows_reference(table, index, weights.to(table.dtype))
         return *twin_gradients(twin, (table, weights), ctx.needs_input_grad[:2], grad), *nothing
@@ -367,22 +409,28 @@ def retrieve(query: Tensor, keys: Tensor, sizes: list[int], k: int) -> tuple[Ten
     retrieval = kernels("retrieval")
     return retrieval.retrieve(query, keys, sizes, k)
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #1407da60
 @retrieve.register_fake
 def retrieve_shapes(query, keys, sizes, k):
     "Shapes of `retrieve`"
     shape = *query.shape[:2], k
     return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #11985ede
 @torch.library.custom_op("peer_nb::retrieve_backward", mutates_args=())
-def retrieve_backward(grad: Tensor, query: Tensor, keys: Tensor, index: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+def retrieve_backward(grad: Tensor, query: Tensor, keys: Tensor, index: Tensor,
+                      sizes: list[int]) -> tuple[Tensor, Tensor]:
     "Gradients of queries and keys"
     rows = kernels("rows")
-    pieces, flat = query.reshape(-1, keys.shape[2]), keys.flatten(0, 1)                                # [tokens*heads*D, width], [sets*sum of sizes, width]
-    chosen = sub_key_rows(index, sizes, keys.shape[0]).flatten(0, 2)                                   # [tokens*heads*D, k]
+    # [tokens*heads*D, width], [sets*sum of sizes, width]
+    pieces, flat = query.reshape(-1, keys.shape[2]), keys.flatten(0, 1)
+    # [tokens*heads*D, k]
+    chosen = sub_key_rows(index, sizes, keys.shape[0]).flatten(0, 2)
     weights = grad.unsqueeze(2).expand(-1, -1, len(sizes), -1).reshape(chosen.shape)
     by_key = rows.by_row(pieces, weights, rows.segments(chosen, len(flat)), dtype=keys.dtype)
     return rows.sum_rows(flat, chosen, weights, query.dtype).view(query.shape), by_key.up.view(keys.shape)
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #0cdc2a83
 @retrieve_backward.register_fake
 def retrieve_backward_shapes(grad, query, keys, index, sizes):
     "Shapes of `retrieve_backward`"
@@ -395,6 +443,7 @@ def keep_for_retrieve(ctx, inputs, output):
     ctx.save_for_backward(query, keys, output[1])
     ctx.mark_non_differentiable(output[1])
 
+# %% ../../../nbs/models/kernels/03_ops.ipynb #9fde9408
 def differentiate_retrieve(ctx, grad, _):
     "Gradients of queries and keys"
     if differentiated_again():

@@ -25,12 +25,14 @@ def packed(score, place):
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (bits.to(tl.int64) << 32) | (place ^ 0x7FFFFFFF).to(tl.int64)
 
+# %% ../../../nbs/models/kernels/00_retrieval.ipynb #56f4d05f
 @triton.jit
 def score_of(pack):
     "The score that was packed"
     bits = (pack >> 32).to(tl.int32)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
 
+# %% ../../../nbs/models/kernels/00_retrieval.ipynb #8e2a50b6
 @triton.jit
 def place_of(pack):
     "The place that was packed"
@@ -60,7 +62,8 @@ def keep_best(best, found):
 
 # %% ../../../nbs/models/kernels/00_retrieval.ipynb #9a2945fa
 @triton.jit
-def best_of_set(query, keys, t, T, STRIDE, C, n, k, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WIDEN: tl.constexpr):
+def best_of_set(query, keys, t, T, STRIDE, C, n, k, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+                CHUNK: tl.constexpr, WIDEN: tl.constexpr):
     "[TOKENS, K] packed scores of the k best of n sub-keys, best first"
     best = tl.zeros([TOKENS, K], tl.int64) + NOTHING + tl.arange(0, K)[None, :]      # empty seats, each another number
     for start in range(0, n, COLUMNS):
@@ -68,8 +71,10 @@ def best_of_set(query, keys, t, T, STRIDE, C, n, k, K: tl.constexpr, TOKENS: tl.
         scores = tl.zeros([TOKENS, COLUMNS], tl.float32)
         for first in range(0, C, CHUNK):
             c = first + tl.arange(0, CHUNK)
-            q = tl.load(query + t[:, None] * STRIDE + c[None, :], mask=(t < T)[:, None] & (c < C)[None, :], other=0)      # [TOKENS, CHUNK]
-            s = tl.load(keys + column[None, :] * C + c[:, None], mask=(column < n)[None, :] & (c < C)[:, None], other=0)  # [CHUNK, COLUMNS]
+            # [TOKENS, CHUNK]
+            q = tl.load(query + t[:, None] * STRIDE + c[None, :], mask=(t < T)[:, None] & (c < C)[None, :], other=0)
+            # [CHUNK, COLUMNS]
+            s = tl.load(keys + column[None, :] * C + c[:, None], mask=(column < n)[None, :] & (c < C)[:, None], other=0)
             if WIDEN: q, s = q.to(tl.float32), s.to(tl.float32)
             scores = tl.dot(q, s, scores, input_precision="ieee")
         best = keep_best(best, tl.where((column < n)[None, :], packed(scores, column[None, :]), NOTHING))
@@ -91,8 +96,10 @@ def merge_sets(score, row, right, ranks, n, k, K: tl.constexpr, CANDIDATES: tl.c
 
 # %% ../../../nbs/models/kernels/00_retrieval.ipynb #47cae1d4
 @triton.jit
-def retrieve_kernel(query, keys, ranks, out_scores, out_rows, T, H, C, SET_STRIDE, k, SIZES: tl.constexpr, K: tl.constexpr,
-        CANDIDATES: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WIDEN: tl.constexpr):
+def retrieve_kernel(query, keys, ranks, out_scores, out_rows, T, H, C, SET_STRIDE, k, SIZES: tl.constexpr,
+                    K: tl.constexpr,
+        CANDIDATES: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+        WIDEN: tl.constexpr):
     "One program: a block of tokens, one head"
     t, head = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64), tl.program_id(1).to(tl.int64)
     D: tl.constexpr = len(SIZES)
@@ -135,7 +142,9 @@ def retrieve(
 ) -> tuple[Tensor, Tensor]: # scores [tokens, heads, k] float32, best first, and row numbers
     "The best rows of each head"
     (tokens, heads, _), width = query.shape, keys.shape[2]
-    if not 1 <= k <= prod(sizes): raise ValueError(f"k={k}: there are {prod(sizes)} rows (sizes {list(sizes)}), so k must be from 1 to {prod(sizes)}")
+    if not 1 <= k <= prod(sizes):
+        raise ValueError(f"k={k}: there are {prod(sizes)} rows (sizes {list(sizes)}), so k must be from 1 to "
+                         f"{prod(sizes)}")
     scores = torch.empty(tokens, heads, k, dtype=torch.float32, device=query.device)
     rows = torch.empty(tokens, heads, k, dtype=torch.int64, device=query.device)
     if not scores.numel(): return scores, rows
@@ -144,6 +153,8 @@ def retrieve(
     chunk = min(32, max(16, triton.next_power_of_2(width)))
     keys = keys.contiguous()
     stride = 0 if keys.shape[0] == 1 else keys.stride(0)
-    retrieve_kernel[(triton.cdiv(tokens, 16), heads)](query.contiguous(), keys, ranks, scores, rows, tokens, heads, width, stride, k,
-        SIZES=tuple(sizes), K=K, CANDIDATES=candidates, TOKENS=16, COLUMNS=64, CHUNK=chunk, WIDEN=query.device.type == "cpu", num_warps=4)
+    retrieve_kernel[(triton.cdiv(tokens, 16), heads)](query.contiguous(), keys, ranks, scores, rows, tokens, heads,
+                                                      width, stride, k,
+        SIZES=tuple(sizes), K=K, CANDIDATES=candidates, TOKENS=16, COLUMNS=64, CHUNK=chunk,
+        WIDEN=query.device.type == "cpu", num_warps=4)
     return scores, rows

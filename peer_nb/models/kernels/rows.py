@@ -29,7 +29,8 @@ def sum_rows_kernel(table, index, weights, out, P, D, PARTS: tl.constexpr, ROWS:
         inside = (p < P)[:, None] & (d < D)[None, :]
         for j in range(PARTS):
             w = tl.load(weights + (t * P + p) * PARTS + j, mask=p < P, other=0).to(tl.float32)
-            r = tl.load(table + (row + j)[:, None] * D + d[None, :], mask=inside, other=0).to(tl.float32)   # [ROWS, WIDTH]
+            # [ROWS, WIDTH]
+            r = tl.load(table + (row + j)[:, None] * D + d[None, :], mask=inside, other=0).to(tl.float32)
             total += tl.sum(w[:, None] * r, 0)
     tl.store(out + t * D + d, total, mask=d < D)
 
@@ -61,9 +62,11 @@ def sum_rows(
     if not out.numel(): return out
     sizes = blocks(min(width, 2048), P)
     grid = (tokens, triton.cdiv(width, sizes["WIDTH"]))
-    sum_rows_kernel[grid](table.contiguous(), index.contiguous(), weights.contiguous(), out, P, width, PARTS=parts, **sizes)
+    sum_rows_kernel[grid](table.contiguous(), index.contiguous(), weights.contiguous(), out, P, width, PARTS=parts,
+                          **sizes)
     return out
 
+# %% ../../../nbs/models/kernels/01_rows.ipynb #92f4142a
 def sum_rows_reference(
     table: Tensor, # [N, parts*width]
     index: Tensor, # [tokens, P]
@@ -71,7 +74,8 @@ def sum_rows_reference(
 ) -> Tensor: # [tokens, width]
     "The same by gathering"
     parts = weights.shape[1] // index.shape[1]
-    rows = F.embedding(index, table).view(len(index), weights.shape[1], table.shape[1] // parts)   # [tokens, P*parts, width]
+    # [tokens, P*parts, width]
+    rows = F.embedding(index, table).view(len(index), weights.shape[1], table.shape[1] // parts)
     return torch.einsum('tp,tpd->td', weights, rows)
 
 # %% ../../../nbs/models/kernels/01_rows.ipynb #2ee4243d
@@ -82,6 +86,7 @@ def activated(a, KIND: tl.constexpr):
     elif KIND == "relu": return tl.where(a < 0, 0.0, a)
     else: return a * tl.sigmoid(a)
 
+# %% ../../../nbs/models/kernels/01_rows.ipynb #d6cc3d2b
 @triton.jit
 def slope(a, KIND: tl.constexpr):
     "The activation's derivative"
@@ -93,7 +98,8 @@ def slope(a, KIND: tl.constexpr):
 
 # %% ../../../nbs/models/kernels/01_rows.ipynb #0659dcb0
 @triton.jit
-def experts_kernel(down, up, x, index, weights, out, pre, P, D, KIND: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def experts_kernel(down, up, x, index, weights, out, pre, P, D, KIND: tl.constexpr, PARTS: tl.constexpr,
+                   ROWS: tl.constexpr, WIDTH: tl.constexpr):
     "One program: one token, all its experts"
     t, d = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     token = tl.load(x + t * D + d, mask=d < D, other=0).to(tl.float32)
@@ -105,8 +111,10 @@ def experts_kernel(down, up, x, index, weights, out, pre, P, D, KIND: tl.constex
         inside = (p < P)[:, None] & (d < D)[None, :]
         for j in range(PARTS):
             place = (row + j)[:, None] * D + d[None, :]
-            u = tl.load(down + place, mask=inside, other=0).to(tl.float32)                                  # [ROWS, WIDTH]
-            v = tl.load(up + place, mask=inside, other=0).to(tl.float32)                                    # [ROWS, WIDTH]
+            # [ROWS, WIDTH]
+            u = tl.load(down + place, mask=inside, other=0).to(tl.float32)
+            # [ROWS, WIDTH]
+            v = tl.load(up + place, mask=inside, other=0).to(tl.float32)
             a = tl.sum(u * token[None, :], 1)                                                               # [ROWS]
             tl.store(pre + (t * P + p) * PARTS + j, a, mask=p < P)
             total += tl.sum((w * activated(a, KIND))[:, None] * v, 0)
@@ -124,7 +132,8 @@ def run_experts(
     "Run each token's experts and add them up by weight"
     (tokens, P), width = index.shape, x.shape[1]
     parts = down.shape[1] // width
-    out, pre = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty(tokens, P * parts, dtype=torch.float32, device=x.device)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    pre = torch.empty(tokens, P * parts, dtype=torch.float32, device=x.device)
     if out.numel():
         tensors = (t.contiguous() for t in (down, up, x, index, weights))
         experts_kernel[(tokens,)](*tensors, out, pre, P, width, KIND=activation, PARTS=parts, **blocks(width, P))
@@ -143,7 +152,8 @@ def run_experts_reference(
 ) -> Tensor: # [tokens, width]
     "The same by gathering, differentiable by torch"
     shape = *index.shape, -1, x.shape[1]
-    u, v = (F.embedding(index, table).view(shape) for table in (down, up))                                 # [tokens, P, h, width]
+    # [tokens, P, h, width]
+    u, v = (F.embedding(index, table).view(shape) for table in (down, up))
     hidden = ACTIVATIONS[activation](torch.einsum('tphd,td->tph', u, x))
     return torch.einsum('tph,tp,tphd->td', hidden, weights, v)
 
@@ -187,7 +197,8 @@ def segments(
 # %% ../../../nbs/models/kernels/01_rows.ipynb #5f4b4174
 @triton.jit
 def by_row_kernel(up, x, grad, order, rows, begin, end, weights, pre, grad_down, grad_up, grad_pre, grad_weights, P, D,
-        KIND: tl.constexpr, EXPERTS: tl.constexpr, SUMS: tl.constexpr, DOTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+        KIND: tl.constexpr, EXPERTS: tl.constexpr, SUMS: tl.constexpr, DOTS: tl.constexpr, PARTS: tl.constexpr,
+        ROWS: tl.constexpr, WIDTH: tl.constexpr):
     "One program: one neuron of one row (or of a piece of a long row), all its pairs"
     item, j, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, WIDTH)
     row, first, last = tl.load(rows + item).to(tl.int64) * PARTS + j, tl.load(begin + item), tl.load(end + item)
@@ -197,7 +208,8 @@ def by_row_kernel(up, x, grad, order, rows, begin, end, weights, pre, grad_down,
         m = start + tl.arange(0, ROWS)
         pair = tl.load(order + m, mask=m < last, other=0).to(tl.int64)
         inside, place = (m < last)[:, None] & (d < D)[None, :], (pair // P)[:, None] * D + d[None, :]
-        g = tl.load(grad + place, mask=inside, other=0).to(tl.float32)                                      # [ROWS, WIDTH]
+        # [ROWS, WIDTH]
+        g = tl.load(grad + place, mask=inside, other=0).to(tl.float32)
         w = tl.load(weights + pair, mask=m < last, other=0).to(tl.float32)
         hidden = 1.0
         if EXPERTS:
@@ -232,6 +244,7 @@ class RowGradients(NamedTuple):
     pre: Tensor | None # [tokens, P*h] float32, before the activation
     weights: Tensor | None # [tokens, P*h] float32; the parts of an expert's weight by neuron
 
+# %% ../../../nbs/models/kernels/01_rows.ipynb #6ce04d3c
 def launch_by_row(
     found: RowGradients, # where results go
     inputs: tuple, # up, x, grad, order
@@ -259,15 +272,19 @@ def by_row(
     dtype: torch.dtype | None = None, # of row gradients; None: grad's
 ) -> RowGradients:
     "Gradients of rows, and of the numbers that belong to pairs"
-    (tokens, P), width, experts, kind = weights.shape, grad.shape[1], pre is not None, dict(dtype=torch.float32, device=grad.device)
+    (tokens, P), width, experts = weights.shape, grad.shape[1], pre is not None
+    kind = dict(dtype=torch.float32, device=grad.device)
     parts = pre.shape[1] // P if experts else 1
     grad, weights = grad.contiguous(), weights.contiguous()
     pairs = lambda wanted: torch.empty(tokens, P * parts, **kind) if wanted else None
     numbers = pairs(experts and table is not None), pairs(table is not None)
-    make = lambda n, dtype: tuple(torch.empty(n, parts * width, dtype=dtype, device=grad.device) if sums and want else None for want in (experts, True))
-    found, pieces = (RowGradients(*make(n, t), *numbers) for n, t in ((len(s.rows), dtype or grad.dtype), (len(s.piece_row), torch.float32)))
+    make = lambda n, dtype: tuple(torch.empty(n, parts * width, dtype=dtype, device=grad.device) if sums and want
+                                  else None for want in (experts, True))
+    found, pieces = (RowGradients(*make(n, t), *numbers) for n,
+                     t in ((len(s.rows), dtype or grad.dtype), (len(s.piece_row), torch.float32)))
     inputs = (grad if table is None else table.contiguous(), grad if x is None else x.contiguous(), grad, s.order)
-    options = dict(KIND=activation, EXPERTS=experts, SUMS=sums, DOTS=table is not None, PARTS=parts, **blocks(width, LONG))
+    options = dict(KIND=activation, EXPERTS=experts, SUMS=sums, DOTS=table is not None, PARTS=parts,
+                   **blocks(width, LONG))
     options["ROWS"] = min(options["ROWS"], 4)                                # a row has few tokens as a rule
     rest = weights, grad if pre is None else pre.contiguous()
     launch_by_row(found, inputs, (s.rows, s.begin, s.end), rest, P, options)
@@ -286,7 +303,8 @@ def join_pieces(
     if pieces is None: return
     width = pieces.shape[1]
     block = min(1024, triton.next_power_of_2(width))
-    join_pieces_kernel[(len(pieces), triton.cdiv(width, block))](pieces, s.piece_row, s.piece_count, out, width, WIDTH=block)
+    join_pieces_kernel[(len(pieces), triton.cdiv(width,
+                                                 block))](pieces, s.piece_row, s.piece_count, out, width, WIDTH=block)
 
 # %% ../../../nbs/models/kernels/01_rows.ipynb #bfd77196
 @triton.jit
@@ -299,7 +317,8 @@ def dot_rows_kernel(table, index, x, out, P, D, PARTS: tl.constexpr, ROWS: tl.co
         for start in range(0, D, WIDTH):
             c = start + d
             inside = (p < P)[:, None] & (c < D)[None, :]
-            r = tl.load(table + (row + j)[:, None] * D + c[None, :], mask=inside, other=0).to(tl.float32)    # [ROWS, WIDTH]
+            # [ROWS, WIDTH]
+            r = tl.load(table + (row + j)[:, None] * D + c[None, :], mask=inside, other=0).to(tl.float32)
             total += tl.sum(r * tl.load(x + t * D + c, mask=c < D, other=0).to(tl.float32)[None, :], 1)
         tl.store(out + (t * P + p) * PARTS + j, total, mask=p < P)
 
@@ -315,12 +334,14 @@ def dot_rows(
     out = torch.empty(tokens, P * parts, dtype=torch.float32, device=x.device)
     if not out.numel(): return out
     sizes = blocks(min(width, 1024), P)
-    dot_rows_kernel[(tokens, triton.cdiv(P, sizes["ROWS"]))](table.contiguous(), index.contiguous(), x.contiguous(), out, P, width, PARTS=parts, **sizes)
+    grid = tokens, triton.cdiv(P, sizes["ROWS"])
+    dot_rows_kernel[grid](table.contiguous(), index.contiguous(), x.contiguous(), out, P, width, PARTS=parts, **sizes)
     return out
 
 # %% ../../../nbs/models/kernels/01_rows.ipynb #ffe6e135
 @triton.jit
-def pair_numbers_kernel(products, weights, pre, grad_pre, grad_weights, total, PARTS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def pair_numbers_kernel(products, weights, pre, grad_pre, grad_weights, total, PARTS: tl.constexpr, KIND: tl.constexpr,
+                        BLOCK: tl.constexpr):
     "From products with the output side to gradients of weights and of what is before the activation"
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     s, a = tl.load(products + i, mask=i < total, other=0), tl.load(pre + i, mask=i < total, other=0)
@@ -328,6 +349,7 @@ def pair_numbers_kernel(products, weights, pre, grad_pre, grad_weights, total, P
     tl.store(grad_weights + i, s * activated(a, KIND), mask=i < total)
     tl.store(grad_pre + i, s * w * slope(a, KIND), mask=i < total)
 
+# %% ../../../nbs/models/kernels/01_rows.ipynb #b3a8bace
 def by_token(
     grad: Tensor, # [tokens, width] of the output
     up: Tensor, # [N, h*width] output side
@@ -340,13 +362,15 @@ def by_token(
     products = dot_rows(up, index, grad)
     found = RowGradients(None, None, torch.empty_like(products), torch.empty_like(products))
     if products.numel():
-        pair_numbers_kernel[(triton.cdiv(products.numel(), 1024),)](products, weights.contiguous(), pre, found.pre, found.weights, products.numel(),
+        pair_numbers_kernel[(triton.cdiv(products.numel(), 1024),
+                             )](products, weights.contiguous(), pre, found.pre, found.weights, products.numel(),
             PARTS=pre.shape[1] // index.shape[1], KIND=activation, BLOCK=1024)
     return found
 
 # %% ../../../nbs/models/kernels/01_rows.ipynb #81e48d01
 @triton.jit
-def dot_by_row_kernel(table, x, order, rows, begin, end, out, P, D, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def dot_by_row_kernel(table, x, order, rows, begin, end, out, P, D, PARTS: tl.constexpr, ROWS: tl.constexpr,
+                      WIDTH: tl.constexpr):
     "One program: one vector of one row (or of a piece), its products with all its tokens"
     item, j, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, WIDTH)
     first, last = tl.load(begin + item), tl.load(end + item)
@@ -356,7 +380,8 @@ def dot_by_row_kernel(table, x, order, rows, begin, end, out, P, D, PARTS: tl.co
             m = start + tl.arange(0, ROWS)
             pair = tl.load(order + m, mask=m < last, other=0).to(tl.int64)
             inside = (m < last)[:, None] & (d < D)[None, :]
-            tokens = tl.load(x + (pair // P)[:, None] * D + d[None, :], mask=inside, other=0).to(tl.float32)    # [ROWS, WIDTH]
+            # [ROWS, WIDTH]
+            tokens = tl.load(x + (pair // P)[:, None] * D + d[None, :], mask=inside, other=0).to(tl.float32)
             tl.store(out + pair * PARTS + j, tl.sum(tokens * u[None, :], 1), mask=m < last)
 
 # %% ../../../nbs/models/kernels/01_rows.ipynb #13f62471
@@ -376,6 +401,9 @@ def run_experts_by_row(
     options = dict(PARTS=parts, **blocks(width, long))
     options["ROWS"] = min(options["ROWS"], 4)
     for rows, begin, end in ((s.rows, s.begin, s.end), (s.rows[s.piece_row], s.piece_begin, s.piece_end)):
-        if len(rows) and pre.numel(): dot_by_row_kernel[(len(rows), parts)](down.contiguous(), x.contiguous(), s.order, rows, begin, end, pre, P, width, **options)
-    hidden = ACTIVATIONS[activation](pre).unflatten(1, (P, parts)) * weights.unsqueeze(-1)                  # [tokens, P, h]
+        if len(rows) and pre.numel():
+            dot_by_row_kernel[(len(rows), parts)](down.contiguous(), x.contiguous(), s.order, rows, begin, end, pre, P,
+                                                  width, **options)
+    # [tokens, P, h]
+    hidden = ACTIVATIONS[activation](pre).unflatten(1, (P, parts)) * weights.unsqueeze(-1)
     return sum_rows(up, index, hidden.flatten(1), x.dtype), pre

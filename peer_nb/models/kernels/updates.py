@@ -26,6 +26,7 @@ class FactoredGradient(NamedTuple):
     index: Tensor # [tokens, P] row numbers
     pairs: Segments # of the index, all rows
 
+# %% ../../../nbs/models/kernels/02_updates.ipynb #df0c901a
 def factored(
     index: Tensor, # [tokens, P] row numbers
     numbers: Tensor, # [tokens, P*parts] float32
@@ -36,6 +37,7 @@ def factored(
     "Sort the pairs of a gradient that is to stay in factors"
     return FactoredGradient(numbers.contiguous(), vectors.contiguous(), index, segments(index, num_rows, long=long))
 
+# %% ../../../nbs/models/kernels/02_updates.ipynb #b7647939
 def factored_reference(
     index: Tensor, # [tokens, P]
     numbers: Tensor, # [tokens, P*parts]
@@ -61,26 +63,31 @@ def joined(
 SHARED = 256 # numbers that share a scale, and that a program works on
 
 @triton.jit
-def add_pairs(numbers, vectors, order, first, last, j, c, inside, P, D, PARTS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+def add_pairs(numbers, vectors, order, first, last, j, c, inside, P, D, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+              WHOLE: tl.constexpr):
     "[COLUMNS] of a row's gradient, vector j and column c of it each, from the pairs first..last"
     total = tl.zeros([COLUMNS], tl.float32)
     for start in range(first, last, 8):
         m = start + tl.arange(0, 8)
         pair = tl.load(order + m, mask=m < last, other=0).to(tl.int64)
         wanted = (m < last)[:, None] & inside[None, :]
-        if WHOLE: n = tl.load(numbers + pair * PARTS + j, mask=m < last, other=0)[:, None]                  # j is one number
+        if WHOLE:
+            n = tl.load(numbers + pair * PARTS + j, mask=m < last, other=0)[:, None]                  # j is one number
         else: n = tl.load(numbers + pair[:, None] * PARTS + j[None, :], mask=wanted, other=0)
         v = tl.load(vectors + (pair // P)[:, None] * D + c[None, :], mask=wanted, other=0).to(tl.float32)
         total += tl.sum(n * v, 0)
     return total
 
+# %% ../../../nbs/models/kernels/02_updates.ipynb #143e8f03
 @triton.jit
-def pieces_kernel(numbers, vectors, order, begin, end, out, P, D, PARTS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+def pieces_kernel(numbers, vectors, order, begin, end, out, P, D, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+                  WHOLE: tl.constexpr):
     "One program: 256 columns of one piece of a long row"
     item, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside, j = at < PARTS * D, at // D
     if WHOLE: j = tl.program_id(1) * COLUMNS // D
-    total = add_pairs(numbers, vectors, order, tl.load(begin + item), tl.load(end + item), j, at % D, inside, P, D, PARTS, COLUMNS, WHOLE)
+    total = add_pairs(numbers, vectors, order, tl.load(begin + item), tl.load(end + item), j, at % D, inside, P, D,
+                      PARTS, COLUMNS, WHOLE)
     tl.store(out + item * PARTS * D + at, total, mask=inside)
 
 # %% ../../../nbs/models/kernels/02_updates.ipynb #8d1d0197
@@ -90,6 +97,7 @@ class Pieces(NamedTuple):
     first: Tensor # [N] which is a row's first
     count: Tensor # [N] how many it has; 0: the row isn't long
 
+# %% ../../../nbs/models/kernels/02_updates.ipynb #6038649b
 def shape_of(
     g: FactoredGradient, # of a table
 ) -> tuple[tuple[int, int], dict]: # P, width; PARTS, COLUMNS, WHOLE
@@ -97,48 +105,61 @@ def shape_of(
     P, width = max(g.index.shape[1], 1), g.vectors.shape[1]
     return (P, width), dict(PARTS=max(g.numbers.shape[1] // P, 1), COLUMNS=SHARED, WHOLE=width % SHARED == 0)
 
+# %% ../../../nbs/models/kernels/02_updates.ipynb #8c12385e
 def sum_pieces(
     g: FactoredGradient, # of a table
 ) -> Pieces:
     "Add up the pieces of long rows"
     s, ((P, width), options) = g.pairs, shape_of(g)
     sums = torch.empty(len(s.piece_row), options["PARTS"] * width, dtype=torch.float32, device=g.vectors.device)
-    if sums.numel(): pieces_kernel[(len(sums), triton.cdiv(sums.shape[1], SHARED))](*g[:2], s.order, s.piece_begin, s.piece_end, sums, P, width, **options)
+    if sums.numel():
+        grid = len(sums), triton.cdiv(sums.shape[1], SHARED)
+        pieces_kernel[grid](*g[:2], s.order, s.piece_begin, s.piece_end, sums, P, width, **options)
     none, place = torch.zeros_like(s.begin), torch.arange(len(s.piece_row), device=s.begin.device)
-    return Pieces(sums, none.index_add(0, s.piece_row, place * (s.piece_count > 0)), none.index_add(0, s.piece_row, s.piece_count))
+    return Pieces(sums, none.index_add(0, s.piece_row, place * (s.piece_count > 0)),
+                  none.index_add(0, s.piece_row, s.piece_count))
 
 # %% ../../../nbs/models/kernels/02_updates.ipynb #d1393b34
 @triton.jit
-def add_row(numbers, vectors, order, begin, end, sums, piece_first, piece_count, row, j, c, inside, P, D, PARTS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+def add_row(numbers, vectors, order, begin, end, sums, piece_first, piece_count, row, j, c, inside, P, D,
+            PARTS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
     "[COLUMNS] of a row's gradient, from its pairs or its pieces"
-    total = add_pairs(numbers, vectors, order, tl.load(begin + row), tl.load(end + row), j, c, inside, P, D, PARTS, COLUMNS, WHOLE)
+    total = add_pairs(numbers, vectors, order, tl.load(begin + row), tl.load(end + row), j, c, inside, P, D, PARTS,
+                      COLUMNS, WHOLE)
     place = (tl.load(piece_first + row) * PARTS + j) * D + c
     for _ in range(tl.load(piece_count + row)):
         total += tl.load(sums + place, mask=inside, other=0)
         place += PARTS * D
     return total
 
+# %% ../../../nbs/models/kernels/02_updates.ipynb #d85b0bcd
 @triton.jit
-def gradient_block(numbers, vectors, order, begin, end, sums, piece_first, piece_count, block, size, P, D, PARTS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+def gradient_block(numbers, vectors, order, begin, end, sums, piece_first, piece_count, block, size, P, D,
+                   PARTS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
     "[COLUMNS] of the gradient: the numbers from block * COLUMNS on, of all rows one behind the other"
     start, width = block * COLUMNS, PARTS * D
     place = start + tl.arange(0, COLUMNS)                                                                   # int64
     if WHOLE:
         j, c = start % width // D, start % D + tl.arange(0, COLUMNS)
-        total = add_row(numbers, vectors, order, begin, end, sums, piece_first, piece_count, start // width, j, c, place < size, P, D, PARTS, COLUMNS, WHOLE)
+        total = add_row(numbers, vectors, order, begin, end, sums, piece_first, piece_count, start // width, j, c,
+                        place < size, P, D, PARTS, COLUMNS, WHOLE)
     else:
         total = tl.zeros([COLUMNS], tl.float32)
         j, c = place % width // D, place % D
         for row in range(start // width, (tl.minimum(start + COLUMNS, size) - 1) // width + 1):
             inside = (place // width == row) & (place < size)
-            total += add_row(numbers, vectors, order, begin, end, sums, piece_first, piece_count, row, j, c, inside, P, D, PARTS, COLUMNS, WHOLE)
+            total += add_row(numbers, vectors, order, begin, end, sums, piece_first, piece_count, row, j, c, inside, P,
+                             D, PARTS, COLUMNS, WHOLE)
     return total
 
+# %% ../../../nbs/models/kernels/02_updates.ipynb #d1057fea
 @triton.jit
-def squares_kernel(numbers, vectors, order, begin, end, sums, piece_first, piece_count, out, size, P, D, PARTS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+def squares_kernel(numbers, vectors, order, begin, end, sums, piece_first, piece_count, out, size, P, D,
+                   PARTS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
     "One program: the sum of squares of 256 numbers of the gradient"
     block = tl.program_id(0).to(tl.int64)
-    g = gradient_block(numbers, vectors, order, begin, end, sums, piece_first, piece_count, block, size, P, D, PARTS, COLUMNS, WHOLE)
+    g = gradient_block(numbers, vectors, order, begin, end, sums, piece_first, piece_count, block, size, P, D, PARTS,
+                       COLUMNS, WHOLE)
     tl.store(out + block, tl.sum(g * g, 0))
 
 # %% ../../../nbs/models/kernels/02_updates.ipynb #8cc8612a
@@ -148,8 +169,10 @@ def check_factors(
 ):
     "Refuse factors of another table's gradient"
     if table.shape[1] != g.vectors.shape[1] * shape_of(g)[1]["PARTS"] or len(g.pairs.begin) != len(table):
-        raise ValueError(f"a table of shape {tuple(table.shape)}, and factors of {len(g.pairs.begin)} rows of {shape_of(g)[1]['PARTS']} × {g.vectors.shape[1]}")
+        raise ValueError(f"a table of shape {tuple(table.shape)}, and factors of {len(g.pairs.begin)} rows of "
+                         f"{shape_of(g)[1]['PARTS']} × {g.vectors.shape[1]}")
 
+# %% ../../../nbs/models/kernels/02_updates.ipynb #f2112097
 def sums_of_rows(
     g: FactoredGradient, # of a table
     pieces: Pieces | None = None, # what `sum_pieces` says, if it is known
@@ -157,6 +180,7 @@ def sums_of_rows(
     "What the kernels read of a gradient"
     return *g[:2], g.pairs.order, *g.pairs[2:4], *(pieces or sum_pieces(g))
 
+# %% ../../../nbs/models/kernels/02_updates.ipynb #d43f2fa0
 def gradient_norm(
     g: FactoredGradient, # of a table
     table: Tensor, # [N, parts*width]
@@ -169,6 +193,7 @@ def gradient_norm(
     squares_kernel[out.shape](*sums_of_rows(g, pieces), out, table.numel(), *sizes, **options)
     return out.sum(dtype=torch.float64).sqrt().float()
 
+# %% ../../../nbs/models/kernels/02_updates.ipynb #a1d65094
 def clipping(
     norm: Tensor, # [] of a gradient, times the loss scale
     max_norm: float, # what it may be at most; inf: anything
@@ -190,10 +215,12 @@ def nearest_code(x, values):
     low, high = tl.load(values + code), tl.load(values + above)
     return tl.where(x - low >= (high - low) * 0.5, above, code)
 
+# %% ../../../nbs/models/kernels/02_updates.ipynb #a2d32937
 @triton.jit
 def stochastic(x, seed, place):
     "float32 to bfloat16, right on average"
-    noise = tl.randint(seed + (place >> 31).to(tl.int32), (place & 0x7FFFFFFF).to(tl.int32)).to(tl.int32, bitcast=True) & 0xFFFF
+    noise = tl.randint(seed + (place >> 31).to(tl.int32),
+                       (place & 0x7FFFFFFF).to(tl.int32)).to(tl.int32, bitcast=True) & 0xFFFF
     cut = ((x.to(tl.int32, bitcast=True) + noise) & -0x10000).to(tl.float32, bitcast=True)
     return tl.where(tl.abs(x) < float("inf"), cut, x).to(tl.bfloat16)
 
@@ -206,20 +233,28 @@ def adam_step(w, g, m, v, lr, weight1, weight2, eps, decay, correct1, correct2):
     w -= lr * decay * w
     return w - lr * (m / correct1) / (tl.sqrt(v) / correct2 + eps), m, v
 
+# %% ../../../nbs/models/kernels/02_updates.ipynb #c45fa059
 @triton.jit
-def adamw_kernel(table, grad, numbers, vectors, order, begin, end, sums, piece_first, piece_count, first, scale1, second, scale2, signed, unsigned, factor, size,
+def adamw_kernel(table, grad, numbers, vectors, order, begin, end, sums, piece_first, piece_count, first, scale1,
+                 second, scale2, signed, unsigned, factor, size,
         lr, weight1, weight2, eps, decay, correct1, correct2, seed, P, D,
-        FACTORS: tl.constexpr, ROUND: tl.constexpr, EIGHT: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+        FACTORS: tl.constexpr, ROUND: tl.constexpr, EIGHT: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+        WHOLE: tl.constexpr):
     "One program: AdamW for 256 numbers of a table"
     n, f = tl.program_id(0).to(tl.int64), tl.load(factor)
     place = n * COLUMNS + tl.arange(0, COLUMNS)
     inside = place < size
-    if FACTORS: g = gradient_block(numbers, vectors, order, begin, end, sums, piece_first, piece_count, n, size, P, D, PARTS, COLUMNS, WHOLE)
+    if FACTORS:
+        g = gradient_block(numbers, vectors, order, begin, end, sums, piece_first, piece_count, n, size, P, D, PARTS,
+                           COLUMNS, WHOLE)
     else: g = tl.load(grad + place, mask=inside, other=0).to(tl.float32)
     if f == f:
         m, v = tl.load(first + place, mask=inside, other=0), tl.load(second + place, mask=inside, other=0)
-        if EIGHT: m, v = tl.load(signed + m.to(tl.int32)) * tl.load(scale1 + n), tl.load(unsigned + v.to(tl.int32)) * tl.load(scale2 + n)
-        w, m, v = adam_step(tl.load(table + place, mask=inside, other=0).to(tl.float32), g * f, m, v, lr, weight1, weight2, eps, decay, correct1, correct2)
+        if EIGHT:
+            m = tl.load(signed + m.to(tl.int32)) * tl.load(scale1 + n)
+            v = tl.load(unsigned + v.to(tl.int32)) * tl.load(scale2 + n)
+        w, m, v = adam_step(tl.load(table + place, mask=inside, other=0).to(tl.float32), g * f, m, v, lr, weight1,
+                            weight2, eps, decay, correct1, correct2)
         if ROUND: tl.store(table + place, stochastic(w, seed, place), mask=inside)
         else: tl.store(table + place, w, mask=inside)
         if EIGHT:
@@ -242,6 +277,7 @@ class Moments(NamedTuple):
     signed: Tensor | None # [256] float32, rising, for the first moment
     unsigned: Tensor | None # [256] float32, rising from 0, for the second
 
+# %% ../../../nbs/models/kernels/02_updates.ipynb #3c876892
 def adamw_(
     table: Tensor, # [N, width], changed in place; float32, or bfloat16, which is rounded stochastically
     gradient: Tensor | FactoredGradient, # [N, width], or in factors
@@ -255,15 +291,21 @@ def adamw_(
     weight_decay: float = 0.0, # decoupled, times lr
 ):
     "One step of AdamW on a whole table"
-    factors, eight, (beta1, beta2), nothing = isinstance(gradient, FactoredGradient), moments.first.dtype == torch.uint8, betas, factor
-    if eight and table.numel() % SHARED: raise ValueError(f"a table of {table.numel()} numbers: moments of eight bits need a multiple of {SHARED}")
+    factors, eight = isinstance(gradient, FactoredGradient), moments.first.dtype == torch.uint8
+    (beta1, beta2), nothing = betas, factor
+    if eight and table.numel() % SHARED:
+        raise ValueError(f"a table of {table.numel()} numbers: moments of eight bits need a multiple of {SHARED}")
     if not table.is_contiguous(): raise ValueError("the table is not contiguous")
     if factors:
         check_factors(gradient, table)
         inputs, (sizes, options) = (nothing, *sums_of_rows(gradient)), shape_of(gradient)
-    else: inputs, sizes, options = (gradient.contiguous(), *[nothing] * 8), (1, table.shape[1]), dict(PARTS=1, COLUMNS=SHARED, WHOLE=True)
+    else:
+        inputs, sizes, options = (gradient.contiguous(),
+                                  *[nothing] * 8), (1, table.shape[1]), dict(PARTS=1, COLUMNS=SHARED, WHOLE=True)
     numbers = lr, 1 - beta1, 1 - beta2, eps, weight_decay, float(1 - beta1**step), float((1 - beta2**step)**0.5), seed
-    adamw_kernel[(triton.cdiv(table.numel(), SHARED),)](table, *inputs, *(nothing if t is None else t for t in moments), factor, table.numel(), *numbers, *sizes,
+    adamw_kernel[(triton.cdiv(table.numel(), SHARED),
+                  )](table, *inputs, *(nothing if t is None else t for t in moments), factor, table.numel(), *numbers,
+                     *sizes,
         FACTORS=factors, ROUND=table.dtype == torch.bfloat16, EIGHT=eight, num_warps=2, **options)
 
 # %% ../../../nbs/models/kernels/02_updates.ipynb #faab17c0
