@@ -21,8 +21,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets import Type
 from traitlets.config import Config
 
-# jsonschema builds its grammar of addresses for two seconds; it can do without
-sys.modules.setdefault("rfc3987_syntax", None)
+sys.modules.setdefault("rfc3987_syntax", None)   # a grammar that takes jsonschema two seconds
 import nbformat
 import papermill
 from papermill.engines import Engine, NotebookExecutionManager, papermill_engines

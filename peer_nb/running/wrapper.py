@@ -86,8 +86,7 @@ def ending(
     "How a run ended, as its own process sees it"
     if error is None and run.result: return dict(state="DONE", exit_code=0)
     if error is None and run.problems: return _ended("FAILED", "NoResult", run.error["kind"], run.error["message"])
-    if error is None:
-        return _ended("FAILED", "NoResult", "code", "the notebook ran to its end without leaving a result")
+    if error is None: return _ended("FAILED", "NoResult", "code", "the notebook ended without leaving a result")
     name, message = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error))
     if asks_again(name, message):
         words = f"stopped by {told}" if told else "the run asked to be started again"
@@ -110,8 +109,7 @@ def death(
     if late: return _ended("FAILED", "Timeout", "timeout", f"ran longer than its time limit; {again}")
     if code == REQUEUE: return _ended("PREEMPTED", "SystemExit", "killed", "the run asked to be started again", REQUEUE)
     if name in STOPPING: return _ended("PREEMPTED", "Killed", "killed", f"stopped by {name}", REQUEUE, signal=name)
-    if name != "SIGKILL":
-        return _ended("FAILED", "Died", "killed", f"its process died ({name}); log.txt has its last words")
+    if name != "SIGKILL": return _ended("FAILED", "Died", "killed", f"its process died ({name}); see log.txt")
     if starved: return _ended("FAILED", "Killed", "out of memory", "the system killed the run for want of memory")
     return _ended("STALE", "Killed", "killed", "somebody killed the run; --resume takes it up")
 
