@@ -173,7 +173,7 @@ def readme(index: Path) -> str:
 def run(page: Path):
     "Run one notebook and keep its outputs, but for what libraries say on stderr"
     script = ("import sys, os; os.environ['IN_TEST'] = '1'\nfrom execnb.shell import CaptureShell\nfrom execnb.nbio import read_nb, write_nb\n"
-              "nb = read_nb(sys.argv[1]); shell = CaptureShell('.')\nshell.run_all(nb, exc_stop=True)\n"
+              "nb = read_nb(sys.argv[1]); shell = CaptureShell('.')\nshell.run_all(nb, exc_stop=True, preproc=lambda cell: '#| eval: false' in cell.source)\n"
               "if shell.exc: sys.exit(shell.prettytb(sys.argv[1]))\n"
               "for cell in nb.cells:\n"
               "    if cell.cell_type == 'code': cell.outputs = [o for o in cell.get('outputs', []) if o.get('name') != 'stderr']\n"
