@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .hooks import Retrievals, attention_layers, chosen_layers, head_outputs, writing
-from .impact import impact_page, impact_text, summarised
+from .impact import finished_effects, impact_page, impact_text, summarised
 from .interventions import (
     EDITS_KEYS, SPAN, Clean, Places, Setting, answer_logprobs, answers_of, at_places, clean_pass, code_of,
     drop, effects_of, resumed, setting_of)
@@ -304,10 +304,8 @@ def finish_ablation(
     about: dict, # what was run
 ) -> None:
     "The JSON and the page of all that is done, and the numbers for a terminal"
-    examples = read_jsonl(folder/"examples.jsonl")
+    records, examples = finished_effects(folder)
     if not examples: return
-    done = {e["id"] for e in examples}
-    records = [r for r in read_jsonl(folder/"effects.jsonl") if r["id"] in done]
     result = summarised(records, examples, about)
     write_json(folder/"ablate.json", result)
     impact_page(folder/"index.html", result, records, examples)

@@ -468,6 +468,11 @@ def page(
 
     peer-analyze page report/usage.json
     """
+    found = read_json(result)
+    if isinstance(found, dict) and found.get("schema") == "peer-analyze ablate 1":
+        from peer_nb.analysis.impact import redraw_impact
+        say(f"\n{redraw_impact(result, output or result.parent)}")
+        return 0
     kind, found = read_analysis(result)
     report_result(kind, found, output or result.parent)
     return 0

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..files import UserError, read_json, read_jsonl, writable_folder
 from ..page import facts_html, figure_html, heading, note_html, section_html, table_html, write_page
 from ..stats import compare, holm, wilson
 
 # %% auto #0
 __all__ = ['NEAREST', 'FEWEST', 'LISTED', 'KEY_COLUMNS', 'PART_COLUMNS', 'GROUP_COLUMNS', 'PAGE_NOTES', 'with_controls',
            'key_rows', 'concentration', 'until_loss_rows', 'part_rows', 'layer_numbers', 'summarised', 'jsonable',
-           'impact_text', 'impact_matrix', 'until_loss_figure', 'layer_section', 'impact_page']
+           'impact_text', 'impact_matrix', 'until_loss_figure', 'layer_section', 'impact_page', 'finished_effects',
+           'redraw_impact']
 
 # %% ../../nbs/analysis/11_impact.ipynb #572f0783
 NEAREST = 4 # rows of like weight that a control is drawn among
@@ -255,3 +257,25 @@ def impact_page(
                                  ("By split and exposure", result["groups"], GROUP_COLUMNS)):
         if rows: body += section_html(title, table_html(rows, columns, sort=True))
     return write_page(path, "Ablation", body + section_html("Notes", note_html(PAGE_NOTES)))
+
+# %% ../../nbs/analysis/11_impact.ipynb #b22a538f
+def finished_effects(
+    folder: Path, # of an ablation
+) -> tuple[list[dict], list[dict]]: # lines of effects.jsonl and of examples.jsonl
+    "The examples that are done, and what was found about them"
+    examples = read_jsonl(folder/"examples.jsonl")
+    done = {e["id"] for e in examples}
+    return [r for r in read_jsonl(folder/"effects.jsonl") if r["id"] in done], examples
+
+# %% ../../nbs/analysis/11_impact.ipynb #6590ba25
+def redraw_impact(
+    file: Path, # ablate.json
+    output: Path, # folder of the page
+) -> Path: # index.html
+    "Draw an ablation's page again; `UserError` when its records are not the ones it was made from"
+    result, (records, examples) = read_json(file), finished_effects(file.parent)
+    pairs = sum(r["what"] == "keys" for r in records)
+    if (len(examples), pairs) != (result["examples"], sum(layer["pairs"] for layer in result["layers"])):
+        raise UserError(f"{file}: its page needs the examples.jsonl and effects.jsonl that it was made from beside it; "
+                        f"{len(examples)} of {result['examples']} examples are there")
+    return impact_page(writable_folder(output)/"index.html", result, records, examples)
