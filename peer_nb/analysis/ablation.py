@@ -81,9 +81,10 @@ def asked_of(
     if not questions: raise UserError(f"{data}: holds nothing to ask")
     return task, questions if task == "text" else encode_questions(tokenizer, questions, start)
 
-# %% ../../nbs/analysis/13_ablation.ipynb #f327d3b2
+# %% ../../nbs/analysis/13_ablation.ipynb #a0e9e0a8
 FIELDS = ("id", "what", "layer", "key", "position", "weight", "delta_logprob", "exact_before", "exact_after")
 
+# %% ../../nbs/analysis/13_ablation.ipynb #f327d3b2
 def records_of(
     names: list[str], # ids of the batch's questions
     clean: Clean, # the batch

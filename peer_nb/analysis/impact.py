@@ -21,9 +21,10 @@ __all__ = ['NEAREST', 'FEWEST', 'LISTED', 'KEY_COLUMNS', 'PART_COLUMNS', 'GROUP_
            'impact_text', 'impact_matrix', 'until_loss_figure', 'layer_section', 'impact_page', 'finished_effects',
            'redraw_impact']
 
-# %% ../../nbs/analysis/11_impact.ipynb #572f0783
+# %% ../../nbs/analysis/11_impact.ipynb #84a4562b
 NEAREST = 4 # rows of like weight that a control is drawn among
 
+# %% ../../nbs/analysis/11_impact.ipynb #572f0783
 def with_controls(
     pairs: pd.DataFrame, # effects of keys in one layer
 ) -> pd.DataFrame: # with columns alike and foreign
@@ -43,9 +44,10 @@ def with_controls(
     foreign = [np.nan if foreign_key[e] is None else effect.get((e, foreign_key[e]), 0.) for e in pairs.id]
     return pairs.assign(alike=alike, foreign=foreign)
 
-# %% ../../nbs/analysis/11_impact.ipynb #0f955c55
+# %% ../../nbs/analysis/11_impact.ipynb #40742b3c
 FEWEST = 6 # examples that must retrieve a row before it is tested
 
+# %% ../../nbs/analysis/11_impact.ipynb #0f955c55
 def key_rows(
     pairs: pd.DataFrame, # of one layer, with controls
     count: int, # examples that were asked
@@ -123,9 +125,10 @@ def layer_numbers(
                 median_until_loss=float(np.median([k if k > 0 else np.inf for k in known])) if known else None,
                 until_loss=until)
 
-# %% ../../nbs/analysis/11_impact.ipynb #402c881c
+# %% ../../nbs/analysis/11_impact.ipynb #7fc8e226
 LISTED = 200 # rows of a layer that ablate.json names; effects.jsonl has all
 
+# %% ../../nbs/analysis/11_impact.ipynb #402c881c
 def summarised(
     records: list[dict], # lines of effects.jsonl
     examples: list[dict], # lines of examples.jsonl
@@ -231,11 +234,12 @@ def layer_section(
         parts.append(figure_html(until_loss_figure(layer), f"Answers lost as rows are left out; n = {until[0]['n']}"))
     return section_html(f"Layer {layer['layer']}", *parts, table_html(keys[:100], KEY_COLUMNS, sort=True))
 
-# %% ../../nbs/analysis/11_impact.ipynb #ec33a2f6
+# %% ../../nbs/analysis/11_impact.ipynb #2fd28b3e
 PAGE_NOTES = (
     "Intervals and p are t-tests over examples; rows that fewer than six examples retrieve are not tested.",
     "An answer's strongest row is chosen by its effect, so its mean is larger than that of a row chosen beforehand.")
 
+# %% ../../nbs/analysis/11_impact.ipynb #ec33a2f6
 def impact_page(
     path: Path, # of the page
     result: dict, # of `summarised`

@@ -22,10 +22,11 @@ __all__ = ['WIDTH', 'PIECE', 'TABLE', 'StoredTensor', 'read_header', 'Checkpoint
            'tensor_facts', 'meta_model', 'stored_name', 'misfits', 'inspect_checkpoint', 'tensor_change',
            'compare_checkpoints']
 
-# %% ../../nbs/analysis/04_inspection.ipynb #3e7950b3
+# %% ../../nbs/analysis/04_inspection.ipynb #167a9cdd
 WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "U16": 2, "U32": 4,
          "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1} # bytes of a number
 
+# %% ../../nbs/analysis/04_inspection.ipynb #3e7950b3
 @dataclass
 class StoredTensor:
     "One tensor of a file, by its header"
@@ -130,9 +131,10 @@ def open_checkpoint(
     _check_index(path, tensors)
     return Checkpoint(path, config, tensors)
 
-# %% ../../nbs/analysis/04_inspection.ipynb #e335bfdd
+# %% ../../nbs/analysis/04_inspection.ipynb #73b8bde3
 PIECE = 8_000_000 # numbers
 
+# %% ../../nbs/analysis/04_inspection.ipynb #e335bfdd
 def pieces(
     stored: StoredTensor, # a tensor
 ) -> Iterator[tuple[int, Tensor]]: # first row, values [rows, ...]
@@ -148,9 +150,10 @@ def pieces(
             for start in range(0, stored.shape[0], step): yield start, part[start:start + step]
     except (SafetensorError, OSError) as e: raise UserError(f"{stored.file}: {stored.name} cannot be read: {e}") from e
 
-# %% ../../nbs/analysis/04_inspection.ipynb #3ac7cd1f
+# %% ../../nbs/analysis/04_inspection.ipynb #1e219c2d
 TABLE = re.compile(r"\.memory\.(values|expert_down|expert_up)\.weight$")
 
+# %% ../../nbs/analysis/04_inspection.ipynb #3ac7cd1f
 def row_norm_facts(
     norms: Any, # [rows] numpy
 ) -> dict: # quantiles, zero rows, histogram, the largest rows
