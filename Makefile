@@ -68,7 +68,7 @@ export: $(VENV)/dev ## write the package from the notebooks, clean the notebooks
 	$(BIN)/nbdev_clean
 
 pages: $(VENV)/dev ## run every notebook and store its outputs, for the site
-	$(ALONE) $(BIN)/python tests/site_check.py run
+	TRITON_INTERPRET=1 $(ALONE) $(BIN)/python tests/site_check.py run
 	$(BIN)/nbdev_clean
 
 readme: $(VENV)/dev ## write README.md from nbs/index.ipynb

@@ -39,7 +39,7 @@ def machine() -> dict:
 
 def planning(seeds: int) -> dict:
     "Plan about 10,000 runs"
-    from peer_nb.running.estimates import Outlook, plan_text
+    from peer_nb.running.estimates import Forecast, plan_text
     from peer_nb.study.plan import make_plan
     from peer_nb.study.study import Budget, Study
     from peer_nb.config import load_config
@@ -50,7 +50,7 @@ def planning(seeds: int) -> dict:
     axes = {axis: {f"{axis} {n}": of(n) for n in range(size)} for size, (axis, of) in zip(sizes, made.items())}
     begin, cpu = time.perf_counter(), time.process_time()
     plan = make_plan(Study("large", "demo.yaml", axes, seeds=list(range(1, seeds + 1)), budget=Budget(400_000)), base, fingerprint=lambda config: "text")
-    text = plan_text(plan, Outlook())
+    text = plan_text(plan, Forecast())
     spent = dict(cpu_seconds=time.process_time() - cpu, wall_seconds=time.perf_counter() - begin)
     assert f"{len(plan.cells)} runs" in text and len({c.identity for c in plan.cells}) == len(plan.cells)
     return spent | dict(runs=len(plan.cells), hash=plan.hash[:12])

@@ -32,7 +32,7 @@ _all_ = ["UserError"]
 # %% auto #0
 __all__ = ['Problems', 'describe', 'convert', 'KnownKey', 'known_keys', 'to_dict', 'validate', 'config_from_dict', 'parse_yaml',
            'read_yaml', 'parse_overrides', 'apply_overrides', 'load_config', 'to_yaml', 'save_config', 'flatten',
-           'diff_configs', 'config_hash', 'DataMix', 'load_data_mixes', 'config_table', 'UserError']
+           'diff_configs', 'config_hash', 'DataMix', 'load_data_mixes', 'field_meanings', 'config_table', 'UserError']
 
 # %% ../nbs/02_config.ipynb #35c1d121
 def _number(value: Any) -> Decimal | None:
@@ -522,19 +522,27 @@ def _cell(value: Any) -> str:
     "A value in a Markdown table"
     return _shown(value).strip("'").replace("|", "\\|").replace("\\n", " ") if value is not MISSING else ""
 
+# %% ../nbs/02_config.ipynb #6e36a203
+@cache
+def field_meanings(section: type) -> dict[str, str]: # by key, of those that have a comment
+    "The comments of a section's keys, those of a section that it extends first"
+    from fastcore.docments import docments
+    meanings = {}
+    for part in filter(is_dataclass, reversed(section.__mro__)):
+        meanings |= {name: text for name, text in docments(part).items() if text}
+    return meanings
+
 # %% ../nbs/02_config.ipynb #bc978dd4
 def config_table(cfg: Config) -> str: # Markdown
     "A configuration as a table: key, value, default, meaning"
-    from fastcore.docments import docments
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
     defaults = flatten(Config())
-    meanings = {section: docments(section) for section in {known.section for known in known_keys().values()}}
     for key, value in flatten(cfg).items():
         known = known_keys()[re.sub(r"\.\d+(?=\.)", ".*", key)]
         # a field's default is an attribute of its class
         default = defaults.get(key, getattr(known.section, known.name, MISSING))
         shown = _cell(value) if value == default else f"**{_cell(value)}**"
-        rows.append(f"| `{key}` | {shown} | {_cell(default)} | {meanings[known.section][known.name] or ''} |")
+        rows.append(f"| `{key}` | {shown} | {_cell(default)} | {field_meanings(known.section).get(known.name, '')} |")
     return "\n".join(rows)
 
 Config._repr_markdown_ = config_table   # a configuration at the end of a cell shows itself

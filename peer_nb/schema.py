@@ -16,7 +16,7 @@ from .files import UserError
 # %% auto #0
 __all__ = ['Count', 'Index', 'Even', 'Seed', 'Positive', 'NotNegative', 'Share', 'Part', 'Decay', 'Text', 'Sizes', 'Tokenizer',
            'Template', 'ConfigError', 'Allowed', 'MappingText', 'PeerConfig', 'RopeScaling', 'MLAConfig', 'ModelConfig',
-           'TrainConfig', 'DatasetEntry', 'DatasetConfig', 'EvalConfig', 'WandbConfig', 'Config']
+           'OptimizationConfig', 'TrainConfig', 'DatasetEntry', 'DatasetConfig', 'EvalConfig', 'WandbConfig', 'Config']
 
 # %% ../nbs/01_schema.ipynb #ba4356cc
 class ConfigError(UserError, ValueError):
@@ -145,8 +145,8 @@ class ModelConfig:
 
 # %% ../nbs/01_schema.ipynb #b765f50a
 @dataclass
-class TrainConfig:
-    "The training loop"
+class OptimizationConfig:
+    "How a model is optimized, and for how long"
     output_dir: Text = "./output" # checkpoints and logs
     per_device_train_batch_size: Count = 16 # rows per step and device
     per_device_eval_batch_size: Count = 16 # rows per evaluation step and device
@@ -166,6 +166,11 @@ class TrainConfig:
     steps_per_epoch: Count | None = None # what an epoch is on a streaming set
     lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine" # after the warm-up
     warmup_ratio: Share = 0.1 # part of all steps over which the learning rate rises
+
+# %% ../nbs/01_schema.ipynb #9b21921b
+@dataclass
+class TrainConfig(OptimizationConfig):
+    "The training loop"
     log_level: Literal["debug", "info", "warning", "error"] = "info" # what the log says
     logging_steps: Count = 100 # steps between two lines of metrics
     save_steps: Count = 1000 # steps between two checkpoints

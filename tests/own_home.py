@@ -3,6 +3,7 @@
     python tests/own_home.py COMMAND…      run a command in a new home, which is gone afterwards
 """
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ def environment(home: Path) -> dict[str, str]:
 
 def main(*command: str) -> int:
     if not command: sys.exit(__doc__)
+    for name in ("SIGINT", "SIGHUP"): signal.signal(getattr(signal, name), signal.SIG_DFL)   # a shell's & or nohup ignores them; tests send them
     with tempfile.TemporaryDirectory(prefix="home-") as home: return subprocess.run(command, env=environment(Path(home))).returncode
 
 

@@ -7,6 +7,7 @@
 import ast
 import configparser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -173,20 +174,40 @@ def readme(index: Path) -> str:
 def run(page: Path):
     "Run one notebook and keep its outputs, but for what libraries say on stderr"
     script = ("import sys, os; os.environ['IN_TEST'] = '1'\nfrom execnb.shell import CaptureShell\nfrom execnb.nbio import read_nb, write_nb\n"
-              "nb = read_nb(sys.argv[1]); shell = CaptureShell('.')\nshell.run_all(nb, exc_stop=True)\n"
+              "nb = read_nb(sys.argv[1]); shell, cells = CaptureShell('.'), nb.cells\n"
+              "nb.cells = [c for c in cells if '| eval: false' not in c.source]; shell.run_all(nb, exc_stop=True); nb.cells = cells\n"
               "if shell.exc: sys.exit(shell.prettytb(sys.argv[1]))\n"
               "for cell in nb.cells:\n"
               "    if cell.cell_type == 'code': cell.outputs = [o for o in cell.get('outputs', []) if o.get('name') != 'stderr']\n"
               "write_nb(nb, sys.argv[1])")
     done = subprocess.run([sys.executable, "-c", script, page.name], cwd=page.parent, capture_output=True, text=True)
     if done.returncode: raise SystemExit(f"{page.relative_to(ROOT)} failed:\n{done.stderr}")
+    lighten(page)
+
+
+def lighten(page: Path):
+    "Outputs as the site wants them: plotly's figures by the one copy of plotly.js that the site has, no long plain twins of tables"
+    from plotly.io import from_json, to_html
+    script = os.path.relpath(ROOT/"nbs"/"example"/"plotly.min.js", page.parent)
+    notebook, figures = json.loads(page.read_text()), 0
+    for cell in notebook["cells"]:
+        kept = []
+        for out in cell.get("outputs", []):
+            data = out.get("data", {})
+            if len("".join(data.get("text/html", ""))) > 1_000_000: continue   # plotly.js itself, put before the first figure
+            if found := data.get("application/vnd.plotly.v1+json"):
+                figure = from_json(json.dumps({k: found[k] for k in ("data", "layout") if k in found}))
+                data["text/html"] = to_html(figure, include_plotlyjs=script, full_html=False, div_id=f"figure-{(figures := figures + 1)}")
+            if "text/markdown" in data and len("".join(data.get("text/plain", ""))) > 2_000: del data["text/plain"]
+            kept.append(out)
+        if "outputs" in cell: cell["outputs"] = kept
+    page.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
 def main(what: str = "", *more: str):
     import tempfile
     if what == "run":
         for page in pages():
-            if "skip_exec: true" in page.read_text(): continue
             print(page.relative_to(ROOT), flush=True)
             run(page)
     elif what == "example": publish(Path(more[0]))

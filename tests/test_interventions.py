@@ -1,5 +1,6 @@
 "What the interventions claim, against weights that are edited, scores of all rows, and one whole evaluation per key."
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -275,6 +276,12 @@ def test_questions_of_a_file_and_a_text(learned, tmp_path, capsys):
         assert main(["ablate", str(checkpoint), str(tmp_path/name), "--window", "12", "--output", str(tmp_path/name[0])]) == 0
         assert json.loads((tmp_path/name[0]/"ablate.json").read_text())["examples"] == examples
     assert main(["ablate", str(checkpoint), str(tmp_path/"none.jsonl"), "--output", str(tmp_path/"no")]) == 2
+    def drawn(folder): return re.sub(r"[0-9a-f-]{36}", "", (folder/"index.html").read_text())   # plotly names figures anew
+    first = drawn(tmp_path/"q")
+    assert main(["page", str(tmp_path/"q"/"ablate.json"), "--output", str(tmp_path/"again")]) == 0
+    assert drawn(tmp_path/"again") == first
+    (tmp_path/"q"/"effects.jsonl").unlink()
+    assert main(["page", str(tmp_path/"q"/"ablate.json")]) == 2 and drawn(tmp_path/"q") == first
 
 
 @pytest.mark.parametrize("kind", ["peer", "memory_plus"])

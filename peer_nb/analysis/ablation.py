@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .hooks import Retrievals, attention_layers, chosen_layers, head_outputs, writing
-from .impact import impact_page, impact_text, summarised
+from .impact import finished_effects, impact_page, impact_text, summarised
 from .interventions import (
     EDITS_KEYS, SPAN, Clean, Places, Setting, answer_logprobs, answers_of, at_places, clean_pass, code_of,
     drop, effects_of, resumed, setting_of)
@@ -81,9 +81,10 @@ def asked_of(
     if not questions: raise UserError(f"{data}: holds nothing to ask")
     return task, questions if task == "text" else encode_questions(tokenizer, questions, start)
 
-# %% ../../nbs/analysis/13_ablation.ipynb #f327d3b2
+# %% ../../nbs/analysis/13_ablation.ipynb #a0e9e0a8
 FIELDS = ("id", "what", "layer", "key", "position", "weight", "delta_logprob", "exact_before", "exact_after")
 
+# %% ../../nbs/analysis/13_ablation.ipynb #f327d3b2
 def records_of(
     names: list[str], # ids of the batch's questions
     clean: Clean, # the batch
@@ -304,10 +305,8 @@ def finish_ablation(
     about: dict, # what was run
 ) -> None:
     "The JSON and the page of all that is done, and the numbers for a terminal"
-    examples = read_jsonl(folder/"examples.jsonl")
+    records, examples = finished_effects(folder)
     if not examples: return
-    done = {e["id"] for e in examples}
-    records = [r for r in read_jsonl(folder/"effects.jsonl") if r["id"] in done]
     result = summarised(records, examples, about)
     write_json(folder/"ablate.json", result)
     impact_page(folder/"index.html", result, records, examples)

@@ -78,9 +78,10 @@ def has_training(source: Path) -> bool: # whether it says how the model is train
     "A bare model folder knows nothing of batches"
     return source.is_file() or (source/"trainer_state"/"config.yaml").is_file()
 
-# %% ../../nbs/analysis/15_command.ipynb #b3614ec9
+# %% ../../nbs/analysis/15_command.ipynb #87059051
 PARTS = ("embedding", "attention", "dense_mlp", "norms", "memory_router", "memory_tables")
 
+# %% ../../nbs/analysis/15_command.ipynb #b3614ec9
 def own_parameters(
     cfg: Config, # of a run or a model
     context: int | None, # tokens that a query attends to; None: the longest
@@ -213,9 +214,10 @@ def chosen_entries(
     if mix not in mixes: raise UserError(f"--mix {mix}: {custom_datasets} has {', '.join(mixes)}")
     return mixes[mix].datasets
 
-# %% ../../nbs/analysis/15_command.ipynb #9f4910dc
+# %% ../../nbs/analysis/15_command.ipynb #be17260f
 STATE, SAVE_SECONDS = "usage-state.npz", 60.0
 
+# %% ../../nbs/analysis/15_command.ipynb #9f4910dc
 def save_state(
     folder: Path, # output folder
     run: UsageRun, # between two groups
@@ -468,6 +470,11 @@ def page(
 
     peer-analyze page report/usage.json
     """
+    found = read_json(result)
+    if isinstance(found, dict) and found.get("schema") == "peer-analyze ablate 1":
+        from peer_nb.analysis.impact import redraw_impact
+        say(f"\n{redraw_impact(result, output or result.parent)}")
+        return 0
     kind, found = read_analysis(result)
     report_result(kind, found, output or result.parent)
     return 0

@@ -71,9 +71,10 @@ def layers_figure(
     figure.update_xaxes(type="category")
     return figure
 
-# %% ../../nbs/analysis/07_drawings.ipynb #8089b210
+# %% ../../nbs/analysis/07_drawings.ipynb #917079e1
 MEMORY_PARTS = ("weights", "half_copies", "optimizer", "gradients", "activations")
 
+# %% ../../nbs/analysis/07_drawings.ipynb #8089b210
 def memory_figure(
     choices: dict[str, dict], # table gradient -> memory of a step
 ) -> go.Figure: # bars
@@ -125,10 +126,11 @@ def draw_parameters(
     return (result_heading(result, "Parameters", lead) + facts_html(facts) + found + sizes_html(result)
             + memory_html(result) + layers_html(result) + bytes_html(result))
 
-# %% ../../nbs/analysis/07_drawings.ipynb #1f97b226
+# %% ../../nbs/analysis/07_drawings.ipynb #b0f642cc
 LAYER_COLUMNS = ("kind", "total", "active", "flops", "embedding", "attention", "dense_mlp", "feed_forward", "norms",
                  "memory_router", "memory_tables", "other")
 
+# %% ../../nbs/analysis/07_drawings.ipynb #1f97b226
 def checks(
     result: dict, # of kind parameters
 ) -> list[str]: # in words

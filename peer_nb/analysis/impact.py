@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..files import UserError, read_json, read_jsonl, writable_folder
 from ..page import facts_html, figure_html, heading, note_html, section_html, table_html, write_page
 from ..stats import compare, holm, wilson
 
 # %% auto #0
 __all__ = ['NEAREST', 'FEWEST', 'LISTED', 'KEY_COLUMNS', 'PART_COLUMNS', 'GROUP_COLUMNS', 'PAGE_NOTES', 'with_controls',
            'key_rows', 'concentration', 'until_loss_rows', 'part_rows', 'layer_numbers', 'summarised', 'jsonable',
-           'impact_text', 'impact_matrix', 'until_loss_figure', 'layer_section', 'impact_page']
+           'impact_text', 'impact_matrix', 'until_loss_figure', 'layer_section', 'impact_page', 'finished_effects',
+           'redraw_impact']
 
-# %% ../../nbs/analysis/11_impact.ipynb #572f0783
+# %% ../../nbs/analysis/11_impact.ipynb #84a4562b
 NEAREST = 4 # rows of like weight that a control is drawn among
 
+# %% ../../nbs/analysis/11_impact.ipynb #572f0783
 def with_controls(
     pairs: pd.DataFrame, # effects of keys in one layer
 ) -> pd.DataFrame: # with columns alike and foreign
@@ -41,9 +44,10 @@ def with_controls(
     foreign = [np.nan if foreign_key[e] is None else effect.get((e, foreign_key[e]), 0.) for e in pairs.id]
     return pairs.assign(alike=alike, foreign=foreign)
 
-# %% ../../nbs/analysis/11_impact.ipynb #0f955c55
+# %% ../../nbs/analysis/11_impact.ipynb #40742b3c
 FEWEST = 6 # examples that must retrieve a row before it is tested
 
+# %% ../../nbs/analysis/11_impact.ipynb #0f955c55
 def key_rows(
     pairs: pd.DataFrame, # of one layer, with controls
     count: int, # examples that were asked
@@ -121,9 +125,10 @@ def layer_numbers(
                 median_until_loss=float(np.median([k if k > 0 else np.inf for k in known])) if known else None,
                 until_loss=until)
 
-# %% ../../nbs/analysis/11_impact.ipynb #402c881c
+# %% ../../nbs/analysis/11_impact.ipynb #7fc8e226
 LISTED = 200 # rows of a layer that ablate.json names; effects.jsonl has all
 
+# %% ../../nbs/analysis/11_impact.ipynb #402c881c
 def summarised(
     records: list[dict], # lines of effects.jsonl
     examples: list[dict], # lines of examples.jsonl
@@ -229,11 +234,12 @@ def layer_section(
         parts.append(figure_html(until_loss_figure(layer), f"Answers lost as rows are left out; n = {until[0]['n']}"))
     return section_html(f"Layer {layer['layer']}", *parts, table_html(keys[:100], KEY_COLUMNS, sort=True))
 
-# %% ../../nbs/analysis/11_impact.ipynb #ec33a2f6
+# %% ../../nbs/analysis/11_impact.ipynb #2fd28b3e
 PAGE_NOTES = (
     "Intervals and p are t-tests over examples; rows that fewer than six examples retrieve are not tested.",
     "An answer's strongest row is chosen by its effect, so its mean is larger than that of a row chosen beforehand.")
 
+# %% ../../nbs/analysis/11_impact.ipynb #ec33a2f6
 def impact_page(
     path: Path, # of the page
     result: dict, # of `summarised`
@@ -255,3 +261,25 @@ def impact_page(
                                  ("By split and exposure", result["groups"], GROUP_COLUMNS)):
         if rows: body += section_html(title, table_html(rows, columns, sort=True))
     return write_page(path, "Ablation", body + section_html("Notes", note_html(PAGE_NOTES)))
+
+# %% ../../nbs/analysis/11_impact.ipynb #b22a538f
+def finished_effects(
+    folder: Path, # of an ablation
+) -> tuple[list[dict], list[dict]]: # lines of effects.jsonl and of examples.jsonl
+    "The examples that are done, and what was found about them"
+    examples = read_jsonl(folder/"examples.jsonl")
+    done = {e["id"] for e in examples}
+    return [r for r in read_jsonl(folder/"effects.jsonl") if r["id"] in done], examples
+
+# %% ../../nbs/analysis/11_impact.ipynb #6590ba25
+def redraw_impact(
+    file: Path, # ablate.json
+    output: Path, # folder of the page
+) -> Path: # index.html
+    "Draw an ablation's page again; `UserError` when its records are not the ones it was made from"
+    result, (records, examples) = read_json(file), finished_effects(file.parent)
+    pairs = sum(r["what"] == "keys" for r in records)
+    if (len(examples), pairs) != (result["examples"], sum(layer["pairs"] for layer in result["layers"])):
+        raise UserError(f"{file}: its page needs the examples.jsonl and effects.jsonl that it was made from beside it; "
+                        f"{len(examples)} of {result['examples']} examples are there")
+    return impact_page(writable_folder(output)/"index.html", result, records, examples)

@@ -19,12 +19,14 @@ if TYPE_CHECKING: from torch import Tensor
 
 # %% auto #0
 __all__ = ['WIDTH', 'PIECE', 'TABLE', 'StoredTensor', 'read_header', 'Checkpoint', 'open_checkpoint', 'pieces', 'row_norm_facts',
-           'tensor_facts', 'meta_model', 'misfits', 'inspect_checkpoint', 'tensor_change', 'compare_checkpoints']
+           'tensor_facts', 'meta_model', 'stored_name', 'misfits', 'inspect_checkpoint', 'tensor_change',
+           'compare_checkpoints']
 
-# %% ../../nbs/analysis/04_inspection.ipynb #3e7950b3
+# %% ../../nbs/analysis/04_inspection.ipynb #167a9cdd
 WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "U16": 2, "U32": 4,
          "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1} # bytes of a number
 
+# %% ../../nbs/analysis/04_inspection.ipynb #3e7950b3
 @dataclass
 class StoredTensor:
     "One tensor of a file, by its header"
@@ -129,9 +131,10 @@ def open_checkpoint(
     _check_index(path, tensors)
     return Checkpoint(path, config, tensors)
 
-# %% ../../nbs/analysis/04_inspection.ipynb #e335bfdd
+# %% ../../nbs/analysis/04_inspection.ipynb #73b8bde3
 PIECE = 8_000_000 # numbers
 
+# %% ../../nbs/analysis/04_inspection.ipynb #e335bfdd
 def pieces(
     stored: StoredTensor, # a tensor
 ) -> Iterator[tuple[int, Tensor]]: # first row, values [rows, ...]
@@ -147,9 +150,10 @@ def pieces(
             for start in range(0, stored.shape[0], step): yield start, part[start:start + step]
     except (SafetensorError, OSError) as e: raise UserError(f"{stored.file}: {stored.name} cannot be read: {e}") from e
 
-# %% ../../nbs/analysis/04_inspection.ipynb #3ac7cd1f
+# %% ../../nbs/analysis/04_inspection.ipynb #1e219c2d
 TABLE = re.compile(r"\.memory\.(values|expert_down|expert_up)\.weight$")
 
+# %% ../../nbs/analysis/04_inspection.ipynb #3ac7cd1f
 def row_norm_facts(
     norms: Any, # [rows] numpy
 ) -> dict: # quantiles, zero rows, histogram, the largest rows
@@ -213,13 +217,22 @@ def _tied(model: Any) -> dict[str, str | None]:
     if not getattr(model.config, "tie_word_embeddings", False): return {}
     return dict(keys) if isinstance(keys, dict) else dict.fromkeys(keys)
 
+# %% ../../nbs/analysis/04_inspection.ipynb #67263713
+def stored_name(
+    name: str, # of a parameter, as the model has it
+    checkpoint: Checkpoint, # in which it is looked for
+) -> str:
+    "What files call a parameter; only our own models have other names there"
+    from peer_nb.models.product_keys import name_in_files
+    return name_in_files(name) if checkpoint.model_type == "peer_mla" else name
+
 # %% ../../nbs/analysis/04_inspection.ipynb #f8f20b4b
 def misfits(
     checkpoint: Checkpoint, # of a folder
 ) -> list[str]: # in words; empty when everything fits
     "Tensors that are missing, unknown, or of another shape than the configuration asks for"
     model = meta_model(checkpoint.config, checkpoint.path)
-    wanted = {name: list(t.shape) for name, t in model.state_dict().items()}
+    wanted = {stored_name(name, checkpoint): list(t.shape) for name, t in model.state_dict().items()}
     held, tied = checkpoint.tensors, _tied(model)
     elsewhere = {owner for alias, owner in tied.items() if alias in held} | {*tied}
     found = [f"missing: {n} {shape}" for n, shape in wanted.items() if n not in held and n not in elsewhere]

@@ -103,6 +103,7 @@ def read_analysis(
     found = read_json(path)
     if found is None: raise UserError(f"{path}: no such file")
     said = found.get("schema") if isinstance(found, dict) else None
+    if said == "peer-analyze swap 1": raise UserError(f"{path}: peer-analyze swap draws no page; the file is all of it")
     kind = next((kind for kind in SCHEMAS if said == f"peer-analyze {kind} 1"), None)
     if kind is None: raise UserError(f"{path}: not a result of peer-analyze, or of another version")
     return kind, found

@@ -41,12 +41,13 @@ def facts_config(
     fixed = dict(vocab_size=vocabulary, max_position_embeddings=length, memory_kind=memory_kind, mla_config=attention)
     return PeerMLAConfig(**(sizes | fixed | options), peer_config=memory)
 
-# %% ../../nbs/analysis/09_worked_example.ipynb #fba2c35c
+# %% ../../nbs/analysis/09_worked_example.ipynb #895008dc
 TASKS_HERE = { # task -> arguments of its generator, of `facts` pairs
     "digit_lookup": lambda facts: dict(num_pairs=facts, num_known=facts, num_novel=max(1, facts // 4), exposures=200),
     "synthetic_qa": lambda facts: dict(num_pairs=facts),
 }
 
+# %% ../../nbs/analysis/09_worked_example.ipynb #fba2c35c
 def training_rows(
     texts: list[str], # in the order of training
     known: list[Encoded], # questions of all of them, of one length

@@ -37,10 +37,12 @@ class Examples(NamedTuple):
     borders: np.ndarray # [documents+1] where documents begin, and the end; examples begin there too
     masks: np.ndarray # [examples] the rule of each, or None
 
+# %% ../../nbs/data/03_collate.ipynb #a75bcab4
 def array(values) -> np.ndarray:
     "Token ids of any kind as one dimension of int64"
     return np.asarray(values, np.int64).reshape(-1)
 
+# %% ../../nbs/data/03_collate.ipynb #fd5e96ed
 def concatenate_examples(
     rows: Sequence, # of each example, its token ids
     labels: Sequence | None = None, # of each example; None: the ids
@@ -122,6 +124,7 @@ def gather(self: DataCollatorForLanguageModelingVarLen, examples: Sequence) -> E
         masks = np.array([e.get("mask", self.mask) for e in found], object)
     return Examples(ids, labels, at, document_borders(ids, borders, self.tokenizer.eos_token_id), masks)
 
+# %% ../../nbs/data/03_collate.ipynb #7b1314cc
 @patch
 def add_tokens(self: DataCollatorForLanguageModelingVarLen, examples: list[dict]) -> None:
     "Tokenise the texts of examples"
@@ -267,11 +270,13 @@ def order_identity(self: DocumentBatches) -> dict:
     "What must be the same for a state to be loaded"
     return dict(examples=len(self.dataset), batch_size=self.batch_size, seed=self.seed, world_size=self.world_size)
 
+# %% ../../nbs/data/03_collate.ipynb #14ce489f
 @patch
 def state_dict(self: DocumentBatches) -> dict: # plain values
     "Where the stream is"
     return dict(epoch=self.epoch, taken=self.taken, identity=self.order_identity())
 
+# %% ../../nbs/data/03_collate.ipynb #669ee258
 @patch
 def load_state_dict(self: DocumentBatches, state: dict) -> None:
     "Go on exactly where a state was taken; UserError when the order would be another"

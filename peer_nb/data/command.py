@@ -34,6 +34,7 @@ def in_bytes(text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int
     places = byte_places(text).tolist()
     return [(places[a], places[b]) for a, b in spans]
 
+# %% ../../nbs/data/04_command.ipynb #67a861bf
 def entity_spans(text: str, task: str) -> list[tuple[int, int]]: # in bytes
     "Where the numbers or hashes of a text are"
     return in_bytes(text, (found.span() for found in re.finditer(find_task(task).entity, text)))

@@ -141,6 +141,7 @@ class Tally:
 
     def result(self) -> dict: return dict(documents=self.documents, bytes=self.bytes, sha256=self.digest.hexdigest())
 
+# %% ../../nbs/data/00_corpora.ipynb #ec7e843f
 def summarise(documents: Iterable[str]) -> dict: # documents, bytes, sha256
     "Size and content hash of some documents"
     tally = Tally()
@@ -188,6 +189,7 @@ def pattern_of(path: str) -> str: # for `glob`
         pattern += "/" + (glob.escape(part) if os.path.lexists(so_far) else part)
     return pattern + "/**" if os.path.isdir(path) else pattern
 
+# %% ../../nbs/data/00_corpora.ipynb #353b5464
 def data_of_folder(
     files: list[str], # all that a folder holds
     kind: str | None, # the entry's format
@@ -391,6 +393,7 @@ def code_hash(function: Callable) -> str: # sha256
     code = function.__code__      # typed into a notebook: there is no file
     return sha256_of([code.co_code.hex(), repr(code.co_consts), code.co_names])
 
+# %% ../../nbs/data/00_corpora.ipynb #e8da4b05
 def generator_hash(
     task: str, # its name
 ) -> str: # sha256
@@ -398,6 +401,7 @@ def generator_hash(
     shared = sorted(Path(find_task.__code__.co_filename).parent.glob("*.py"))
     return sha256_of([code_hash(find_task(task).generator), *map(file_hash, shared)])
 
+# %% ../../nbs/data/00_corpora.ipynb #3fb996d4
 def source_stamp(entry: DatasetEntry) -> list:
     "What changes when the source does; cheap"
     if entry.task: return ["task", entry.task, task_arguments(entry), generator_hash(entry.task)]
@@ -405,6 +409,7 @@ def source_stamp(entry: DatasetEntry) -> list:
     if is_local(entry): return [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in local_files(entry)[0]]
     return ["hub", entry.path, entry.subset, entry.split, hub_revision(entry.path, "dataset")]
 
+# %% ../../nbs/data/00_corpora.ipynb #9a1ce269
 def file_hash(path: str) -> str:
     "sha256 of a file's bytes"
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
@@ -432,6 +437,7 @@ def is_streamed(entry: DatasetEntry) -> bool:
     "Whether a set is read as it is needed; Python's corpora are always at hand"
     return entry.streaming and entry.path not in LIBRARY and not entry.task
 
+# %% ../../nbs/data/00_corpora.ipynb #0fd07e90
 def unread(identity: str) -> dict: # as `summary`
     "The summary of a set that is known by its identity only"
     return {part: dict(documents=None, bytes=None, sha256=sha256_of([identity, part])) for part in ("train", "heldout")}
@@ -496,6 +502,7 @@ def tokenizer_entries(config: DatasetConfig) -> list[DatasetEntry]:
     "What a `corpus:` tokenizer is trained on"
     return config.tokenizer_corpus or config.datasets
 
+# %% ../../nbs/data/00_corpora.ipynb #714dcd78
 def bpe_size(name: str) -> int | None: # None when `name` is not a "corpus:" tokenizer
     "The size in \"corpus:bpe:4096\""
     if not name.startswith("corpus:"): return None
@@ -597,7 +604,8 @@ def check_heldout(cfg: Config) -> None:
         else: empty = not summary(e, fraction)["heldout"]["documents"]
         if not empty: continue
         advice = "make its held-out splits larger" if e.task else "take more documents, or a larger heldout_fraction"
-        raise UserError(f"dataset '{e.name}': nothing of {e.path or e.task} is held out (heldout_fraction {fraction:g}), "
+        raise UserError(f"dataset '{e.name}': nothing of {e.path or e.task} is held out (heldout_fraction "
+                        f"{fraction:g}), "
             f"so there would be no text to score; {advice}, or name other sets in eval_config.datasets")
 
 # %% ../../nbs/data/00_corpora.ipynb #d76baeb6

@@ -104,6 +104,7 @@ class Surfaces:
 @lru_cache(maxsize=8)
 def kept_surfaces(tokenizer: PreTrainedTokenizerBase, state: tuple) -> Surfaces: return Surfaces(tokenizer)
 
+# %% ../../nbs/data/01_masking.ipynb #b8c92576
 def surfaces_of(tokenizer: PreTrainedTokenizerBase | Surfaces) -> Surfaces:
     "The table of a tokenizer, made once"
     if isinstance(tokenizer, Surfaces): return tokenizer
@@ -140,6 +141,7 @@ def document_borders(
     if eos is not None: border[1:] |= ids == eos
     return np.flatnonzero(border)
 
+# %% ../../nbs/data/01_masking.ipynb #19de2b4e
 def refuse_straddling(data: np.ndarray, at: np.ndarray, straddling: np.ndarray) -> None:
     "Name the first token that straddles"
     a, b = at[straddling[0]], at[straddling[0] + 1]
@@ -160,6 +162,7 @@ def covered(
     edges = np.concatenate([[0], np.stack([first[some], end[some]], axis=1).ravel(), [size]])
     return np.repeat(np.arange(len(edges) - 1) % 2 == 1, np.diff(edges))  # outside, inside, outside ...
 
+# %% ../../nbs/data/01_masking.ipynb #bb1e78f5
 def lifted(
     spans: Spans, # of answers
     at: np.ndarray, # [tokens+1] where each token begins in the text, and the end
@@ -209,6 +212,7 @@ def exact_offsets(tokenizer: PreTrainedTokenizerBase):
     rules = tokenizer.backend_tokenizer.to_str()
     return Tokenizer.from_str(rules.replace('"trim_offsets":true', '"trim_offsets":false'))
 
+# %% ../../nbs/data/01_masking.ipynb #7461a746
 def trained_by_offsets(
     text: str, # one document
     tokenizer: PreTrainedTokenizerBase, # a fast one
@@ -282,6 +286,7 @@ def apply_synthetic_qa_mask(
     "Train what follows the last question mark of each document"
     return apply_mask(input_ids, tokenizer, QA_MASK.rule(on_missing=on_missing), **kwargs)
 
+# %% ../../nbs/data/01_masking.ipynb #0c9f6f58
 @delegates(apply_mask)
 def apply_hashhop_mask(
     input_ids: Tensor, # as `apply_mask`
@@ -293,6 +298,7 @@ def apply_hashhop_mask(
     "Train the quoted values after equals signs"
     return apply_mask(input_ids, tokenizer, HASHHOP_MASK.rule(scope=scope), **kwargs)
 
+# %% ../../nbs/data/01_masking.ipynb #3cc900dc
 @delegates(apply_mask)
 def apply_digit_lookup_mask(
     input_ids: Tensor, # as `apply_mask`

@@ -49,6 +49,7 @@ def random_bits(
     key = hashlib.sha256("\0".join(map(str, names)).encode()).digest()[:16]
     return np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
 
+# %% ../../nbs/data/02_packing.ipynb #bd255817
 def shuffled(
     count: int, # things to put in order
     *names: str | int, # as in `random_bits`
@@ -63,6 +64,7 @@ class TokenisedCorpus:
     tokens: np.ndarray # [tokens] uint16 or uint32; int32 with a mask: a token that is not a target as its complement
     starts: np.ndarray # [documents+1] int64: document i is tokens[starts[i]:starts[i+1]]
 
+# %% ../../nbs/data/02_packing.ipynb #4785415a
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str: # sha256
     "What a tokenizer does, as a hash: vocabulary, merges, rules"
     if not tokenizer.is_fast: return sha256_of([tokenizer.get_vocab(), tokenizer.eos_token_id])
@@ -70,6 +72,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str: # sha256
     del rules["padding"], rules["truncation"]   # left there by the last call
     return sha256_of([rules, tokenizer.eos_token_id])
 
+# %% ../../nbs/data/02_packing.ipynb #53f3c899
 def encode(
     texts: list[str], # documents
     tokenizer: PreTrainedTokenizerBase, # of the run
@@ -148,6 +151,7 @@ def cores() -> int:
     "How many processors this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
+# %% ../../nbs/data/02_packing.ipynb #90739c31
 def write_arrays(path: Path, arrays: Iterable[np.ndarray]) -> None:
     "Write raw numbers one after another, down to the disk"
     with open(path, "wb") as f:
@@ -288,6 +292,7 @@ def read_block(self: StreamingRows) -> bool: # False at the end of the set
     self.empty &= not len(self.tokens)
     return bool(block)
 
+# %% ../../nbs/data/02_packing.ipynb #e26b24bd
 @patch
 def advance(self: StreamingRows) -> None:
     "Go to the next block, or to the first of the next epoch; after loading, to the block of the state"
@@ -309,6 +314,7 @@ def row(self: StreamingRows) -> np.ndarray: # [length] int64
         self.used, filled = self.used + len(piece), filled + len(piece)
     return row
 
+# %% ../../nbs/data/02_packing.ipynb #3cfbb03f
 @patch
 def skip(self: StreamingRows) -> None:
     "Pass over a row, which must be read to know where it ends"
@@ -436,12 +442,14 @@ def proportions(self: PackedBatches) -> dict[str, float]: # of the rows given ou
     "The realised share of each source"
     return {name: count/max(self.rows, 1) for name, count in self.counts.items()}
 
+# %% ../../nbs/data/02_packing.ipynb #e71f8967
 @patch
 def state_dict(self: PackedBatches) -> dict: # plain values; the same in all processes
     "Where the stream is"
     return dict(rows=self.rows, counts=dict(self.counts), sources={n: s.state_dict() for n, s in self.sources.items()},
         identity=self.identity, origins=self.origins)
 
+# %% ../../nbs/data/02_packing.ipynb #74172277
 @patch
 def load_state_dict(self: PackedBatches, state: dict) -> None:
     "Go on exactly where a state was taken; UserError when the data are not the same"
@@ -509,6 +517,7 @@ def start(self: PrefetchedBatches) -> None:
     self.finalizer = weakref.finalize(self, end_thread, self.thread, self.stop)
     self.thread.start()
 
+# %% ../../nbs/data/02_packing.ipynb #5fa5343e
 @patch
 def load_state_dict(self: PrefetchedBatches, state: dict) -> None:
     "Stop, forget what was made ahead, and go on where a state was taken; UserError when the data are not the same"
@@ -518,6 +527,7 @@ def load_state_dict(self: PrefetchedBatches, state: dict) -> None:
     self.batches.load_state_dict(state)
     self.state = self.batches.state_dict()
 
+# %% ../../nbs/data/02_packing.ipynb #5923f19a
 @patch
 def proportions(self: PrefetchedBatches) -> dict[str, float]: # of the rows given out so far, in all processes
     "The realised share of each source"

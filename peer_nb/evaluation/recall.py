@@ -53,7 +53,8 @@ def questions_of(
     "The questions of a row"
     groups = {name: row[name] for name in task.groups if name in row}
     name = lambda asked: f"{split}/{number}" if asked.number is None else f"{split}/{number}.{asked.number}"
-    return [Question(name(asked), split, asked.prompt, asked.answer, asked.end, groups) for asked in task.questions(row)]
+    return [Question(name(asked), split, asked.prompt, asked.answer, asked.end, groups)
+            for asked in task.questions(row)]
 
 # %% ../../nbs/evaluation/06_recall.ipynb #8adf45c7
 def file_rows(file: Path) -> list[dict]:
@@ -192,6 +193,7 @@ class Forced:
     entropy: list[float] # of the distribution, nats
     top: list[list[tuple[int, float]]] # likeliest tokens with their probabilities
 
+# %% ../../nbs/evaluation/06_recall.ipynb #48d0787c
 def split_places(
     logp: Tensor, # [places, vocabulary] log-probabilities
     target: Tensor, # [places] right tokens
@@ -429,6 +431,7 @@ def share(values: Sequence[bool]) -> dict[str, float]: # value, low, high, n
     low, high = wilson(sum(values), len(values))
     return dict(value=sum(values)/len(values), low=low, high=high, n=len(values))
 
+# %% ../../nbs/evaluation/06_recall.ipynb #e3c00be1
 def mean(values: Sequence[float]) -> dict[str, float | None]: # value, se (None for a single one), n
     "A mean with its standard error"
     n, value = len(values), sum(values)/len(values)

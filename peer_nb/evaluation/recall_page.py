@@ -37,6 +37,7 @@ def words(text: str) -> list[str]:
     "The numbers or hashes of an answer"
     return re.findall(r"[0-9A-Za-z]+", text)
 
+# %% ../../nbs/evaluation/10_recall_page.ipynb #cf371930
 def form_of(answer: str, digits: bool) -> re.Pattern: # matches every answer of this form
     "What an answer looks like, without what it says"
     one = "[0-9]" if digits else "[0-9A-Za-z]"
@@ -180,7 +181,8 @@ def errors_figure(
     figure, names = new_figure("part of all answers", height=110 + 34*len(rows), barmode="stack"), list(rows)
     for n, kind in enumerate(ERROR_KINDS):
         counts = [rows[name].get(kind, 0) for name in names]
-        figure.add_bar(x=[c/totals[name] for c, name in zip(counts, names)], y=[safe(name) for name in names], name=kind,
+        figure.add_bar(x=[c/totals[name] for c, name in zip(counts, names)], y=[safe(name) for name in names],
+                       name=kind,
                        orientation="h", text=[f"{c:,}" if c else "" for c in counts], marker_color=COLOURS[n + 1])
     figure.update_yaxes(autorange="reversed", type="category")
     return figure.update_xaxes(range=[0, 1], tickformat=".0%")
@@ -197,7 +199,8 @@ def spread_figure(
     edges = np.histogram_bin_edges(every, bins)
     for name, own in values.items():
         counts = np.histogram(own, edges)[0]
-        figure.add_scatter(x=edges[:-1] + np.diff(edges)/2, y=counts/max(1, counts.max()), name=safe(name), mode="lines",
+        figure.add_scatter(x=edges[:-1] + np.diff(edges)/2, y=counts/max(1, counts.max()), name=safe(name),
+                           mode="lines",
                            line=dict(shape="hvh"), text=[f"{n:,}" for n in counts], hovertemplate="%{x:.2f}: %{text}")
     return figure.update_yaxes(visible=False)
 
@@ -208,7 +211,8 @@ def group_figures(
     "Exact match of the splits, and of their buckets"
     whole = [g for g in groups if not g["by"]]
     exact = {"exact match": [share_dot(g["split"], g["exact_match"]) for g in whole]}
-    drawn = [figure_html(series_figure(exact, "split", mode="markers"), "Exact match of each split, with 95 % intervals")]
+    drawn = [figure_html(series_figure(exact, "split", mode="markers"),
+                         "Exact match of each split, with 95 % intervals")]
     titles = {"frequency": "times a fact of the bucket is seen in training; held-out ones never are"}
     for name in dict.fromkeys(name for g in groups for name in g["by"]):
         own, said = [g for g in groups if name in g["by"]], name.replace("_", " ")
@@ -255,6 +259,7 @@ def mono(
     "In letters of one width"
     return render('<span class="mono">{{ text }}</span>', text=text)
 
+# %% ../../nbs/evaluation/10_recall_page.ipynb #ac7ba11c
 def error_examples(
     records: Sequence[dict], # with errors
     questions: dict[str, Question], # by id
@@ -307,7 +312,8 @@ def confidence_section(
     said = (f"At {found['places']:,} places of answers, with the right answer before them. "
             f"Expected calibration error {found['error']:.3f}.")
     caption = "How often the likeliest token is right, by how sure the model was"
-    return section_html("Confidence", render("<p>{{ said }}</p>", said=said), charts_html(figure_html(drawn, caption), means))
+    return section_html("Confidence", render("<p>{{ said }}</p>", said=said),
+                        charts_html(figure_html(drawn, caption), means))
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #2ff6aa3b
 def facts_of(

@@ -23,6 +23,7 @@ def score_cell(
     "Scores with all four decimals, counts and names as they are"
     return Shown(decimals(value), value, "n") if isinstance(value, float) and abs(value) < 1e6 else value
 
+# %% ../../nbs/evaluation/08_score_page.ipynb #03510a1d
 def write_scores(
     path: Path,                   # HTML file
     title: str, lead: str,        # the model; what was measured, in a line

@@ -58,7 +58,8 @@ def task_questions(
     found = []
     for split, columns in _test_sets(entry.task, json.dumps(task_arguments(entry))).items():
         records = [dict(zip(columns, values)) for values in zip(*(column[:rows] for column in columns.values()))]
-        found += [q for number, record in enumerate(records) for q in questions_of(find_task(entry.task), split, number, record)]
+        found += [q for number, record in enumerate(records)
+                  for q in questions_of(find_task(entry.task), split, number, record)]
     if not found:
         raise UserError(f"dataset '{entry.name}': task_arguments: {entry.task} has no questions; "
             "raise the size of its test sets")

@@ -41,7 +41,8 @@ from ..files import UserError, folder_lock, writable_folder, write_atomic
 # %% auto #0
 __all__ = ['main', 'Request', 'read_request', 'git_state', 'make_folder', 'newest_study', 'wait_for_orphans', 'left_to_do',
            'set_aside', 'check_same', 'Place', 'check_place', 'place_devices', 'launcher_for', 'finished_line',
-           'Sparingly', 'run_cells', 'interruptible', 'finish', 'Use', 'run', 'plan', 'status', 'watch', 'report']
+           'Throttled', 'run_cells', 'interruptible', 'finish', 'ReuseOptions', 'run', 'plan', 'status', 'watch',
+           'report']
 
 # %% ../../nbs/running/09_command.ipynb #15cc23af
 @dataclass
@@ -53,9 +54,12 @@ class Request:
     left_out: dict[str, str] | None # of built-in axes; None for a study file
 
 # %% ../../nbs/running/09_command.ipynb #4e941206
-def _from_file(study: Path, base_config: Path | None, axes: list[str] | None, mixes: Path | None, overrides: list[str]) -> Request:
+def _from_file(study: Path, base_config: Path | None, axes: list[str] | None, mixes: Path | None,
+               overrides: list[str]) -> Request:
     "A request that names a study file"
-    if axes or mixes: raise UserError(f"{'--axes' if axes else '--custom-datasets'} belongs to --base-config; a study file has its own axes")
+    if axes or mixes:
+        raise UserError(f"{'--axes' if axes else '--custom-datasets'} belongs to --base-config; a study file has its "
+                        f"own axes")
     read, place = load_study(study), read_place(study)
     if base_config is not None: return Request(read, load_config(base_config, overrides), place, None)
     try: return Request(read, load_config(read.base_config, overrides), place, None)
@@ -69,10 +73,12 @@ def _from_axes(base_config: Path, axes: list[str] | None, custom: Path | None, o
     base = load_config(base_config, overrides)
     mixes = load_data_mixes(custom) if custom else {}
     levels, left_out = builtin_axes(base, dict.fromkeys(axes or BUILTIN_AXES), mixes)
-    for axis in [a for a, l in levels.items() if len(l) == 1 and len(levels) > 1 and not axes]:   # combining all: one level compares nothing
+    # combining all: one level compares nothing
+    for axis in [a for a, l in levels.items() if len(l) == 1 and len(levels) > 1 and not axes]:
         left_out[axis] = "has one level only" + ("; --custom-datasets adds data mixes" if axis == "data_mix" else "")
         del levels[axis]
-    return Request(Study(Path(base_config).stem, str(base_config), levels, seeds=[base.train_config.seed]), base, str(base_config), left_out)
+    return Request(Study(Path(base_config).stem, str(base_config), levels, seeds=[base.train_config.seed]), base,
+                   str(base_config), left_out)
 
 # %% ../../nbs/running/09_command.ipynb #92204a2f
 def read_request(
@@ -82,7 +88,9 @@ def read_request(
 ) -> Request | None: # None when neither a base nor a study was named
     "The study that a command line describes"
     if study is None and base_config is None:
-        given = [n for n, v in [("--axes", axes), ("--tokens", tokens), ("--custom-datasets", custom_datasets), ("--notebook", notebook), ("--seeds", seeds), ("--primary", primary), ("overrides", overrides)] if v]
+        given = [n for n, v in [("--axes", axes), ("--tokens", tokens), ("--custom-datasets", custom_datasets),
+                                ("--notebook", notebook), ("--seeds", seeds), ("--primary", primary),
+                                ("overrides", overrides)] if v]
         if given: raise UserError(f"{given[0]} needs --base-config or --study")
         return None
     if tokens is not None and tokens < 1: raise UserError(f"--tokens {tokens}: every run needs at least one token")
@@ -90,7 +98,8 @@ def read_request(
     else: request = _from_axes(base_config, axes, custom_datasets, overrides)
     if tokens is not None: request.study.budget.tokens = tokens
     if notebook is not None: request.study.notebook = notebook
-    if seeds and len({*seeds}) < len(seeds): raise UserError(f"--seeds: {', '.join(map(str, seeds))}: a seed is there twice")
+    if seeds and len({*seeds}) < len(seeds):
+        raise UserError(f"--seeds: {', '.join(map(str, seeds))}: a seed is there twice")
     if seeds: request.study.seeds = convert(get_type_hints(Study, include_extras=True)["seeds"], seeds, "--seeds", "")
     if primary is not None: request.study.primary = Primary(primary, better(primary))
     return request
@@ -104,7 +113,8 @@ def git_state() -> dict[str, Any]: # commit and dirty, or nothing
         except (OSError, subprocess.TimeoutExpired): return subprocess.CompletedProcess(words, 1, "", "")
     commit = git("rev-parse", "HEAD")
     if git("ls-files", "--error-unmatch", "__init__.py").returncode or commit.returncode: return {}
-    return dict(commit=commit.stdout.strip(), dirty=bool(git("status", "--porcelain", "--", ".", "../nbs").stdout.strip()))
+    return dict(commit=commit.stdout.strip(),
+                dirty=bool(git("status", "--porcelain", "--", ".", "../nbs").stdout.strip()))
 
 # %% ../../nbs/running/09_command.ipynb #7896ff16
 def _new_folder(
@@ -117,6 +127,7 @@ def _new_folder(
             folder.mkdir()
             return folder
 
+# %% ../../nbs/running/09_command.ipynb #4b5e39a7
 def make_folder(
     output_dir: Path, # for studies
     plan: Plan, # to freeze
@@ -155,7 +166,8 @@ def wait_for_orphans(
     for cell in plan.cells:
         while (run := Run.of(folder, cell.id)).state == "RUNNING":
             if time.monotonic() > until:
-                raise UserError(f"{run.folder}: process {run.status.pid} is still working on it; wait until it is done, or stop it")
+                raise UserError(f"{run.folder}: process {run.status.pid} is still working on it; wait until it is "
+                                f"done, or stop it")
             time.sleep(0.2)
 
 # %% ../../nbs/running/09_command.ipynb #d288163e
@@ -178,8 +190,11 @@ def set_aside(
     found = []
     for name in runs:
         fits = [c.id for c in plan.cells if c.id == name or c.id.partition("-")[0] == name.zfill(3)]
-        if not fits: raise UserError(f"--rerun {name}: no such run in {folder}; it has {plan.cells[0].id} to {plan.cells[-1].id}")
-        if Run.of(folder, fits[0]).state == "RUNNING": raise UserError(f"--rerun {name}: this run is under way; stop it first")
+        if not fits:
+            raise UserError(f"--rerun {name}: no such run in {folder}; it has {plan.cells[0].id} to "
+                            f"{plan.cells[-1].id}")
+        if Run.of(folder, fits[0]).state == "RUNNING":
+            raise UserError(f"--rerun {name}: this run is under way; stop it first")
         found += fits
     for name in found: Run.of(folder, name).set_aside()
     return found
@@ -203,8 +218,10 @@ def check_same(
         else:
             from peer_nb.data.corpora import data_fingerprint
             data = {c.id: data_fingerprint(frozen.config(c)) for c in left}
-        lines = code_differences(frozen, find_template(_template_name(frozen)), {c.id: data[c.id] for c in left if c.id in data})
-    if lines: raise UserError(f"{folder} cannot be continued: " + "; ".join(lines) + ". Leave out --resume to start a new study.")
+        lines = code_differences(frozen, find_template(_template_name(frozen)),
+                                 {c.id: data[c.id] for c in left if c.id in data})
+    if lines:
+        raise UserError(f"{folder} cannot be continued: {'; '.join(lines)}. Leave out --resume to start a new study.")
 
 # %% ../../nbs/running/09_command.ipynb #b8433048
 @dataclass
@@ -221,16 +238,20 @@ class Place:
     def after(self, before: dict) -> Place: # what a study remembers, and what is said now
         said = {k: v for k, v in asdict(self).items() if v not in (None, [])}
         forgotten = {"gpus", "processes"} if {"gpus", "processes"} & set(said) else set()
-        known = {k: v for k, v in before.items() if k in asdict(self) and k not in forgotten}   # earlier versions knew more
+        # earlier versions knew more
+        known = {k: v for k, v in before.items() if k in asdict(self) and k not in forgotten}
         return Place(**known | said)
 
+# %% ../../nbs/running/09_command.ipynb #9776e750
 def check_place(
     place: Place, # as asked for
 ):
     "Refuse what does not fit together"
-    if place.launcher != "slurm" and (place.partition or place.slurm): raise UserError(f"{'--partition' if place.partition else '--slurm'} needs --launcher slurm")
+    if place.launcher != "slurm" and (place.partition or place.slurm):
+        raise UserError(f"{'--partition' if place.partition else '--slurm'} needs --launcher slurm")
     if place.time is not None and place.time <= 0: raise UserError(f"--time {place.time:g}: a run needs some minutes")
-    if place.gpus and place.processes is not None: raise UserError("--gpus and --processes: give one of them; --processes means the CPU")
+    if place.gpus and place.processes is not None:
+        raise UserError("--gpus and --processes: give one of them; --processes means the CPU")
     slurm_options(place.slurm)
 
 # %% ../../nbs/running/09_command.ipynb #06b9d6b9
@@ -241,11 +262,16 @@ def place_devices(
 ) -> Devices:
     "Slots and threads of runs; of a cluster only what was asked of it is known"
     gpus = 4 if place.gpus is None else place.gpus
-    if place.launcher != "slurm": return choose_devices(gpus, place.parallel, runs, threads=threads) if place.processes is None else cpu_processes(place.processes, place.parallel, runs, threads)
-    many = choose_devices(gpus, 1, runs, [str(n) for n in range(gpus)]) if place.processes is None else cpu_processes(place.processes, 1, runs)
+    if place.launcher != "slurm":
+        if place.processes is not None: return cpu_processes(place.processes, place.parallel, runs, threads)
+        return choose_devices(gpus, place.parallel, runs, threads=threads)
+    if place.processes is not None: many = cpu_processes(place.processes, 1, runs)
+    else: many = choose_devices(gpus, 1, runs, [str(n) for n in range(gpus)])
     cores, at_once = int(slurm_options(place.slurm).get("cpus_per_task", many.world_size)), place.parallel or runs
-    return Devices(many.world_size, many.visible*at_once, max(1, cores // many.world_size), "on Slurm" + (f", {at_once} at a time at most" if place.parallel else ""), many.processes)
+    return Devices(many.world_size, many.visible*at_once, max(1, cores // many.world_size),
+                   "on Slurm" + (f", {at_once} at a time at most" if place.parallel else ""), many.processes)
 
+# %% ../../nbs/running/09_command.ipynb #4dcf82c0
 def launcher_for(
     folder: Path, # of the study
     plan: Plan, # of the study
@@ -255,7 +281,8 @@ def launcher_for(
     "What starts the runs"
     seconds = None if place.time is None else 60*place.time
     if place.launcher != "slurm": return Local(folder, devices, seconds)
-    return Slurm(folder, plan, devices, parallel=place.parallel, minutes=place.time, partition=place.partition, options=slurm_options(place.slurm))
+    return Slurm(folder, plan, devices, parallel=place.parallel, minutes=place.time, partition=place.partition,
+                 options=slurm_options(place.slurm))
 
 # %% ../../nbs/running/09_command.ipynb #69f923e2
 def finished_line(
@@ -269,13 +296,15 @@ def finished_line(
     state, took = run.state, clock(event.seconds)
     if state == "DONE":
         value = run.result.metrics.get(plan.metric)
-        return f"[{count}] done in {took}  {event.run}  {plan.metric} " + (f"{value:.4f}" if value is not None else "not measured")
+        scored = "not measured" if value is None else f"{value:.4f}"
+        return f"[{count}] done in {took}  {event.run}  {plan.metric} {scored}"
     error = run.error or {"class": "killed", "message": event.note}
     kind = f"{error['kind']}, " if error.get("kind", "code") not in ("code", error["class"].lower()) else ""
-    return f"[{count}] {state} after {took}  {event.run}  {kind}{error['class']}: {(error['message'].strip().splitlines() or [''])[0]}"
+    first = (error["message"].strip().splitlines() or [""])[0]
+    return f"[{count}] {state} after {took}  {event.run}  {kind}{error['class']}: {first}"
 
 # %% ../../nbs/running/09_command.ipynb #cfb85f11
-class Sparingly:
+class Throttled:
     "Calls a function now and then"
     def __init__(self,
         do, # function without arguments
@@ -301,8 +330,8 @@ def run_cells(
         nonlocal runs
         runs = load_runs(folder, plan, runs)
         return runs
-    draw = Sparingly(lambda: screen.draw(live_lines(look_at(now(), launcher.slots))), 1.0)
-    table = Sparingly(lambda: now().write_csv())
+    draw = Throttled(lambda: screen.draw(live_lines(look_at(now(), launcher.slots))), 1.0)
+    table = Throttled(lambda: now().write_csv())
     try:
         launcher.submit(todo)
         while launcher.busy:
@@ -344,37 +373,47 @@ def finish(
 def _continued(output_dir: Path, request: Request | None) -> Path | None:
     "The folder to continue; None when a new study is to be started"
     found = newest_study(output_dir, request.study.name if request else None)
-    if found is None and request is None: raise UserError(f"--resume: there is no study in {output_dir}; name the folder by --output-dir, or start one with --base-config or --study")
+    if found is None and request is None:
+        raise UserError(f"--resume: there is no study in {output_dir}; name the folder by --output-dir, or start one "
+                        f"with --base-config or --study")
     if found is None: print(f"nothing to resume in {output_dir}: a new study is started")
     return found
 
 # %% ../../nbs/running/09_command.ipynb #b57d9300
 @dataclass
-class Use:
+class ReuseOptions:
     "What of earlier work may be used"
     fresh: bool = False # nothing but what the study declares
     reuse_from: list[Path] = field(default_factory=list) # folders of studies, beside the output folder and the register
     measure: bool = False # time configurations whose speed is not known, where wall time is matched
 
+# %% ../../nbs/running/09_command.ipynb #0d6f4984
 def _plan_of(request: Request, place: Place, **more) -> Plan:
     "Plan what was asked for"
     check_axes(request.study.axes, request.where)
-    return make_plan(request.study, request.base, where=request.where, left_out=request.left_out, world_size=place_devices(place, 1).world_size, **more)
+    return make_plan(request.study, request.base, where=request.where, left_out=request.left_out,
+                     world_size=place_devices(place, 1).world_size, **more)
 
-def _clocked(request: Request, place: Place, output_dir: Path, use: Use) -> tuple[Plan, Speeds | None, str]:
+# %% ../../nbs/running/09_command.ipynb #127a4624
+def _clocked(request: Request, place: Place, output_dir: Path, use: ReuseOptions) -> tuple[Plan, Speeds | None, str]:
     "A plan, and where wall time is matched, what its token counts rest on"
     if request.study.budget.matched != "wall_time": return _plan_of(request, place), None, ""
     rate = measured_rate(finished_runs(output_dir), not place_devices(place, 1).visible[0])
     devices = None if place.launcher == "slurm" else lambda runs: place_devices(place, runs)
-    return clocked_plan(lambda **more: _plan_of(request, place, **more), request.study.budget, rate and rate.flops_per_second, devices, use.measure, use.fresh, lambda line: print(line, flush=True))
+    return clocked_plan(lambda **more: _plan_of(request, place, **more), request.study.budget,
+                        rate and rate.flops_per_second, devices, use.measure, use.fresh,
+                        lambda line: print(line, flush=True))
 
-def _reused(plan: Plan, request: Request, output_dir: Path, device: str, use: Use) -> dict[str, Taken]:
+# %% ../../nbs/running/09_command.ipynb #549b8a0e
+def _reused(plan: Plan, request: Request, output_dir: Path, device: str, use: ReuseOptions) -> dict[str, Taken]:
     "What need not be computed: declared by the study, and unless all is to be computed, found in earlier studies"
-    named = {p: f"{at(request.where, 'reuse_from')}: reuse_from" for p in request.study.reuse_from} | dict.fromkeys(use.reuse_from, "--reuse-from")
+    named = {p: f"{at(request.where, 'reuse_from')}: reuse_from"
+             for p in request.study.reuse_from} | dict.fromkeys(use.reuse_from, "--reuse-from")
     return taken_over(plan, [] if use.fresh else earlier_studies(output_dir, named), device, request.where)
 
 # %% ../../nbs/running/09_command.ipynb #d10f3da2
-def _go(folder: Path, plan: Plan, place: Place, devices: Devices, retry_failed: bool = False, rerun: Iterable[str] = ()) -> int:
+def _go(folder: Path, plan: Plan, place: Place, devices: Devices, retry_failed: bool = False,
+        rerun: Iterable[str] = ()) -> int:
     "Hold the folder, run what is left, write the page"
     remember(folder, plan)
     with folder_lock(folder), interruptible():
@@ -383,13 +422,15 @@ def _go(folder: Path, plan: Plan, place: Place, devices: Devices, retry_failed: 
             if place.launcher != "slurm": wait_for_orphans(folder, plan)
             set_aside(folder, plan, rerun)
             todo = left_to_do(folder, plan, retry_failed)
-            print(f"{folder}: {len(todo)} of {len(plan.cells)} runs to do" + (f", {devices.line}" if todo else ""), flush=True)
+            print(f"{folder}: {len(todo)} of {len(plan.cells)} runs to do" + (f", {devices.line}" if todo else ""),
+                  flush=True)
             for what, why in plan.left_out.items(): print(f"left out: {what}: {why}")
             run_cells(folder, plan, todo, launcher)
             return finish(folder, plan)
         except KeyboardInterrupt:
             load_runs(folder, plan).write_csv()
-            print(f"\nstopped; what is done is kept. {launcher.farewell}Go on with: peer-ablate --resume --output-dir {folder.parent}", file=sys.stderr)
+            print(f"\nstopped; what is done is kept. {launcher.farewell}Go on with: peer-ablate --resume --output-dir "
+                  f"{folder.parent}", file=sys.stderr)
             return 130
 
 # %% ../../nbs/running/09_command.ipynb #6b66e20e
@@ -401,24 +442,30 @@ def _resume(folder: Path, request: Request | None, place: Place, retry_failed: b
     place = place.after(known.get("place") or {})
     if asked == (None, None): place.gpus = 0 if device == "cpu" else frozen.world_size
     check_place(place)
-    left = left_to_do(folder, frozen, retry_failed) or [c for c in frozen.cells if Run.of(folder, c.id).state == "RUNNING" or rerun]
+    left = left_to_do(folder, frozen, retry_failed)
+    if not left: left = [c for c in frozen.cells if Run.of(folder, c.id).state == "RUNNING" or rerun]
     devices = place_devices(place, len(left), known.get("threads"))
     if left and device != ("cuda" if devices.visible[0] else "cpu"):
-        raise UserError(f"{folder} cannot be continued here: its runs were made on {device}; use --gpus {0 if device == 'cpu' else frozen.world_size} on a machine that has it")
+        raise UserError(f"{folder} cannot be continued here: its runs were made on {device}; use --gpus "
+                        f"{0 if device == 'cpu' else frozen.world_size} on a machine that has it")
     if left and devices.world_size != frozen.world_size:
-        raise UserError(f"{folder} cannot be continued so: its runs have {frozen.world_size} process{'es'[:2*(frozen.world_size > 1)]} each, and with these options they would have {devices.world_size}; leave out --gpus and --processes")
-    check_same(folder, frozen, _plan_of(request, place, speed=lambda config: 1.0) if request else None, left)   # how many tokens fit into the time was settled when it began
+        raise UserError(f"{folder} cannot be continued so: its runs have {frozen.world_size} "
+                        f"process{'es'[:2*(frozen.world_size > 1)]} each, and with these options they would have "
+                        f"{devices.world_size}; leave out --gpus and --processes")
+    # how many tokens fit into the time was settled when it began
+    check_same(folder, frozen, _plan_of(request, place, speed=lambda config: 1.0) if request else None, left)
     return _go(folder, frozen, place, devices, retry_failed, rerun)
 
 # %% ../../nbs/running/09_command.ipynb #133c9758
-def _begin(request: Request, place: Place, output_dir: Path, use: Use) -> int:
+def _begin(request: Request, place: Place, output_dir: Path, use: ReuseOptions) -> int:
     "Start a new study"
     plan, speeds, clock = _clocked(request, place, output_dir, replace(use, measure=True))
     devices = place_devices(place, len(plan.cells))
     if clock: print(clock, flush=True)
     device = "cuda" if devices.visible[0] else "cpu"
     there = _reused(plan, request, output_dir, device, use)
-    folder = make_folder(output_dir, plan, device, place=asdict(place), threads=devices.threads, **({"speeds": speeds.record(plan)} if speeds else {}))
+    folder = make_folder(output_dir, plan, device, place=asdict(place), threads=devices.threads,
+                         **({"speeds": speeds.record(plan)} if speeds else {}))
     for line in taken_lines(there, len(plan.cells)): print(line, flush=True)
     for run, taken in there.items(): take(Run.of(folder, run), taken)
     return _go(folder, plan, place, replace(devices, visible=devices.visible[:max(1, len(plan.cells) - len(there))]))
@@ -426,26 +473,39 @@ def _begin(request: Request, place: Place, output_dir: Path, use: Use) -> int:
 # %% ../../nbs/running/09_command.ipynb #8a642605
 def _check_request(request: Request | None, resume: bool, dry_run: bool, retry_failed: bool, rerun: Iterable[str]):
     "Refuse what cannot be done"
-    if request is None and not resume: raise UserError("what to study? give --base-config or --study, or --resume to continue the newest study")
+    if request is None and not resume:
+        raise UserError("what to study? give --base-config or --study, or --resume to continue the newest study")
     if dry_run and request is None: raise UserError("--dry-run needs --base-config or --study")
-    if (retry_failed or rerun) and not resume: raise UserError(f"{'--retry-failed' if retry_failed else '--rerun'} needs --resume")
+    if (retry_failed or rerun) and not resume:
+        raise UserError(f"{'--retry-failed' if retry_failed else '--rerun'} needs --resume")
 
-def _check_use(use: Use, request: Request | None, place: Place, resume: bool = False):
+# %% ../../nbs/running/09_command.ipynb #e8a4268b
+def _check_use(use: ReuseOptions, request: Request | None, place: Place, resume: bool = False):
     "Refuse options that contradict each other"
     budget = request.study.budget if request else Budget()
-    if use.measure and (resume or budget.matched != "wall_time"): raise UserError("--measure times configurations for a new study whose budget matches wall_time; this one needs no times")
-    if use.measure and budget.flops_per_second: raise UserError(f"{at(request.where, 'budget.flops_per_second')}: budget.flops_per_second states the device's speed; leave it out to have configurations timed by --measure")
-    if use.measure and place.launcher == "slurm": raise UserError("--measure times configurations on this machine, and --launcher slurm runs them elsewhere; state budget.flops_per_second, or finish a small study in the same output folder first")
-    if use.fresh and use.reuse_from: raise UserError("--fresh computes everything, --reuse-from takes runs over: give one of them")
-    if resume and use.reuse_from: raise UserError("--reuse-from belongs to a new study; one that is continued has taken over what it could when it began")
+    if use.measure and (resume or budget.matched != "wall_time"):
+        raise UserError("--measure times configurations for a new study whose budget matches wall_time; this one "
+                        "needs no times")
+    if use.measure and budget.flops_per_second:
+        raise UserError(f"{at(request.where, 'budget.flops_per_second')}: budget.flops_per_second states the device's "
+                        f"speed; leave it out to have configurations timed by --measure")
+    if use.measure and place.launcher == "slurm":
+        raise UserError("--measure times configurations on this machine, and --launcher slurm runs them elsewhere; "
+                        "state budget.flops_per_second, or finish a small study in the same output folder first")
+    if use.fresh and use.reuse_from:
+        raise UserError("--fresh computes everything, --reuse-from takes runs over: give one of them")
+    if resume and use.reuse_from:
+        raise UserError("--reuse-from belongs to a new study; one that is continued has taken over what it could when "
+                        "it began")
 
 # %% ../../nbs/running/09_command.ipynb #b2d8fd2e
-def _show(request: Request, place: Place, output_dir: Path, use: Use) -> int:
+def _show(request: Request, place: Place, output_dir: Path, use: ReuseOptions) -> int:
     "Print the plan of what was asked for, and write nothing"
     made, _, clock = _clocked(request, place, output_dir, use)
     devices = place_devices(place, len(made.cells))
     there = _reused(made, request, output_dir, "cuda" if devices.visible[0] else "cpu", use)
-    seen = replace(outlook(made, output_dir, not devices.visible[0], len(devices.visible), {run: taken.source for run, taken in there.items()}), clock=clock)
+    seen = replace(outlook(made, output_dir, not devices.visible[0], len(devices.visible),
+                           {run: taken.source for run, taken in there.items()}), clock=clock)
     print(plan_text(made, seen))
     if there: print("", *taken_lines(there, len(made.cells)), sep="\n")
     return 0
@@ -463,24 +523,25 @@ def run(
     notebook: str | None = None, # template by name or path, instead of train_and_evaluate
     seeds: list[int] | None = None, # every combination runs once with each
     primary: str | None = None, # metric that the study is about, such as docs/bits_per_byte or hellaswag/acc
-    launcher: Literal["local", "slurm"] | None = None, # where runs run; with --resume where the study was started, else local
+    launcher: Literal["local", "slurm"] | None = None,
+    # where runs run; with --resume where the study was started, else local
     time: float | None = None, # minutes that a run may take; on Slurm it then goes on in the next job
     partition: str | None = None, # of Slurm
     slurm: list[str] = (), # more options of Slurm: account=physics mem=32G cpus_per_task=8
-    processes: int | None = None, # of each run, on the CPU: what as many GPUs would train, to try it where there are none
+    processes: int | None = None, # of each run, on the CPU: what as many GPUs would train
     resume: bool = False, # continue the newest study in --output-dir
     retry_failed: bool = False, # with --resume: take up failed runs as well
     rerun: list[str] = (), # with --resume: make these runs anew, by id or number
-    reuse_from: list[Path] = (), # folders of studies of another machine or user; one's own earlier studies are found in any folder
+    reuse_from: list[Path] = (), # folders of studies of another machine or user
     fresh: bool = False, # compute also what an earlier study has computed, and time every configuration again
-    measure: bool = False, # with --dry-run, where the budget matches wall time: time the configurations now, as a run does before it starts
+    measure: bool = False, # with --dry-run and a budget of wall time: time the configurations now
     dry_run: bool = False, # show what would be run, like `plan`, and stop
     overrides: list[str] = (), # of the base configuration
 ) -> int: # 0 when every run is done, 1 when one is not
     "Run an ablation study, or continue one"
     request = read_request(base_config, study, axes, tokens, custom_datasets, notebook, overrides, seeds, primary)
     place = Place(launcher, gpus, parallel, time, partition, [*slurm], processes)
-    use = Use(fresh, [*reuse_from], measure)
+    use = ReuseOptions(fresh, [*reuse_from], measure)
     _check_request(request, resume, dry_run, retry_failed, rerun)
     _check_use(use, request, place, resume)
     if not resume: check_place(place)
@@ -510,7 +571,7 @@ def plan(
     "Show every run of a study and what is matched, without running anything"
     request = read_request(base_config, study, axes, tokens, custom_datasets, notebook, overrides, seeds, primary)
     if request is None: raise UserError("what to plan? give --base-config or --study")
-    place, use = Place(gpus=gpus, parallel=parallel, processes=processes), Use(fresh, [*reuse_from], measure)
+    place, use = Place(gpus=gpus, parallel=parallel, processes=processes), ReuseOptions(fresh, [*reuse_from], measure)
     check_place(place)
     _check_use(use, request, place)
     _show(request, place, output_dir, use)
@@ -518,7 +579,8 @@ def plan(
 # %% ../../nbs/running/09_command.ipynb #07109ca7
 def _study_folder(folder: Path) -> Path:
     "A study's folder, or the newest in a folder of studies"
-    if (found := newest_study(folder)) is None: raise UserError(f"{folder}: no study here; a study's folder has a {PLAN}")
+    if (found := newest_study(folder)) is None:
+        raise UserError(f"{folder}: no study here; a study's folder has a {PLAN}")
     return found
 
 # %% ../../nbs/running/09_command.ipynb #648d5500
@@ -530,9 +592,11 @@ def status(
     folder = _study_folder(folder)
     table = look_at(load_runs(folder))
     short = len(table.rows) > 200 and not all
-    print(folder, table_text(table, [s for s in table.counts if s not in ("TODO", "DONE")] if short else None), summary(table), sep="\n")
+    print(folder, table_text(table, [s for s in table.counts if s not in ("TODO", "DONE")] if short else None),
+          summary(table), sep="\n")
     if short: print("(runs that are done or wait are left out; --all shows them)")
 
+# %% ../../nbs/running/09_command.ipynb #1662be5e
 def watch(
     folder: Path, # of a study, or of studies: then the newest
     every: float = 2.0, # seconds between two looks
@@ -554,4 +618,5 @@ def report(
 
 # %% ../../nbs/running/09_command.ipynb #a0b00af2
 main = make_main("peer-ablate", dict(run=run, plan=plan, status=status, watch=watch, report=report), default="run",
-                 doc="Systematic ablation studies: every combination of levels is one run of a notebook, compared on one page")
+                 doc="Systematic ablation studies: every combination of levels is one run of a notebook, compared on "
+                     "one page")

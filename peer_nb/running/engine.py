@@ -97,6 +97,7 @@ def _as_text(data: dict[str, Any]) -> dict[str, Any]:
     "A bundle of representations for a JSON file: pictures as base64"
     return {kind: b64encode(v).decode() if isinstance(v, bytes) else v for kind, v in data.items()}
 
+# %% ../../nbs/running/00_engine.ipynb #bf194d96
 class CellPublisher(DisplayPublisher):
     "Takes what is displayed"
     def publish(self, data, metadata=None, *, transient=None, update=False, **_):
@@ -110,6 +111,7 @@ class CellPublisher(DisplayPublisher):
         if wait or outputs.cell is None: outputs.clearing = True
         else: outputs.cell.outputs = []
 
+# %% ../../nbs/running/00_engine.ipynb #4d439a20
 class CellDisplayHook(DisplayHook):
     "Takes the value of a cell's last line"
     def write_output_prompt(self): pass
@@ -181,12 +183,13 @@ class AtomicHandler(LocalHandler):
     "Writes a notebook whole, or not at all"
     def write(self, buf, path): write_atomic(path, buf)
 
+# %% ../../nbs/running/00_engine.ipynb #df195619
 def execute_notebook(
     template: str | Path, # a notebook
     to: str | Path, # where it is kept while it is executed, and afterwards
     parameters: dict[str, Any], # for its parameters cell
 ):
-    "Execute a notebook in this process, which does nothing else; raises papermill's error for the first cell that fails"
+    "Execute a notebook in this process; raises papermill's error for the first cell that fails"
     papermill_engines.register("in_process", InProcessEngine)
     papermill_io.register(str(to), AtomicHandler())
     sys.argv = [str(template)]

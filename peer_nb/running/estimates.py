@@ -22,7 +22,8 @@ from ..files import UserError
 
 # %% auto #0
 __all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'estimated_memory',
-           'pair_spread', 'sight', 'difference', 'Outlook', 'outlook', 'plan_rows', 'match_rows', 'totals', 'plan_text']
+           'pair_spread', 'detectable_effects', 'difference', 'Forecast', 'outlook', 'plan_row', 'plan_rows',
+           'match_rows', 'totals', 'plan_text']
 
 # %% ../../nbs/running/05_estimates.ipynb #ed0f3173
 @dataclass(frozen=True)
@@ -49,9 +50,11 @@ def _finished(run: Run, cell: Cell) -> Finished:
     result, training, counted = run.result, run.result.training, run.result.parameters or cell.parameters
     tokens = training.get("tokens")
     flops = 3.0*counted["flops_per_token"]*tokens if tokens and "flops_per_token" in counted else cell.flops
-    return Finished(run.folder, cell, flops, training.get("seconds"), run.status.seconds, training.get("peak_memory_bytes"),
+    return Finished(run.folder, cell, flops, training.get("seconds"), run.status.seconds,
+                    training.get("peak_memory_bytes"),
                     result.environment.get("device") or "cpu", result.metrics, result.errors)
 
+# %% ../../nbs/running/05_estimates.ipynb #be4a2e30
 def finished_runs(
     output_dir: str | Path, # folder of studies; may be missing
 ) -> list[Finished]: # of plans that this version can read
@@ -82,7 +85,8 @@ def measured_rate(
     own = [r for r in runs if r.rate and (r.device == "cpu") == cpu]
     if not own: return None
     rates = sorted(r.rate for r in own)
-    return Rate(middle.median(rates), rates[0], rates[-1], middle.median([max(0.0, (r.run_seconds or r.seconds) - r.seconds) for r in own]), len(own))
+    return Rate(middle.median(rates), rates[0], rates[-1],
+                middle.median([max(0.0, (r.run_seconds or r.seconds) - r.seconds) for r in own]), len(own))
 
 # %% ../../nbs/running/05_estimates.ipynb #3eac8629
 def estimated_seconds(
@@ -123,30 +127,37 @@ def pair_spread(
     tables = {}
     for r in runs:
         value = r.metrics.get(metric)
-        if value is not None and math.isfinite(value): tables.setdefault(r.folder.parent, {})[tuple(r.cell.levels.items()), r.cell.seed] = value
+        if value is not None and math.isfinite(value):
+            tables.setdefault(r.folder.parent, {})[tuple(r.cell.levels.items()), r.cell.seed] = value
     squares, degrees = 0.0, 0
     for table in tables.values():
         seeds = sorted({s for _, s in table})
-        grid = np.array([[table[l, s] for s in seeds] for l in dict.fromkeys(l for l, _ in table) if all((l, s) in table for s in seeds)])
+        grid = np.array([[table[l, s] for s in seeds] for l in dict.fromkeys(l for l, _ in table)
+                         if all((l, s) in table for s in seeds)])
         if grid.ndim < 2 or min(grid.shape) < 2: continue
         rest = grid - grid.mean(0) - grid.mean(1, keepdims=True) + grid.mean()
         squares, degrees = squares + float((rest**2).sum()), degrees + (grid.shape[0] - 1)*(grid.shape[1] - 1)
     return math.sqrt(2*squares/degrees) if degrees else None
 
 # %% ../../nbs/running/05_estimates.ipynb #4f3399a0
-def sight(
+def detectable_effects(
     plan: Plan, # of a study
     spread: float | None, # of a difference between seeds; None: not known
 ) -> list[str]: # lines
     "The smallest effects that the seeds of a plan can show"
-    seeds, questions = len({c.seed for c in plan.cells}), sum(len(l) - 1 for l in plan.axes.values()) + len(plan.study["claims"])
-    if seeds < 2: return ["One seed: differences will be anecdotal, no effect of any size can be told from chance. Give `seeds: [1, 2, 3]`."]
+    seeds = len({c.seed for c in plan.cells})
+    questions = sum(len(l) - 1 for l in plan.axes.values()) + len(plan.study["claims"])
+    if seeds < 2:
+        return ["One seed: differences will be anecdotal, no effect of any size can be told from chance. Give `seeds: "
+                "[1, 2, 3]`."]
     unit = f" of {plan.metric}" if spread else " standard deviations of a paired difference"
     show = lambda pairs, n: f"{detectable((spread or 1.0)/math.sqrt(pairs), seeds, 0.05/n):.3g}"
-    out = [f"{seeds} seeds, power 80 %: smallest effect that can be told from chance, in units{unit}" + (f" (a paired difference varies by {spread:.3g} between seeds in earlier studies)" if spread else "")]
+    known = f" (a paired difference varies by {spread:.3g} between seeds in earlier studies)" if spread else ""
+    out = [f"{seeds} seeds, power 80 %: smallest effect that can be told from chance, in units{unit}{known}"]
     for axis, levels in plan.axes.items():
         pairs = max(1, min(sum(c.levels[axis] == l for c in plan.cells) for l in levels)//seeds)
-        out.append(f"  {axis}: {show(pairs, 1)} alone, {show(pairs, max(1, questions))} as one of {questions} questions ({pairs} pair{'s' if pairs > 1 else ''} a seed)")
+        out.append(f"  {axis}: {show(pairs, 1)} alone, {show(pairs, max(1, questions))} as one of {questions} "
+                   f"questions ({pairs} pair{'s' if pairs > 1 else ''} a seed)")
     return out
 
 # %% ../../nbs/running/05_estimates.ipynb #218402ea
@@ -156,11 +167,12 @@ def difference(
 ) -> str: # such as num_heads: 1
     "What a cell changes, with the short names of the keys"
     short = lambda v: text if len(text := str(v)) <= width else text[:width - 1] + "…"
-    return ", ".join(f"{k.rpartition('.')[2]}: {short(v)}" for k, v in overrides.items() if v is not None) or "the base itself"
+    return ", ".join(f"{k.rpartition('.')[2]}: {short(v)}" for k,
+                     v in overrides.items() if v is not None) or "the base itself"
 
 # %% ../../nbs/running/05_estimates.ipynb #8e91ae8b
 @dataclass
-class Outlook:
+class Forecast:
     "What is known about the runs of a plan before they start"
     rate: Rate | None = None # of the device
     reuse: dict[str, str] | None = None # cell id: where its result is
@@ -168,35 +180,52 @@ class Outlook:
     slots: int = 1 # runs at once
     clock: str = "" # what the token counts rest on, where wall time is matched
 
+# %% ../../nbs/running/05_estimates.ipynb #04106056
 def outlook(
     plan: Plan, # of a study
     output_dir: str | Path, # where earlier studies lie
     cpu: bool, # where it will run
     slots: int = 1, # runs at once
     reuse: dict[str, str] | None = None, # cell id: where its result is, of those that were computed before
-) -> Outlook:
+) -> Forecast:
     "Look at the finished runs of earlier studies"
     runs, stated = finished_runs(output_dir), plan.study["budget"].get("flops_per_second")
     rate = measured_rate(runs, cpu)
     if stated: rate = Rate(stated, stated, stated, rate.overhead if rate else 0.0, 0)
-    return Outlook(rate, reuse, pair_spread(runs, plan.metric), slots)
+    return Forecast(rate, reuse, pair_spread(runs, plan.metric), slots)
+
+# %% ../../nbs/running/05_estimates.ipynb #32bb30ce
+PLAN_COLUMNS = ("runs", "seeds", "total", "active", "tokens", "FLOPs", "time", "memory", "reuse",
+                "differs from the base in")   # beside the axes
+
+def plan_row(
+    plan: Plan, # of the study
+    group: list[Cell], # the cells of one combination of levels
+    seen: Forecast, # what is known beforehand
+) -> dict[str, str]: # column: text
+    "Cost of a combination, what is there already, its difference from the base"
+    c, numbers = group[0], [cell.id[:cell.id.index("-")] for cell in group]
+    runs = numbers[0] if len(group) == 1 else f"{numbers[0]}–{numbers[-1]}"
+    axes = {name + " (axis)"*(name in PLAN_COLUMNS): level for name, level in c.levels.items()}
+    memory = estimated_memory(plan.config(c), c.parameters, plan.world_size)
+    return {"runs": runs, **axes, "seeds": " ".join(str(cell.seed) for cell in group),
+            "total": short_number(c.parameters["total"]), "active": short_number(c.parameters["active"]),
+            "tokens": short_number(c.tokens), "FLOPs": short_number(c.flops),
+            "time": duration(estimated_seconds(c, seen.rate, wall_seconds(plan))),
+            "memory": short_number(memory) + "B",
+            "reuse": str(sum(cell.id in (seen.reuse or {}) for cell in group) or ""),
+            "differs from the base in": difference(c.overrides)}
 
 # %% ../../nbs/running/05_estimates.ipynb #7d363a8f
-PLAN_COLUMNS = ("runs", "seeds", "total", "active", "tokens", "FLOPs", "time", "memory", "reuse", "differs from the base in") # beside the axes
-
 def plan_rows(
     plan: Plan, # its cells
-    seen: Outlook | None = None, # what is known beforehand
+    seen: Forecast | None = None, # what is known beforehand
     most: int | None = None, # combinations to show; None: all
 ) -> list[dict[str, str]]: # for a table
     "One row per combination of levels: cost, what is there already, difference from the base"
-    seen, groups = seen or Outlook(), {}
+    seen, groups = seen or Forecast(), {}
     for c in plan.cells: groups.setdefault(tuple(c.levels.items()), []).append(c)
-    return [{"runs": group[0].id[:group[0].id.index("-")] + (f"–{group[-1].id[:group[-1].id.index('-')]}" if len(group) > 1 else ""), **{name + " (axis)"*(name in PLAN_COLUMNS): level for name, level in levels}, "seeds": " ".join(str(c.seed) for c in group),
-             "total": short_number(c.parameters["total"]), "active": short_number(c.parameters["active"]), "tokens": short_number(c.tokens), "FLOPs": short_number(c.flops),
-             "time": duration(estimated_seconds(c, seen.rate, wall_seconds(plan))), "memory": short_number(estimated_memory(plan.config(c), c.parameters, plan.world_size)) + "B",
-             "reuse": str(sum(g.id in (seen.reuse or {}) for g in group) or ""), "differs from the base in": difference(c.overrides)}
-            for levels, group in list(groups.items())[:most] for c in group[:1]]
+    return [plan_row(plan, group, seen) for group in list(groups.values())[:most]]
 
 # %% ../../nbs/running/05_estimates.ipynb #31aa46ad
 def match_rows(
@@ -205,46 +234,61 @@ def match_rows(
     "One row per axis: the mismatch in each quantity, those over 5 % marked"
     rows = {}
     for m in matching(plan):
-        text = "unknown" if m.mismatch is None else "equal" if m.mismatch == 0 else ratio_text(m.mismatch) + ("" if m.matched else " !")
+        if m.mismatch is None: text = "unknown"
+        elif m.mismatch == 0: text = "equal"
+        else: text = ratio_text(m.mismatch) + ("" if m.matched else " !")
         rows.setdefault(m.axis, {"differs by": m.axis})[m.quantity] = text
     return list(rows.values())
 
 # %% ../../nbs/running/05_estimates.ipynb #84d1deb2
 def totals(
     plan: Plan, # its cells
-    seen: Outlook, # what is known beforehand
+    seen: Forecast, # what is known beforehand
 ) -> list[str]: # lines
     "The whole study's cost"
     left = [c for c in plan.cells if c.id not in (seen.reuse or {})]
     flops = None if any(c.flops is None for c in left) else sum(c.flops for c in left)
-    out = [f"{len(plan.cells)} runs" + (f", {len(plan.cells) - len(left)} of them computed before" if len(left) < len(plan.cells) else "") + f"; {short_number(flops)} FLOPs to compute"]
+    before = f", {len(plan.cells) - len(left)} of them computed before" if len(left) < len(plan.cells) else ""
+    out = [f"{len(plan.cells)} runs{before}; {short_number(flops)} FLOPs to compute"]
     if (wall := wall_seconds(plan)) is not None:
         turns = math.ceil(len(left)/seen.slots)*estimated_seconds(plan.cells[0], seen.rate, wall)
-        return [*out, f"time: about {duration(turns)}, {seen.slots} at a time ({wall:g} s of training each" + (f", {duration(seen.rate.overhead)} beside it)" if seen.rate else ", and what a run needs beside it)")]
+        beside = f", {duration(seen.rate.overhead)} beside it" if seen.rate else ", and what a run needs beside it"
+        return [*out, f"time: about {duration(turns)}, {seen.slots} at a time ({wall:g} s of training each{beside})"]
     if flops is None: return out
-    if seen.rate is None: return [*out, "time: not known, for no finished run in the output folder tells the device's speed; budget.flops_per_second states one"]
+    if seen.rate is None:
+        return [*out, "time: not known, for no finished run in the output folder tells the device's speed; "
+                      "budget.flops_per_second states one"]
     spent = lambda r: (flops/r + len(left)*seen.rate.overhead)/seen.slots
     known = f"from {seen.rate.runs} finished runs" if seen.rate.runs else "as stated"
-    return [*out, f"time: about {duration(spent(seen.rate.flops_per_second))}, {seen.slots} at a time ({duration(spent(seen.rate.fast))} to {duration(spent(seen.rate.slow))}; {short_number(seen.rate.flops_per_second)} FLOP/s {known})"]
+    fast, slow = duration(spent(seen.rate.fast)), duration(spent(seen.rate.slow))
+    return [*out, f"time: about {duration(spent(seen.rate.flops_per_second))}, {seen.slots} at a time "
+                  f"({fast} to {slow}; {short_number(seen.rate.flops_per_second)} FLOP/s {known})"]
 
 # %% ../../nbs/running/05_estimates.ipynb #cddc27f0
 def plan_text(
     plan: Plan, # any
-    seen: Outlook | None = None, # what is known beforehand
+    seen: Forecast | None = None, # what is known beforehand
     most: int = 200, # rows of the first table
 ) -> str: # for a terminal
     "The plan: runs, cost, what is matched, what can be seen, claims, and what was left out and why"
-    seen, rows = seen or Outlook(), plan_rows(plan, seen, most)
+    seen, rows = seen or Forecast(), plan_rows(plan, seen, most)
     more = len({tuple(c.levels.items()) for c in plan.cells}) - len(rows)
-    matched = {"tokens": "equal tokens", "flops": "equal FLOPs", "wall_time": seen.clock or "equal wall time"}[plan.study["budget"]["matched"]]
-    claims = [f"claim: {c['name']}: {c['a']} {'<' if c['direction'] == 'minimize' else '>'} {c['b']} in {c['metric']}" + (f" by {c['min_effect']:g}" if c["min_effect"] else "") for c in plan.study["claims"]]
-    return "\n".join([text_table(rows), *([f"… and {more} combinations more"] if more else []), "", *totals(plan, seen), "",
-                      f"budget: {matched}", text_table(match_rows(plan)), "(! more than 5 %: not matched)", "", *sight(plan, seen.spread), *([""] if claims else []), *claims,
-                      *([""] if plan.left_out else []), *(f"left out: {what}: {why}" for what, why in plan.left_out.items())])
+    matched = {"tokens": "equal tokens", "flops": "equal FLOPs",
+               "wall_time": seen.clock or "equal wall time"}[plan.study["budget"]["matched"]]
+    claims = [f"claim: {c['name']}: {c['a']} {'<' if c['direction'] == 'minimize' else '>'} {c['b']} in "
+              f"{c['metric']}" + (f" by {c['min_effect']:g}" if c["min_effect"] else "") for c in plan.study["claims"]]
+    return "\n".join([text_table(rows), *([f"… and {more} combinations more"] if more else []), "",
+                      *totals(plan, seen), "",
+                      f"budget: {matched}", text_table(match_rows(plan)), "(! more than 5 %: not matched)", "",
+                      *detectable_effects(plan, seen.spread), *([""] if claims else []), *claims,
+                      *([""] if plan.left_out else []),
+                      *(f"left out: {what}: {why}" for what, why in plan.left_out.items())])
 
 # %% ../../nbs/running/05_estimates.ipynb #6f032bf0
 @patch
 def _repr_markdown_(self: Plan) -> str:
     "Both tables as markdown"
-    def table(rows): return "\n".join("| " + " | ".join(map(str, r)) + " |" for r in [list(rows[0]), ["---"]*len(rows[0]), *(list(r.values()) for r in rows)])
+    def table(rows):
+        return "\n".join("| " + " | ".join(map(str, r)) + " |"
+                         for r in [list(rows[0]), ["---"]*len(rows[0]), *(list(r.values()) for r in rows)])
     return table(plan_rows(self)) + "\n\n" + table(match_rows(self))

@@ -46,10 +46,13 @@ class Devices:
     line: str # for the person
     processes: int = 0 # of each run, all on the CPU, as asked for; 0: the run goes by its GPUs
 
+# %% ../../nbs/running/02_local.ipynb #a56bdb06
 def _check_parallel(parallel: int | None):
     "Refuse a study that never runs anything"
-    if parallel is not None and parallel < 1: raise UserError(f"--parallel {parallel}: at least one run must go at a time")
+    if parallel is not None and parallel < 1:
+        raise UserError(f"--parallel {parallel}: at least one run must go at a time")
 
+# %% ../../nbs/running/02_local.ipynb #3ba30ff7
 def _cores() -> int:
     "Cores that this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -70,12 +73,18 @@ def choose_devices(
         slots = min(parallel or max(1, _cores() // (threads or 1)), max(runs, 1))
         threads = threads or max(1, _cores() // slots)
         why = "--gpus 0" if found else "no CUDA device here"
-        return Devices(1, [[]]*slots, threads, f"on the CPU ({why}), {slots} at a time with {threads} thread{'s' if threads > 1 else ''} each")
-    if len(found) < gpus: raise UserError(f"--gpus {gpus}: this machine has {len(found)} CUDA device{'s' if len(found) > 1 else ''}; use --gpus {len(found)} or fewer, or --gpus 0 for the CPU")
+        return Devices(1, [[]]*slots, threads, f"on the CPU ({why}), {slots} at a time with {threads} "
+                                               f"thread{'s' if threads > 1 else ''} each")
+    if len(found) < gpus:
+        raise UserError(f"--gpus {gpus}: this machine has {len(found)} CUDA device{'s' if len(found) > 1 else ''}; "
+                        f"use --gpus {len(found)} or fewer, or --gpus 0 for the CPU")
     slots = parallel or 1
-    if slots*gpus > len(found): raise UserError(f"--parallel {slots}: needs {slots*gpus} GPUs, {gpus} for each run; this machine has {len(found)}")
+    if slots*gpus > len(found):
+        raise UserError(f"--parallel {slots}: needs {slots*gpus} GPUs, {gpus} for each run; this machine has "
+                        f"{len(found)}")
     groups = [found[n*gpus:(n + 1)*gpus] for n in range(min(slots, max(runs, 1)))]
-    return Devices(gpus, groups, threads or max(1, _cores() // (slots*max(1, gpus))), f"on GPU {' | '.join(', '.join(g) for g in groups)}, {slots} at a time")
+    return Devices(gpus, groups, threads or max(1, _cores() // (slots*max(1, gpus))),
+                   f"on GPU {' | '.join(', '.join(g) for g in groups)}, {slots} at a time")
 
 # %% ../../nbs/running/02_local.ipynb #652467e4
 def cpu_processes(
@@ -89,7 +98,8 @@ def cpu_processes(
     _check_parallel(parallel)
     slots = min(parallel or max(1, _cores() // (processes*(threads or 1))), max(runs, 1))
     threads = threads or max(1, _cores() // (slots*processes))
-    return Devices(processes, [[]]*slots, threads, f"on the CPU, {slots} at a time of {processes} process{'es'[:2*(processes > 1)]} with {threads} thread{'s'[:threads > 1]} each", processes)
+    each = f"{processes} process{'es'[:2*(processes > 1)]} with {threads} thread{'s'[:threads > 1]} each"
+    return Devices(processes, [[]]*slots, threads, f"on the CPU, {slots} at a time of {each}", processes)
 
 # %% ../../nbs/running/02_local.ipynb #abc2f084
 def environment(
@@ -98,7 +108,8 @@ def environment(
     processes: int = 0, # that it has on the CPU; 0: it goes by its GPUs
 ) -> dict[str, str]: # what is added to this process's own
     "Environment variables of a run"
-    own = {"PEER_NB_PROCESSES": str(processes)} | {k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    own = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    own["PEER_NB_PROCESSES"] = str(processes)
     own |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     return own if visible is None else own | {"CUDA_VISIBLE_DEVICES": ",".join(visible)}
 
@@ -112,6 +123,7 @@ class Job:
     kills: int = field(default_factory=memory_kills) # of the system for want of memory, before it was started
     late: bool = False # it has reached its time limit
 
+# %% ../../nbs/running/02_local.ipynb #f9aaf648
 def start(
     folder: Path, # of the study
     cell: Cell, # what to run
@@ -145,6 +157,7 @@ class Event(NamedTuple):
     seconds: float = 0.0 # since it started, at its end
     note: str = "" # what else is known
 
+# %% ../../nbs/running/02_local.ipynb #4eebcd46
 @dataclass
 class Local:
     "Runs on this machine, one in each slot"
@@ -182,8 +195,10 @@ def requeue(self: Local,
     if run.state != "PREEMPTED" or len(times) == AGAIN: return None
     times.append(time.monotonic())
     self.queue.append(cell)
-    return Event("requeued", cell.id, note=f": {run.error.get('message', 'stopped')}; it has saved, and goes on ({len(times)} of {AGAIN} times)")
+    return Event("requeued", cell.id, note=f": {run.error.get('message', 'stopped')}; it has saved, and goes on "
+                                           f"({len(times)} of {AGAIN} times)")
 
+# %% ../../nbs/running/02_local.ipynb #2a858a9e
 @patch
 def next_cell(self: Local) -> Cell | None: # None: nothing waits, or what waits has to rest
     "Take a run from the queue"

@@ -39,9 +39,11 @@ def remember(
     try:
         place = register_folder()
         place.mkdir(parents=True, exist_ok=True)
-        write_json(place/f"{sha256_of(str(folder))[:32]}.json", dict(schema=1, folder=str(folder), runs=" ".join(c.identity[:BEGINNING] for c in plan.cells)))
+        write_json(place/f"{sha256_of(str(folder))[:32]}.json",
+                   dict(schema=1, folder=str(folder), runs=" ".join(c.identity[:BEGINNING] for c in plan.cells)))
     except (OSError, UserError) as e:
-        print(f"warning: later studies will not find this one by themselves (--reuse-from names it): {e}", file=sys.stderr)
+        print(f"warning: later studies will not find this one by themselves (--reuse-from names it): {e}",
+              file=sys.stderr)
         return False
     return True
 
@@ -75,6 +77,7 @@ def _entry(path: Path) -> Earlier | None: # None: of no use now, and perhaps rem
         with suppress(OSError): path.unlink()
     return None
 
+# %% ../../nbs/running/06_register.ipynb #3bc63ff0
 def registered() -> list[Earlier]: # the newest entry first
     "The studies of the register that are still there"
     def written(path):
@@ -91,6 +94,7 @@ def study_folders(
     "The studies in a folder, or the one that it is"
     return sorted(studies_in(place), key=lambda f: ((f/PLAN).stat().st_mtime_ns, f.name), reverse=True)
 
+# %% ../../nbs/running/06_register.ipynb #9855248d
 def earlier_studies(
     output_dir: str | Path, # of the new study; may be missing
     reuse_from: dict[str | Path, str] | None = None, # folders of studies, or of one: who names it, for messages
@@ -98,7 +102,10 @@ def earlier_studies(
     "The studies to look through, the nearest first"
     known, out, named = {s.folder: s for s in registered()}, {}, reuse_from or {}
     for place, who in named.items():
-        if not study_folders(place): raise UserError(f"{who} {place}: " + (f"no study here; a study's folder has a {PLAN}" if Path(place).is_dir() else "no such folder"))
+        if not study_folders(place):
+            raise UserError(f"{who} {place}: " + (f"no study here; a study's folder has a {PLAN}"
+                                                  if Path(place).is_dir() else "no such folder"))
     for place in (output_dir, *named):
-        for folder in map(Path.resolve, study_folders(place)): out.setdefault(folder, known.get(folder) or Earlier(folder))
+        for folder in map(Path.resolve, study_folders(place)):
+            out.setdefault(folder, known.get(folder) or Earlier(folder))
     return [*out.values(), *(s for f, s in known.items() if f not in out)]

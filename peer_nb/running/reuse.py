@@ -31,6 +31,7 @@ def torch_version() -> str | None: # None where it is not installed
     try: return version("torch")
     except PackageNotFoundError: return None
 
+# %% ../../nbs/running/07_reuse.ipynb #f5123a69
 def environment_differences(
     made: dict[str, Any], # environment of a result file
     device: str, # cpu or cuda: where the study runs
@@ -60,10 +61,12 @@ def _code_differences(source: Run, plan: Plan, cell: Cell) -> list[str]:
         other = next(c for c in theirs.cells if c.id == source.id)
     except (UserError, StopIteration): return ["code and data: not known there"]
     if other.identity == cell.identity: return []
-    facts = {"the notebook's code": (theirs.template_hash, plan.template_hash), "the package's source": (theirs.package_hash, plan.package_hash),
+    facts = {"the notebook's code": (theirs.template_hash, plan.template_hash),
+             "the package's source": (theirs.package_hash, plan.package_hash),
              "text or tokenizer": (other.data, cell.data), "GPUs of a run": (theirs.world_size, plan.world_size)}
     return [what for what, (there, here) in facts.items() if there != here]
 
+# %% ../../nbs/running/07_reuse.ipynb #8fa4c00f
 def differences(
     source: Run, # an earlier one
     plan: Plan, # of the new study
@@ -95,7 +98,8 @@ def _declared(plan: Plan, cell: Cell, device: str, where: str) -> Taken | None:
         source = Run((beside if beside.is_dir() else Path(entry["source"])).resolve())
         here = f"{at(where, f'reuse.{n}.source')}: reuse.{n}.source: {source.folder}"
         if not source.result:
-            raise UserError(f"{here} is no finished run; it has no valid result {source.problems.get('result', '')}".strip())
+            raise UserError(f"{here} is no finished run; it has no valid result "
+                            f"{source.problems.get('result', '')}".strip())
         if plan.metric not in source.result.metrics:
             raise UserError(f"{here} did not measure {plan.metric}, only {', '.join(source.result.metrics)}")
         return Taken(str(source.folder), entry["reason"], differences(source, plan, cell, device))
@@ -124,7 +128,8 @@ def same_experiments(
         try: cells = [c for c in load_plan(study.folder).cells if left.get(c.identity[:BEGINNING]) == c.identity]
         except UserError: continue   # of another version, or edited: nothing that a new plan may build on
         for cell in cells:
-            if taken := _by_hash(Run.of(study.folder, cell.id), device): out[cell.identity] = taken; del left[cell.identity[:BEGINNING]]
+            if taken := _by_hash(Run.of(study.folder, cell.id), device):
+                out[cell.identity] = taken; del left[cell.identity[:BEGINNING]]
     return out
 
 # %% ../../nbs/running/07_reuse.ipynb #fb777cea
@@ -158,8 +163,14 @@ def taken_lines(
     same = [t for t in there.values() if t.reason == HASHED and not t.differs]
     by_study, out = {}, []
     for t in same: by_study.setdefault(Run(t.source).study, []).append(t)
-    if same: out.append(f"{len(same)} of {runs} runs were computed before and are not computed again (equal hash, equal kind of device); --fresh computes them anew")
-    for folder, those in by_study.items(): out.append(f"reuse: {len(those)} from {folder}" + (f", {handed} of them taken over there" if (handed := sum(bool(t.origin) for t in those)) else ""))
+    if same:
+        out.append(f"{len(same)} of {runs} runs were computed before and are not computed again (equal hash, equal "
+                   f"kind of device); --fresh computes them anew")
+    for folder, those in by_study.items():
+        handed = sum(bool(t.origin) for t in those)
+        out.append(f"reuse: {len(those)} from {folder}" + (f", {handed} of them taken over there" if handed else ""))
     for run, t in there.items():
-        if t not in same: out.append(f"reuse: {run} from {t.source}: {t.reason}" + (f"; differs in {len(t.differs)}, and is in no paired test: {'; '.join(t.differs)}" if t.differs else ""))
+        if t in same: continue
+        apart = f"; differs in {len(t.differs)}, and is in no paired test: {'; '.join(t.differs)}" if t.differs else ""
+        out.append(f"reuse: {run} from {t.source}: {t.reason}{apart}")
     return out

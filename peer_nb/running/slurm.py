@@ -36,7 +36,9 @@ def slurm_options(
     out = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or not key or not value: raise UserError(f"--slurm {word}: must be key=value, with a name that sbatch knows, such as account=physics")
+        if not equals or not key or not value:
+            raise UserError(f"--slurm {word}: must be key=value, with a name that sbatch knows, such as "
+                            f"account=physics")
         out[key.lstrip("-").replace("-", "_")] = int(value) if value.isdigit() else value
     return out
 
@@ -73,6 +75,7 @@ class Seen(NamedTuple):
     job: str # such as 12_3
     node: str
 
+# %% ../../nbs/running/03_slurm.ipynb #4397814b
 def read_squeue(
     text: str, # lines of name|array index|state|array job|node
 ) -> dict[tuple[str, int], Seen]: # (name, index)
@@ -125,11 +128,18 @@ def verdict(
     "What became of a run whose job is over"
     if state in (*FINISHED, "FAILED"): return Verdict(False)
     if slurm in ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL"): return Verdict(True)
-    if slurm in ("TIMEOUT", "DEADLINE"): return Verdict(False, "FAILED", "timeout", "the job reached its time limit; --retry-failed goes on from its checkpoint")
-    if slurm == "OUT_OF_MEMORY": return Verdict(False, "FAILED", "out of memory", "Slurm ended the job for want of memory; --slurm mem=… gives it more")
-    if slurm == "CANCELLED": return Verdict(False, "STALE" if state in ("RUNNING", "STALE") else None, "killed", "the job was cancelled")
+    if slurm in ("TIMEOUT", "DEADLINE"):
+        return Verdict(False, "FAILED", "timeout", "the job reached its time limit; --retry-failed goes on from its "
+                                                   "checkpoint")
+    if slurm == "OUT_OF_MEMORY":
+        return Verdict(False, "FAILED", "out of memory", "Slurm ended the job for want of memory; --slurm mem=… gives "
+                                                         "it more")
+    if slurm == "CANCELLED":
+        return Verdict(False, "STALE" if state in ("RUNNING", "STALE") else None, "killed", "the job was cancelled")
     if state == "PREEMPTED": return Verdict(True)
-    return Verdict(True) if tries < TRIES else Verdict(False, "FAILED", "killed", f"{tries} jobs ended without a status; the folder slurm has their logs")
+    return Verdict(True) if tries < TRIES else Verdict(False, "FAILED", "killed",
+                                                       f"{tries} jobs ended without a status; the folder slurm has "
+                                                       f"their logs")
 
 # %% ../../nbs/running/03_slurm.ipynb #58e457ff
 @dataclass
@@ -174,7 +184,8 @@ class Slurm:
     def names(self) -> list[str]: return [r["name"] for r in records(self.folder)]
 
     @property
-    def farewell(self) -> str: return f"Its jobs go on; scancel --name={','.join(self.names)} ends them. " if self.jobs else ""
+    def farewell(self) -> str:
+        return f"Its jobs go on; scancel --name={','.join(self.names)} ends them. " if self.jobs else ""
 
     def stop(self): "Jobs go on without the runner"
 
@@ -206,8 +217,11 @@ def executor_for(
     "submitit, told what the command line said"
     try: import submitit
     except ImportError: raise UserError("--launcher slurm needs submitit: pip install 'peer_nb[slurm]'") from None
-    own = dict(job_name=name, stderr_to_stdout=True, cpus_per_task=launcher.devices.world_size, signal_delay_s=90, **({"gpus_per_node": launcher.gpus} if launcher.gpus and "gres" not in launcher.options else {}))
-    own |= {k: v for k, v in dict(partition=launcher.partition, time=launcher.minutes and max(1, round(launcher.minutes)), array_parallelism=launcher.parallel).items() if v is not None}
+    own = dict(job_name=name, stderr_to_stdout=True, cpus_per_task=launcher.devices.world_size, signal_delay_s=90,
+               **({"gpus_per_node": launcher.gpus} if launcher.gpus and "gres" not in launcher.options else {}))
+    own |= {k: v for k, v in dict(partition=launcher.partition,
+                                  time=launcher.minutes and max(1, round(launcher.minutes)),
+                                  array_parallelism=launcher.parallel).items() if v is not None}
     executor = submitit.SlurmExecutor(folder=place, max_num_timeout=0)
     known = executor._valid_parameters() - {"additional_parameters"}
     own |= {k: v for k, v in launcher.options.items() if k in known}
@@ -238,7 +252,9 @@ def submit(self: Slurm,
     cells: Iterable[Cell], # to be made
 ):
     "Go on watching what is in the scheduler's queue already, and queue the rest"
-    if not shutil.which("sbatch"): raise UserError("--launcher slurm: there is no sbatch here; start the study on a machine that submits jobs to the cluster")
+    if not shutil.which("sbatch"):
+        raise UserError("--launcher slurm: there is no sbatch here; start the study on a machine that submits jobs to "
+                        "the cluster")
     seen, by_id = ask(self.names), {c.id: c for c in self.plan.cells}
     if seen is None: raise UserError("--launcher slurm: squeue does not answer; is the cluster up?")
     for record in records(self.folder):
@@ -257,7 +273,8 @@ def send_waiting(self: Slurm):
     while self.queue:
         cells = self.queue[:size]
         if (no := self.send(cells)) is None: self.queue = self.queue[len(cells):]; continue
-        if not re.search(r"limit|MaxSubmit|MaxArray|Invalid job array|temporarily", no, re.I): raise UserError(f"sbatch refuses the runs: {no}")
+        if not re.search(r"limit|MaxSubmit|MaxArray|Invalid job array|temporarily", no, re.I):
+            raise UserError(f"sbatch refuses the runs: {no}")
         if size == 1 and not self.jobs: raise UserError(f"sbatch takes not even one run: {no}")
         if size == 1: return
         size = max(1, min(size, len(cells))//2)
@@ -272,7 +289,8 @@ def settled(self: Slurm,
     run = Run.of(self.folder, ticket.cell.id)
     state, now = run.state, time.monotonic()
     ticket.over = ticket.over or now
-    if state in ("RUNNING", "TODO") and now - ticket.over < self.settle: return None   # files may come late over a network
+    if state in ("RUNNING", "TODO") and now - ticket.over < self.settle:
+        return None   # files may come late over a network
     what = verdict(state, slurm, self.tries.get(ticket.cell.id, 1))
     del self.jobs[ticket.cell.id]
     if what.again: self.queue.append(ticket.cell); return None

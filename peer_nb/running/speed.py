@@ -37,14 +37,17 @@ __all__ = ['TIMELESS', 'ENDLESS', 'WARM', 'STEPS', 'SECONDS', 'PATIENCE', 'setup
            'clocked_plan']
 
 # %% ../../nbs/running/04_speed.ipynb #3ec88df8
-TIMELESS = (*DURATION, *NOT_IDENTITY, "eval_config", "train_config.seed", "train_config.learning_rate", "train_config.weight_decay", "train_config.adam_beta1", "train_config.adam_beta2",
-            "train_config.adam_epsilon", "train_config.lr_scheduler_type", "train_config.warmup_ratio", "train_config.eval_steps", "train_config.per_device_eval_batch_size")
+TIMELESS = (*DURATION, *NOT_IDENTITY, "eval_config", "train_config.seed", "train_config.learning_rate",
+            "train_config.weight_decay", "train_config.adam_beta1", "train_config.adam_beta2",
+            "train_config.adam_epsilon", "train_config.lr_scheduler_type", "train_config.warmup_ratio",
+            "train_config.eval_steps", "train_config.per_device_eval_batch_size")
 
 def setup_of(
     config: Config, # of a cell
 ) -> str: # equal hash, equal time of a step
     "What a step's time depends on"
-    return sha256_of({k: v for k, v in flatten(config).items() if not any(k == t or k.startswith(t + ".") for t in TIMELESS)})
+    return sha256_of({k: v for k, v in flatten(config).items()
+                      if not any(k == t or k.startswith(t + ".") for t in TIMELESS)})
 
 # %% ../../nbs/running/04_speed.ipynb #58e935dc
 def _processor() -> str:
@@ -54,9 +57,12 @@ def _processor() -> str:
             if line.startswith("model name"): return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
+# %% ../../nbs/running/04_speed.ipynb #91341c81
 def _gpu(number: str) -> str:
     "A GPU's name"
-    try: found = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", number], capture_output=True, text=True, timeout=30)
+    try:
+        found = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", number],
+                               capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired): return "GPU"
     return found.stdout.strip().splitlines()[0] if found.returncode == 0 and found.stdout.strip() else "GPU"
 
@@ -68,7 +74,8 @@ def machine_of(
     first = devices.visible[0]
     try: torch = version("torch").partition("+")[0]
     except PackageNotFoundError: torch = None
-    return dict(device=_gpu(first[0]) if first else _processor(), gpus=devices.world_size if first else 0, processes=devices.processes,
+    return dict(device=_gpu(first[0]) if first else _processor(), gpus=devices.world_size if first else 0,
+                processes=devices.processes,
                 threads=devices.threads, at_once=len(devices.visible), torch=torch)
 
 # %% ../../nbs/running/04_speed.ipynb #3b830651
@@ -81,12 +88,14 @@ class Speed:
     error: float | None # relative standard error of the mean; None with a single step
     when: str # date and time
 
+# %% ../../nbs/running/04_speed.ipynb #01ba3d77
 def speed_text(
     speed: Speed, # of a configuration
 ) -> str: # such as 5,230 tokens/s ± 1.2 % (23 steps in 4.1 s)
     "A speed for people"
     sure = "" if speed.error is None else f" ± {100*speed.error:.2g} %"
-    return f"{speed.tokens_per_second:,.0f} tokens/s{sure} ({speed.steps} step{'s' if speed.steps != 1 else ''} in {speed.seconds:.1f} s)"
+    steps = f"{speed.steps} step{'s' if speed.steps != 1 else ''} in {speed.seconds:.1f} s"
+    return f"{speed.tokens_per_second:,.0f} tokens/s{sure} ({steps})"
 
 # %% ../../nbs/running/04_speed.ipynb #9997901f
 def speed_from(
@@ -95,9 +104,11 @@ def speed_from(
     "Tokens per second from the counters of a training"
     first, *rest = lines
     took = [b["seconds"] - a["seconds"] for a, b in zip(lines, rest)]
-    error = statistics.stdev(took)/math.sqrt(len(took))/statistics.mean(took) if len(took) > 1 and sum(took) > 0 else None
+    known = len(took) > 1 and sum(took) > 0
+    error = statistics.stdev(took)/math.sqrt(len(took))/statistics.mean(took) if known else None
     seconds = rest[-1]["seconds"] - first["seconds"]
-    return Speed((rest[-1]["tokens"] - first["tokens"])/max(seconds, 1e-9), len(rest), round(seconds, 3), error, time.strftime("%Y-%m-%d %H:%M:%S%z"))
+    return Speed((rest[-1]["tokens"] - first["tokens"])/max(seconds, 1e-9), len(rest), round(seconds, 3), error,
+                 time.strftime("%Y-%m-%d %H:%M:%S%z"))
 
 # %% ../../nbs/running/04_speed.ipynb #d64a4c04
 def speed_file(
@@ -119,6 +130,7 @@ def known_speed(
         return found if found.tokens_per_second > 0 else None
     except (OSError, ValueError, KeyError, TypeError, UserError): return None
 
+# %% ../../nbs/running/04_speed.ipynb #f1247bd3
 def keep_speed(
     setup: str, # of `setup_of`
     machine: dict[str, Any], # of `machine_of`
@@ -137,7 +149,8 @@ def pilot_config(
     out: Path, # for its metrics
 ) -> Config:
     "The configuration of a training that is only watched"
-    own = dict.fromkeys(DURATION) | {"train_config.max_steps": ENDLESS, "train_config.logging_steps": 1, "train_config.eval_steps": ENDLESS, "train_config.save_steps": ENDLESS,
+    own = dict.fromkeys(DURATION) | {"train_config.max_steps": ENDLESS, "train_config.logging_steps": 1,
+                                     "train_config.eval_steps": ENDLESS, "train_config.save_steps": ENDLESS,
                                      "train_config.output_dir": str(out), "train_config.resume_from_checkpoint": None}
     return apply_overrides(config, own | ({"wandb_config": None} if config.wandb_config else {}))
 
@@ -162,9 +175,11 @@ def pilot_words(
     devices: Devices, # of the study
 ) -> list[str]: # of `peer-train`
     "The command line of a training with as many processes as a run has"
-    several = {"--processes": devices.processes, "--gpus": 0 if devices.processes or devices.world_size == 1 else devices.world_size}
+    several = {"--processes": devices.processes,
+               "--gpus": 0 if devices.processes or devices.world_size == 1 else devices.world_size}
     return ["--config", str(file), *(word for option, n in several.items() if n for word in (option, str(n)))]
 
+# %% ../../nbs/running/04_speed.ipynb #b0f88aac
 def start_pilot(
     config: Config, # of a cell
     folder: Path, # to be made
@@ -174,13 +189,16 @@ def start_pilot(
     "Begin to train, in the setting of a run"
     run = Run(folder).make()
     save_config(pilot_config(config, folder), run.path("config"))
-    code, own = "import sys; from peer_nb.training.loop import main; sys.exit(main())", environment(devices.threads, visible, devices.processes)
+    code = "import sys; from peer_nb.training.loop import main; sys.exit(main())"
+    own = environment(devices.threads, visible, devices.processes)
     with open(run.path("log"), "wb") as log:
         streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        return Pilot(run, start_child(code, *pilot_words(run.path("config"), devices), environment=own, start_new_session=True, **streams))
+        return Pilot(run, start_child(code, *pilot_words(run.path("config"), devices), environment=own,
+                                      start_new_session=True, **streams))
 
 # %% ../../nbs/running/04_speed.ipynb #fc273a4a
-WARM, STEPS, SECONDS, PATIENCE = 5, 20, 4.0, 120.0 # steps left out; timed at least; seconds of them at least; enough in any case, with three steps
+# steps left out; timed at least; seconds of them at least; enough in any case, with three steps
+WARM, STEPS, SECONDS, PATIENCE = 5, 20, 4.0, 120.0
 
 def _watched(pilot: Pilot, lines: list[dict]) -> bool:
     "Whether a pilot has been timed for long enough"
@@ -189,6 +207,7 @@ def _watched(pilot: Pilot, lines: list[dict]) -> bool:
     seconds = timed[-1]["seconds"] - timed[0]["seconds"]
     return seconds >= SECONDS and len(timed) > STEPS or seconds >= PATIENCE and len(timed) > 3
 
+# %% ../../nbs/running/04_speed.ipynb #298dd206
 def watch_pilots(
     pilots: list[Pilot], # side by side
     pause: float = 0.1, # seconds between two looks
@@ -197,12 +216,14 @@ def watch_pilots(
     counting = False
     while True:
         for pilot in pilots:
-            if pilot.process.poll() is not None: raise UserError(f"a configuration cannot be timed, its training ended: {pilot.last_words()}")
+            if pilot.process.poll() is not None:
+                raise UserError(f"a configuration cannot be timed, its training ended: {pilot.last_words()}")
         seen = [pilot.lines() for pilot in pilots]
         if not counting and all(len(lines) > WARM for lines in seen):
             for pilot, lines in zip(pilots, seen): pilot.begin = len(lines) - 1
             counting = True
-        if counting and all(_watched(pilot, lines) for pilot, lines in zip(pilots, seen)): return [speed_from(lines[p.begin:]) for p, lines in zip(pilots, seen)]
+        if counting and all(_watched(pilot, lines) for pilot, lines in zip(pilots, seen)):
+            return [speed_from(lines[p.begin:]) for p, lines in zip(pilots, seen)]
         time.sleep(pause)
 
 # %% ../../nbs/running/04_speed.ipynb #a3b3f5c7
@@ -229,6 +250,7 @@ def setups(
         out.setdefault(setup_of(plan.config(cell)), cell)
     return out
 
+# %% ../../nbs/running/04_speed.ipynb #fc0b9828
 def _batches(todo: list[str], at_once: int) -> list[list[str]]:
     "As many side by side as runs will be; the last places are filled up with the first ones again"
     return [(todo[n:n + at_once]*at_once)[:at_once] for n in range(0, len(todo), at_once)]
@@ -277,7 +299,8 @@ class Speeds:
             levels = tuple(cell.levels.items())
             if levels not in setup: setup[levels] = setup_of(plan.config(cell))
             of.setdefault(setup[levels], []).append(cell.id)
-        return dict(machine=self.machine, measured=[dict(cells=of[s], **asdict(v)) for s, v in self.known.items() if s in of])
+        return dict(machine=self.machine,
+                    measured=[dict(cells=of[s], **asdict(v)) for s, v in self.known.items() if s in of])
 
 # %% ../../nbs/running/04_speed.ipynb #0be3545d
 def plan_speeds(
@@ -292,7 +315,8 @@ def plan_speeds(
     known = {} if fresh and measure else {s: v for s in cells if (v := known_speed(s, machine))}
     speeds = Speeds(machine, cells, known)
     if measure and (todo := speeds.missing):
-        say(f"timing {len(todo)} configuration{'s' if len(todo) > 1 else ''}, {len(devices.visible)} at a time, for the budget of {plan.study['budget']['seconds']:g} s of training")
+        say(f"timing {len(todo)} configuration{'s' if len(todo) > 1 else ''}, {len(devices.visible)} at a time, for "
+            f"the budget of {plan.study['budget']['seconds']:g} s of training")
         speeds.known |= time_setups(plan, todo, devices, say)
     return speeds
 
@@ -310,8 +334,12 @@ def clocked_plan(
     given = f"equal wall time, {budget.seconds:g} s of training each"
     if budget.flops_per_second: return make(), None, f"{given}, at the operations per second that the study states"
     draft = make(speed=lambda config: 1.0)   # checks every cell before anything is timed
-    if devices is None: return make(rate=rate), None, f"{given}, as estimated from the operations per second of finished runs"
+    if devices is None:
+        return make(rate=rate), None, f"{given}, as estimated from the operations per second of finished runs"
     speeds = plan_speeds(draft, devices(len(draft.cells)), measure, fresh, say)
     plan, missing, n = make(rate=rate, speed=speeds), len(speeds.missing), len(speeds.cells)
-    if missing: return plan, speeds, f"{given}, estimated from the operations per second of finished runs for {missing} of {n} configurations; `run` times them first, --measure does so now"
-    return plan, speeds, f"{given}, from the measured speed of {n} configuration{'s' if n > 1 else ''} ({speeds.machine['device']}, {speeds.machine['at_once']} at a time)"
+    if missing:
+        return plan, speeds, (f"{given}, estimated from the operations per second of finished runs for {missing} "
+                              f"of {n} configurations; `run` times them first, --measure does so now")
+    where = f"{speeds.machine['device']}, {speeds.machine['at_once']} at a time"
+    return plan, speeds, f"{given}, from the measured speed of {n} configuration{'s' if n > 1 else ''} ({where})"

@@ -41,6 +41,7 @@ class Progress:
     phase: str = "" # training, evaluating or saving
     left: float | None = None # seconds of training
 
+# %% ../../nbs/running/08_watch.ipynb #d11e15b3
 def progress(
     run: Run, # any
 ) -> Progress:
@@ -70,6 +71,7 @@ class Row:
     seconds: float | None = None # of its process
     error: str = "" # kind and class
 
+# %% ../../nbs/running/08_watch.ipynb #09f450f7
 def _row(run: Run, metric: str) -> Row:
     "Look at one run: one file for most, two for those under way or done"
     state, seconds = run.state, run.status.seconds
@@ -94,6 +96,7 @@ class Table:
     def over(self) -> bool: # nothing runs and nothing waits
         return not {"RUNNING", "TODO"} & {*self.counts}
 
+# %% ../../nbs/running/08_watch.ipynb #567d323a
 def look_at(
     runs: StudyRuns, # of a study
     slots: int = 0, # runs at once, if it is known
@@ -148,6 +151,7 @@ def shown(
     if row.seconds is not None: words["seconds"] = f"{row.seconds:g}"
     return words
 
+# %% ../../nbs/running/08_watch.ipynb #4a6e1d45
 def table_text(
     table: Table, # as it was read
     states: Iterable[str] | None = None, # only runs in these; None: all

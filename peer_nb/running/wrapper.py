@@ -32,7 +32,8 @@ from ..study.run import BASE, FINISHED, Run, Status, process_mark, pulse
 
 # %% auto #0
 __all__ = ['REQUEUE', 'MEMORY', 'KILLED', 'STOPPING', 'BOOT', 'asks_again', 'memory_kills', 'error_kind', 'ending', 'death',
-           'begin', 'alone', 'Stop', 'stoppable', 'parameters_for', 'run_cell', 'leave', 'main', 'start_run', 'settle']
+           'begin', 'alone', 'StopSignals', 'stoppable', 'parameters_for', 'run_cell', 'leave', 'main', 'start_run',
+           'settle']
 
 # %% ../../nbs/running/01_wrapper.ipynb #0a8afa28
 REQUEUE = 75
@@ -75,6 +76,7 @@ def _ended(state: str, name: str, kind: str, message: str, code: int = 1, **more
     "A status of a run that is not done"
     return dict(state=state, exit_code=code, error={"class": name, "kind": kind, "message": message}, **more)
 
+# %% ../../nbs/running/01_wrapper.ipynb #a53c2887
 def ending(
     error: BaseException | None, # what executing the notebook raised
     run: Run, # with its result
@@ -116,6 +118,7 @@ def _now() -> str:
     "Universal time, to the second"
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
+# %% ../../nbs/running/01_wrapper.ipynb #ec564e4b
 def begin(
     run: Run, # that this process works on
 ) -> Status: # what was written
@@ -140,7 +143,7 @@ def alone(
 
 # %% ../../nbs/running/01_wrapper.ipynb #6a4e26a7
 @dataclass
-class Stop:
+class StopSignals:
     "Requests to stop this process"
     pipe: int # where Python notes signals
     seen: list[str] = field(default_factory=list) # names, as they came
@@ -157,12 +160,13 @@ class Stop:
         self.over = True
         raise SystemExit(REQUEUE)
 
+# %% ../../nbs/running/01_wrapper.ipynb #4971d3ce
 @contextmanager
-def stoppable() -> Iterator[Stop]:
+def stoppable() -> Iterator[StopSignals]:
     "Inside, a request to stop ends the notebook"
     pipe, end = os.pipe()
     for fd in (pipe, end): os.set_blocking(fd, False)
-    stop, before = Stop(pipe), signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+    stop, before = StopSignals(pipe), signal.set_wakeup_fd(end, warn_on_full_buffer=False)
     try:
         with on_signals(STOPPING, stop.heard): yield stop
     finally:
@@ -201,6 +205,7 @@ def _execute(run: Run, plan: Plan, cell: Cell, again: bool):
     save_config(plan.config(cell, run.folder), run.path("config"))
     execute_notebook(plan.template, run.path("notebook"), parameters_for(run, cell, again))
 
+# %% ../../nbs/running/01_wrapper.ipynb #c55005cc
 def _work(run: Run, plan: Plan, cell: Cell) -> Status:
     "Make a run, alone in its folder"
     again, start, kills, error = run.begun, time.monotonic(), memory_kills(), None
@@ -223,6 +228,7 @@ def _planned(run: Run) -> tuple[Plan, Cell]:
     if cell is None: raise UserError(f"{run.folder}: the plan has no run {run.id!r}")
     return plan, cell
 
+# %% ../../nbs/running/01_wrapper.ipynb #a777ffb8
 def run_cell(
     run: str | Path, # STUDY/runs/<id>
 ) -> int: # exit code
@@ -244,6 +250,7 @@ def leave(
         for stream in (sys.stdout, sys.stderr): stream.flush()
         os._exit(code)
 
+# %% ../../nbs/running/01_wrapper.ipynb #d50d1952
 def main():
     "A run's process; its folder is the command line"
     faulthandler.enable()   # where a crash below Python was, for the log

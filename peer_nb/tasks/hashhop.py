@@ -188,6 +188,7 @@ def levels_of(
     if hops is None: return {name: DIFFICULTIES[name] for name in difficulties}
     return {f"{n}_hop{'_cot'*chain_of_thought}": (n, chain_of_thought) for n in hops}
 
+# %% ../../nbs/tasks/05_hashhop.ipynb #3cb59d75
 def kinds(
     difficulties: Sequence[str], # names; not used when there are hops
     hops: Sequence[int] | None, # numbers of hops instead
@@ -287,6 +288,7 @@ def completed_queries(row: dict[str, Any]) -> list[Asked]:
         at += len(answer)
     return found
 
+# %% ../../nbs/tasks/05_hashhop.ipynb #2c8a5ed1
 def split_levels(
     difficulties: Sequence[str], # as `levels_of`
     hops: Sequence[int] | None, # as `levels_of`

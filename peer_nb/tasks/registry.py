@@ -32,10 +32,12 @@ def _find(table: dict[str, Named], kind: str, name: str) -> Named:
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"{kind} {name!r} does not exist; there are {', '.join(table)}{hint}")
 
+# %% ../../nbs/tasks/06_registry.ipynb #2dee498d
 def find_task(name: str) -> Task:
     "A task by its name"
     return _find(TASKS, "task", name)
 
+# %% ../../nbs/tasks/06_registry.ipynb #fbebdbe3
 def find_mask(name: str) -> Mask:
     "A mask by its name"
     return _find(MASKS, "mask", name)
@@ -44,6 +46,7 @@ def find_mask(name: str) -> Mask:
 def register(task: Task) -> Task:
     "Make a task known, and its mask, by their names"
     for table, one in ((TASKS, task), (MASKS, task.mask)):
-        if table.get(one.name, one) is not one: raise ValueError(f"{one.name!r} is the name of another {type(one).__name__}")
+        if table.get(one.name, one) is not one:
+            raise ValueError(f"{one.name!r} is the name of another {type(one).__name__}")
     TASKS[task.name], MASKS[task.mask.name] = task, task.mask
     return task

@@ -41,10 +41,12 @@ def check_count(value: int, option: str, least: int = 1):
     good = isinstance(value, int) and not isinstance(value, bool) and value >= least
     require(good, option, value, f"must be a whole number of at least {least}")
 
+# %% ../../nbs/tasks/00_task.ipynb #0781052b
 def check_counts(least: int, **options: int):
     "Refuse the first option that is not a whole number from `least` on"
     for option, value in options.items(): check_count(value, option, least)
 
+# %% ../../nbs/tasks/00_task.ipynb #031a1840
 def check_choice(name: str, value: str, allowed: Sequence[str]):
     "Refuse a value that is not one of those"
     if value not in allowed: raise UserError(f"{name} is '{value}'; it can be {', '.join(allowed)}")
@@ -59,6 +61,7 @@ class Asked(NamedTuple):
     end: str # what follows the answer in the training text
     number: int | None = None # among the questions of its row; None: a row has one
 
+# %% ../../nbs/tasks/00_task.ipynb #2fdbb919
 def one_question(row: dict[str, Any]) -> list[Asked]:
     "The question of a row with prompt and answer"
     prompt, answer = row["prompt"], row["answer"]
@@ -100,6 +103,7 @@ def byte_places(
     width[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1      # a byte that is no text
     return np.concatenate([[0], np.cumsum(width)])
 
+# %% ../../nbs/tasks/00_task.ipynb #aef96cfe
 @patch
 def answers(self: Mask,
     data: np.ndarray, # [bytes] uint8, UTF-8: documents one after another
@@ -137,6 +141,7 @@ class Coloured:
             at = b
         return f'<pre style="white-space:pre-wrap">{"".join(parts)}{show(at, len(self.text))}</pre>'
 
+# %% ../../nbs/tasks/00_task.ipynb #f90a1fd7
 @patch
 def show(self: Mask,
     text: str, # one document
@@ -172,6 +177,7 @@ def typed(value: Any, kind: Any, name: str) -> Any:
     fitting = convert(kind, plain, "", name)
     return plain if fitting == plain else fitting
 
+# %% ../../nbs/tasks/00_task.ipynb #49715ca5
 @patch
 def arguments(self: Task,
     **given: Any, # some of them
@@ -189,11 +195,13 @@ def roles(self: Task, **arguments) -> dict[str, Split]:
     "What each split is for"
     return self.splits(**self.arguments(**arguments)) if callable(self.splits) else self.splits
 
+# %% ../../nbs/tasks/00_task.ipynb #9daa9ac6
 @patch
 def make(self: Task, **arguments) -> dict[str, Columns]:
     "Its data set: split -> columns"
     return self.generator(**self.arguments(**arguments))
 
+# %% ../../nbs/tasks/00_task.ipynb #45ae70fd
 @patch
 def texts(self: Task,
     use: str, # trained, heldout or asked
@@ -285,6 +293,7 @@ def training_columns(
     if items_per_row == 1: return dict(text=seen)
     return dict(text=["".join(seen[i:i+items_per_row]) for i in range(0, len(seen), items_per_row)])
 
+# %% ../../nbs/tasks/00_task.ipynb #c108bfe0
 def pair_columns(
     keys: Sequence[str], # what is asked
     values: Sequence[str], # the answers

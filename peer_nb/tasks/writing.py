@@ -121,6 +121,7 @@ def exchange(one: Path, other: Path) -> bool:
     if not hasattr(libc, "renameat2"): return False
     return libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
 
+# %% ../../nbs/tasks/07_writing.ipynb #01b6825d
 def put_in_place(
     made: Path, # a whole folder beside the target
     folder: Path, # the target
@@ -134,6 +135,7 @@ def put_in_place(
     os.replace(made, folder)
     if old.exists(): shutil.rmtree(old)
 
+# %% ../../nbs/tasks/07_writing.ipynb #80dc0af7
 def clear_up(folder: Path) -> None:
     "Remove what killed starts left beside a target; bring back a data set that was being replaced"
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????.*"):
