@@ -1,0 +1,91 @@
+"Pages read well: prose before code, definitions in small cells, and most of what a reader sees shows something."
+import json
+import re
+import statistics
+from pathlib import Path
+
+import house
+import pytest
+
+EXPORT = re.compile(r"^\s*#\s*\|\s*exports?\b", re.M)
+UNSEEN = re.compile(r"^\s*#\s*\|\s*(hide|default_exp|code-fold|echo:\s*false)", re.M)
+SHOWS_LESS = {   # page: why fewer than a third of its visible cells end in something shown
+}
+LONGER = {"models/03_causal_lm.ipynb": 44}   # the decoder's __init__ and forward stand together
+LARGER = {   # page: median lines of its exported cells: functions of one purpose, with a comment a parameter; only gets shorter
+    "07_charts.ipynb": 14,
+    "analysis/03_expert_usage.ipynb": 14,
+    "analysis/04_inspection.ipynb": 12.5,
+    "analysis/07_drawings.ipynb": 13,
+    "analysis/09_worked_example.ipynb": 16,
+    "analysis/12_swaps.ipynb": 14,
+    "analysis/13_ablation.ipynb": 15,
+    "analysis/14_interventions_command.ipynb": 14,
+    "analysis/15_command.ipynb": 13.5,
+    "evaluation/00_loading.ipynb": 12.5,
+    "evaluation/01_perplexity.ipynb": 16,
+    "evaluation/05_benchmarks.ipynb": 14,
+    "evaluation/06_recall.ipynb": 13,
+    "evaluation/08_score_page.ipynb": 15,
+    "evaluation/10_recall_page.ipynb": 12.5,
+    "evaluation/11_recall_command.ipynb": 16.5,
+    "evaluation/12_command.ipynb": 14,
+    "findings/04_figures.ipynb": 13,
+    "models/kernels/01_rows.ipynb": 13.5,
+    "study/02_study.ipynb": 13.5,
+    "tasks/02_synthetic_qa.ipynb": 15,
+    "tasks/05_hashhop.ipynb": 13,
+}
+PAGES = sorted(str(p.relative_to(house.ROOT/"nbs")) for p in (house.ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+class Page:
+    "A notebook as its reader meets it"
+    def __init__(self, path: Path):
+        self.cells = json.loads(path.read_text())["cells"]
+        code = [c for c in self.cells if c["cell_type"] == "code"]
+        self.exported = ["".join(c["source"]) for c in code if EXPORT.search("".join(c["source"]))]
+        self.visible = [c for c in code if "".join(c["source"]).strip() and not EXPORT.search("".join(c["source"])) and not UNSEEN.search("".join(c["source"]))]
+        self.showing = sum(bool(c["outputs"]) for c in self.visible)
+
+    def lengths(self) -> list[int]:
+        "Lines of code of each exported cell, comments and blanks apart"
+        return [sum(bool(l.strip()) and not l.lstrip().startswith("#") for l in s.splitlines()) for s in self.exported]
+
+    def first(self, wanted) -> int:
+        "Place of the first cell that a function takes"
+        return next((n for n, c in enumerate(self.cells) if wanted(c["cell_type"], "".join(c["source"]))), len(self.cells))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_reads_well(name):
+    page = Page(house.ROOT/"nbs"/name)
+    lengths = page.lengths()
+    wide = [l for s in page.exported for l in s.splitlines() if len(l) > 120]
+    assert not wide, f"{len(wide)} exported lines over 120 characters: {wide[0]}"
+    assert max(lengths, default=0) <= LONGER.get(name, 40), f"an exported cell of {max(lengths)} lines"
+    median = statistics.median(lengths) if len(lengths) > 2 else 0
+    assert median <= LARGER.get(name, 12), f"median exported cell of {median} lines"
+    assert median > 12 or name not in LARGER, "small enough by now: take it off LARGER"
+    prose = page.first(lambda kind, s: kind == "markdown" and any(l.strip() and l[0] not in "#>" for l in s.splitlines()))
+    wall = page.first(lambda kind, s: kind == "code" and len(s.splitlines()) > 6 and not UNSEEN.search(s))
+    assert prose <= wall, "opens with code before its first prose"
+    promise = page.first(lambda kind, s: kind == "markdown" and re.search(r"^# .+\n+> \S", s))
+    assert promise <= 1, "the first cell that is read must be a title and a promise: # Title, > what the page gives"
+    share = page.showing/len(page.visible) if len(page.visible) > 3 else 1
+    assert share >= 1/3 or name in SHOWS_LESS, f"{page.showing} of {len(page.visible)} visible cells show something"
+    assert share < 1/3 or name not in SHOWS_LESS, "shows enough by now: take it off SHOWS_LESS"
+
+
+def test_half_of_all_visible_cells_show_something():
+    pages = [Page(house.ROOT/"nbs"/name) for name in PAGES]
+    shown, seen = sum(p.showing for p in pages), sum(len(p.visible) for p in pages)
+    assert shown >= seen/2, f"{shown} of {seen}"
+
+
+def test_a_wall_of_code_is_seen(tmp_path):
+    cell = lambda kind, s: dict(cell_type=kind, source=[s], **({"outputs": []} if kind == "code" else {}))
+    path = tmp_path/"page.ipynb"
+    path.write_text(json.dumps(dict(cells=[cell("code", "#| default_exp a"), cell("code", "#| export\n" + "x = 1\n"*41), cell("code", "1 + 1"), cell("code", "#| hide\n2")])))
+    page = Page(path)
+    assert (page.lengths(), len(page.visible), page.showing) == ([41], 1, 0)
