@@ -6,6 +6,7 @@
 """
 import ast
 import configparser
+import csv
 import json
 import os
 import re
@@ -117,13 +118,14 @@ def source_of(html: Path) -> Path | None:
 
 def publish(study: Path, to: Path = ROOT/"nbs"/"example"):
     "A study's page and the report of its best run, as pages of the site; links to what stays behind become text"
-    best = re.search(r"best [^<]*?: [^<]*? by ([\w.+=-]+)", re.sub(r"<[^>]+>", "", (study/"index.html").read_text()))
-    runs = sorted(p.parent.name for p in study.glob("runs/*/report.html"))
-    kept = best[1] if best and best[1] in runs else runs[0]
+    plan = json.loads((study/"plan.json").read_text())["plan"]
+    with open(study/"ablation_results.csv", newline="") as file: rows = [row for row in csv.DictReader(file) if row[plan["metric"]]]
+    kept = (min if plan["direction"] == "minimize" else max)(rows, key=lambda row: float(row[plan["metric"]]))["run"]
     shutil.rmtree(to, ignore_errors=True)
     for name in ("index.html", f"runs/{kept}/report.html"):
-        text = (study/name).read_text()
-        gone = lambda m: m[0] if m[1].startswith(("http", "#")) or m[1].partition("#")[0] in ("../../index.html", f"runs/{kept}/report.html") else m[2]
+        text = re.sub(rf"(?<![\w.])/[\w./-]*/{re.escape(study.name)}\b", f"demo_results/{study.name}", (study/name).read_text())
+        here = {"../../index.html", f"runs/{kept}/report.html"}
+        gone = lambda m: m[0] if m[1].startswith(("http", "#")) or m[1].partition("#")[0] in here else m[2]
         (to/name).parent.mkdir(parents=True, exist_ok=True)
         (to/name).write_text(re.sub(r'<a [^>]*?href="([^"]*)"[^>]*>(.*?)</a>', gone, text, flags=re.S))
 

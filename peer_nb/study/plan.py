@@ -405,7 +405,8 @@ def save_plan(
     folder: str | Path, # of the study
     **about, # facts to keep that are not part of the plan
 ):
-    "Write a plan with its hash"
+    "Write a plan with its hash; from now on it knows what stands beside it, as one that is read does"
+    plan.about = about
     write_json(Path(folder)/PLAN, {"schema": 1, "hash": plan.hash, **about, "plan": _planned(plan)})
 
 # %% ../../nbs/study/05_plan.ipynb #970047fc
