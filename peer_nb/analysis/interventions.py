@@ -168,7 +168,7 @@ class Places:
     token: Tensor # [n] which tokens
     unit: Tensor # [n] what is left out there
     hit: Tensor # [n, heads, k] slots that belong to it
-    setting: Setting | None = None # what some modes know of all data
+    setting: object = None # a Setting: what some modes know of all data
 
     @cached_property
     def weights(self) -> Tensor: return self.r.weights[self.token]             # [n, heads, k]
