@@ -200,7 +200,7 @@ def lighten(page: Path):
             if found := data.get("application/vnd.plotly.v1+json"):
                 figure = from_json(json.dumps({k: found[k] for k in ("data", "layout") if k in found}))
                 data["text/html"] = to_html(figure, include_plotlyjs=script, full_html=False, div_id=f"figure-{(figures := figures + 1)}")
-            if "text/markdown" in data and len("".join(data.get("text/plain", ""))) > 2_000: del data["text/plain"]
+            if "text/markdown" in data: data.pop("text/plain", None)   # long, and may name folders
             kept.append(out)
         if "outputs" in cell: cell["outputs"] = kept
     page.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
