@@ -168,7 +168,7 @@ def test_other_code_or_text_than_was_planned_is_not_run(tmp_path):
     text = {p: p.read_text() for p in (work/"words.txt", work/"template.ipynb")}
     process = launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--parallel", 1, FAKE_STEP=0.2)
     until(lambda: [*(work/"out").glob("*/runs/001*/heartbeat.json")] or process.poll() is not None)
-    (work/"words.txt").write_text("other words\n"*200)
+    (work/"words.txt").write_text("".join(f"{n} or {n} is {2*n}\n\n" for n in range(600)))
     (work/"template.ipynb").write_text(text[work/"template.ipynb"].replace("2*total", "3*total"))
     code, out = ended(process)
     folder, = (work/"out").iterdir()
