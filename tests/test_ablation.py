@@ -209,7 +209,7 @@ def test_other_code_or_text_is_refused_only_while_runs_are_left(tmp_path, capsys
     work = write_study(tmp_path)
     request = runner.read_request(None, work/"study.yaml", None, None, None, None, [])
     folder = runner.make_folder(work/"out", make_plan(request.study, request.base), "cpu")
-    (work/"words.txt").write_text("".join(f"line {n} of other words\n" for n in range(200)))
+    (work/"words.txt").write_text("".join(f"line {n} of other words\n\n" for n in range(200)))
     code, _, err = call(capsys, "--resume", "--output-dir", work/"out")
     assert code == 2 and "text or tokenizer of 4 runs changed" in err
     write_study(work, template=[*TEMPLATE, "1 + 1"])
