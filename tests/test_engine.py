@@ -108,7 +108,7 @@ def real_study(work: Path) -> tuple[Path, Path]:
 def test_a_run_gives_the_numbers_of_a_plain_notebook(tmp_path):
     "The lab's notebook as a run, and by papermill in a kernel: results, items, samples, weights and optimizer to the bit"
     folder, run = real_study(tmp_path)
-    assert start_run(run, environment(1, [])).wait(300) == 0, (run/"log.txt").read_text()
+    assert start_run(Run(run), environment(1, [])).wait(300) == 0, (run/"log.txt").read_text()
     told = nbformat.read(run/"notebook.ipynb", 4).cells[3].source   # injected by papermill
     given = {}
     exec(told, given)
