@@ -55,6 +55,8 @@ def test_a_task_is_trained_masked_and_planned(tmp_path):
 from colours import TASK
 from peer_nb.config import config_from_dict, load_config, to_dict
 from peer_nb.data.corpora import load_tokenizer
+from peer_nb.data.packing import build_dataloader
+from peer_nb.study.plan import measured
 entry = dict(name="things", task="colour_table", mask="colour", task_arguments=dict(num_things=8))
 config = config_from_dict(dict(train_config=dict(max_tokens=512, per_device_train_batch_size=2, gradient_accumulation_steps=1),
                                dataset_config=dict(datasets=[entry], tokenizer_name="bytes", max_seq_length=64)))
@@ -115,7 +117,7 @@ def test_a_template_runs_in_a_study(tmp_path):
     peer = dict(num_experts=64, product_key_dim=[8, 8], num_heads=2, num_experts_per_tok=4, query_dim=16)
     model = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=260, peer_start_layer=1,
                  mla_config=dict(q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8))
-    (tmp_path/"words.txt").write_text("some words\n\nand more\n\n"*50)
+    (tmp_path/"words.txt").write_text("".join(f"some words, {n}\n\n" for n in range(200)))
     data = dict(datasets=[dict(name="words", path=str(tmp_path/"words.txt"))], tokenizer_name="bytes", max_seq_length=64)
     (tmp_path/"base.yaml").write_text(yaml.safe_dump(dict(model_config=model | dict(peer_config=peer), dataset_config=data, train_config=dict(max_tokens=4096))))
     study = dict(name="coverage", base_config="base.yaml", notebook="coverage.ipynb", seeds=[1], primary=dict(metric="memory/coverage", direction="maximize"),

@@ -407,6 +407,7 @@ def rest_of(
     "What comes after a layer, as a decoder of its own that shares all modules"
     rest = copy.copy(decoder)
     rest._modules = decoder._modules | {"layers": decoder.layers[number + 1:]}
+    rest.lend_tables = lambda: None   # the whole model has lent them; their holder may lie before
     return rest
 
 # %% ../../nbs/analysis/10_interventions.ipynb #6da2aeee

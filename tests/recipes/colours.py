@@ -23,8 +23,8 @@ def colour_table(
 
 def colour_spans(document: str, **_) -> list[tuple[int, int]]:
     "The colour at the end of a row"
-    begin = document.rindex(" is ") + 4
-    return [(begin, document.rindex("."))]
+    begin, end = document.rfind(" is ") + 4, document.rfind(".")
+    return [(begin, end)] if 4 <= begin < end else []
 
 
 TASK = register(Task(colour_table, dict(train=TRAINED, known=KNOWN, novel=NOVEL), Mask("colour", colour_spans)))
