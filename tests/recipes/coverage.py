@@ -28,7 +28,7 @@ for memory in memories: memory.collect_usage()
 # %%
 ids = torch.randint(cfg.model_config.vocab_size, (8, 128))
 with torch.no_grad(): model(input_ids=ids, logits_to_keep=1)
-reached = [memory.usage.summary()["usage"] for memory in memories]   # share of rows that were retrieved at all
+reached = [(memory.usage.scores > 0).double().mean().item() for memory in memories]   # share of rows retrieved at all
 print(f"{ids.numel():,} tokens reach {', '.join(f'{share:.1%}' for share in reached)} of the rows, layer by layer")
 # %%
 result = Result(metrics={"memory/coverage": sum(reached)/len(reached)})
