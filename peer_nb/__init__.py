@@ -13,7 +13,7 @@ from importlib.machinery import PathFinder
 
 # %% ../nbs/models/04_opening.ipynb #cbab4693
 class ConfigOnDemand:
-    "Stands for `PeerMLAConfig` in transformers' list until it is asked for"
+    "Stands for PeerMLAConfig in transformers' list until it is asked for"
     model_type = "peer_mla"
 
     def __new__(cls, **kwargs):
