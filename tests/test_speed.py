@@ -57,7 +57,7 @@ def test_tokens_follow_from_measured_speeds(quick, tmp_path, capsys):
     code, out, err = call(capsys, *ask, work/"out")
     folder = only(work/"out")
     assert code == 0 and len(quick) == 2 and "timing" not in out, "the run uses what the plan has measured" + out + err
-    assert all(p.process.returncode == -signal.SIGKILL for p in quick) and not any(p.folder.exists() for p in quick)
+    assert all(p.process.returncode == -signal.SIGKILL for p in quick) and not any(p.run.folder.exists() for p in quick)
 
     plan, beside = load_plan(folder), read_json(folder/"plan.json")["speeds"]
     assert beside["machine"]["at_once"] == 1 and beside["machine"]["gpus"] == 0 and beside["machine"]["device"]
@@ -84,12 +84,12 @@ def test_an_interrupted_timing_leaves_nothing(quick, tmp_path, capsys, monkeypat
     "Ctrl-C while a training is watched: it is stopped, and no study is made"
     work = clocked_study(tmp_path/"work", axes={"heads": {"four": {}}})
     def interrupted(pilots):
-        until(lambda: (pilots[0].folder/"heartbeat.json").exists())
+        until(lambda: pilots[0].run.path("heartbeat").exists())
         raise KeyboardInterrupt
     monkeypatch.setattr(speed, "watch_pilots", interrupted)
     code, out, err = call(capsys, "--study", work/"study.yaml", "--gpus", 0, "--parallel", 1, "--output-dir", work/"out")
     pilot, = quick
-    assert code == 130 and "timing 1 configuration" in out and not (work/"out").exists() and pilot.process.returncode == -signal.SIGKILL and not pilot.folder.exists(), out + err
+    assert code == 130 and "timing 1 configuration" in out and not (work/"out").exists() and pilot.process.returncode == -signal.SIGKILL and not pilot.run.folder.exists(), out + err
 
 
 def test_what_cannot_train_cannot_be_timed(quick, tmp_path, capsys):
