@@ -10,7 +10,6 @@ ALIKE = {
     "main": "the entry point of a command or of a process; nobody imports one by name",
     "compare": "a subcommand of peer-analyze is named after what a user types",
     "parameters": "a subcommand of peer-analyze is named after what a user types",
-    "RopeScaling": "the schema's section and the model's, which must work as a copied folder; tests/test_defaults.py holds them equal",
 }
 # Names that still mean two things, with where the second meaning stands. This list only gets shorter.
 STILL = {

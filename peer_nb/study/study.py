@@ -17,7 +17,7 @@ from .claims import read_claims
 from .places import at, chosen_levels, placed, read_place
 from ..config import Config, ConfigError, Count, DataMix, Seed, Text, apply_overrides
 from ..config import convert, read_yaml, to_dict
-from ..schema import Allowed, Positive
+from ..models.options import Allowed, Positive
 from ..files import UserError, sha256_of
 
 # %% auto #0
