@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..study.plan import Plan
 from ..study.run import fits
-from .effects import counted
+from .effects import usable_runs
 from .results import StudyRuns, loss_curve
 from ..charts import Dot, dots_figure, new_figure, safe
 from ..formats import signed
@@ -51,7 +51,7 @@ def effect_lines(
     metric: str, # a column
 ) -> list[list[tuple[str, float, str]]]: # per line: level, value, run
     "Runs that are equal in all but one axis, each such group in the order of the axis's levels"
-    done = counted(rows, metric)
+    done = usable_runs(rows, metric)
     others, groups = [a for a in axes if a != axis] + ["seed"], {}
     for r in done[[*axes, "seed", "run", metric]].to_dict("records"):
         groups.setdefault(tuple(r[o] for o in others), []).append((r[axis], float(r[metric]), r["run"]))
@@ -119,7 +119,7 @@ def interaction_figure(
     metric: str, # a column
 ) -> go.Figure: # interactive
     "Means of one axis for each level of another"
-    done = counted(rows, metric)
+    done = usable_runs(rows, metric)
     means = done.assign(value=done[metric].astype(float)).groupby([by, x])["value"].mean()
     figure = new_figure(title=f"{x} by {by}")
     for level, colour in level_colours(plan, by).items():
@@ -144,7 +144,7 @@ def cost_points(
 ) -> list[dict[str, Any]]: # levels, cost, value, low, high, seeds; cheapest first
     "Each combination's cost and quality over its seeds"
     groups, points = {}, []
-    for r in counted(rows, metric).to_dict("records"):
+    for r in usable_runs(rows, metric).to_dict("records"):
         if fits(r[cost], float):
             groups.setdefault(tuple(r[a] for a in plan.axes), []).append((r[cost], r[metric]))
     for levels, group in groups.items():

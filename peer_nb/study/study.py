@@ -21,7 +21,7 @@ from ..models.options import Allowed, Positive
 from ..files import UserError, sha256_of
 
 # %% auto #0
-__all__ = ['Design', 'NOTHING', 'READERS', 'BUILTIN_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study', 'known_keys',
+__all__ = ['Design', 'NOTHING', 'READERS', 'BUILTIN_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study', 'check_study_keys',
            'read_constraints', 'dropped', 'read_reuse', 'check_budget', 'study_from_dict', 'load_study', 'combinations',
            'expert_setup_levels', 'selection_heads_levels', 'data_mix_levels', 'builtin_axes', 'heldout_sets',
            'shared_overrides', 'check_owned', 'check_levels', 'cell_overrides', 'step_tokens', 'planned_tokens']
@@ -68,7 +68,7 @@ class Study:
     claims: list[dict[str, Any]] = field(default_factory=list) # what is expected to be found
 
 # %% ../../nbs/study/02_study.ipynb #1d8d1393
-def known_keys(
+def check_study_keys(
     data: dict[str, Any], # what YAML gave
     file: str, # for the message
 ) -> dict[str, Any]: # data itself
@@ -195,7 +195,7 @@ def study_from_dict(
 ) -> Study: # checked as far as that is possible without the base
     "A study from plain data; an unknown key, a wrong value or an empty study is a ConfigError"
     kinds = get_type_hints(Study, include_extras=True)
-    given = {k: v for k, v in known_keys(data, file).items() if v is not None}
+    given = {k: v for k, v in check_study_keys(data, file).items() if v is not None}
     axes = _axes(given.pop("axes"), file)
     lists = {k: read(given.pop(k), axes, file) for k, read in READERS.items() if k in given}
     study = Study(axes=axes, **lists, **{k: convert(kinds[k], v, file, k) for k, v in given.items()})
