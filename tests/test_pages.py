@@ -29,7 +29,6 @@ LARGER = {   # page: median lines of its exported cells: functions of one purpos
     "evaluation/10_recall_page.ipynb": 12.5,
     "evaluation/11_recall_command.ipynb": 16.5,
     "evaluation/12_command.ipynb": 14,
-    "models/kernels/01_rows.ipynb": 13.5,
 }
 PAGES = sorted(str(p.relative_to(house.ROOT/"nbs")) for p in (house.ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
