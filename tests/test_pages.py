@@ -13,9 +13,6 @@ SHOWS_LESS = {   # page: why fewer than a third of its visible cells end in some
 }
 LONGER = {"models/04_causal_lm.ipynb": 44}   # the decoder's __init__ and forward stand together
 LARGER = {   # page: median lines of its exported cells: functions of one purpose, with a comment a parameter; only gets shorter
-    "analysis/03_expert_usage.ipynb": 14,
-    "analysis/04_inspection.ipynb": 12.5,
-    "analysis/07_drawings.ipynb": 13,
     "analysis/09_worked_example.ipynb": 16,
     "analysis/12_swaps.ipynb": 14,
     "analysis/13_ablation.ipynb": 15,
