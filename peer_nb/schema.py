@@ -5,6 +5,7 @@
 # %% ../nbs/01_schema.ipynb #873650fa
 from __future__ import annotations
 
+import json
 import re
 import string
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from .files import UserError
 
 # %% auto #0
 __all__ = ['Count', 'Index', 'Even', 'Seed', 'Positive', 'NotNegative', 'Share', 'Part', 'Decay', 'Text', 'Sizes', 'Tokenizer',
-           'Template', 'ConfigError', 'Allowed', 'MappingText', 'PeerConfig', 'RopeScaling', 'MLAConfig', 'ModelConfig',
-           'OptimizationConfig', 'TrainConfig', 'DatasetEntry', 'DatasetConfig', 'EvalConfig', 'WandbConfig', 'Config']
+           'Template', 'Levels', 'ConfigError', 'Allowed', 'MappingText', 'PeerConfig', 'RopeScaling', 'MLAConfig',
+           'ModelConfig', 'OptimizationConfig', 'TrainConfig', 'DatasetEntry', 'DatasetConfig', 'EvalConfig',
+           'WandbConfig', 'Config']
 
 # %% ../nbs/01_schema.ipynb #ba4356cc
 class ConfigError(UserError, ValueError):
@@ -70,6 +72,12 @@ Tokenizer = Annotated[str, Allowed(
     'a hub name or path, "bytes", or "corpus:bpe:N" with N at least 257 (256 bytes and the end of text)',
     _is_tokenizer)]
 Template = Annotated[str, Allowed('text with named fields in braces, such as "{question}\\n{answer}"', _is_template)]
+def _is_mapping(text: str) -> bool:
+    "Whether a JSON text is a mapping"
+    try: return isinstance(json.loads(text), dict)
+    except ValueError: return False
+
+Levels = Annotated[MappingText, Allowed("a mapping {axis: level}", _is_mapping)]
 
 # %% ../nbs/01_schema.ipynb #e512879b
 @dataclass
@@ -175,6 +183,7 @@ class TrainConfig(OptimizationConfig):
     logging_steps: Count = 100 # steps between two lines of metrics
     save_steps: Count = 1000 # steps between two checkpoints
     save_total_limit: Count | None = 2 # newest checkpoints that are kept; null: all
+    keep_optimizer_state: bool = False # also when training is over; false: a finished run keeps weights, to use, not to train on
     eval_steps: Count = 2000 # steps between two evaluations
     seed: Seed = 42 # of weights, data order and dropout
     fp16: bool = False # float16 autocast with loss scaling
@@ -237,9 +246,11 @@ class EvalConfig:
 @dataclass
 class WandbConfig:
     "Weights & Biases; leave the section out or null for none"
-    project: Text = "peer_nb" # project
-    entity: Text | None = None # user or team
-    name: Text | None = None # run name
+    project: Text | None = None # project; null: $WANDB_PROJECT, else peer_nb
+    entity: Text | None = None # user or team; null: $WANDB_ENTITY, else your own
+    name: Text | None = None # run name; in a study the run's id stands behind it
+    group: Text | None = None # runs that belong together; null: those of a study by its folder's name
+    levels: Levels | None = None # {axis: level} of a study, which fills it in; columns beside the curves
     log_model: Literal["checkpoints", "all"] | None = None # upload model files
 
 # %% ../nbs/01_schema.ipynb #4a16114e

@@ -77,7 +77,7 @@ def swap(
 ) -> int: # exit code
     """Exchange rows of a memory: whose answer is given then, and what is lost beside
 
-    peer-analyze swap output/checkpoint-1000 data/digit_lookup --output swaps
+    peer-analyze swap output/checkpoint-1000 --data data/digit_lookup --output swaps
     peer-analyze swap output/checkpoint-1000 --rows 17 23 --save edited"""
     checkpoint = Path(checkpoint)
     check_ablation(checkpoint, [], "drop", facts=(facts, 2), limit=(limit, 1))
