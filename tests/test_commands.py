@@ -30,6 +30,7 @@ PARSED = {   # beginning of a command: why it is parsed and not run
     "peer-ablate --resume": "continues a study: test_ablation", "peer-ablate watch": "watches a study: test_running",
     "peer-eval perplexity gpt2": "a model and a set of the hub", "peer-eval benchmark": "questions of the hub: test_benchmarks",
     "torchrun": "eight processes: test_parallel", "peer-analyze usage output/checkpoint-1000 --mix": "a set of the hub",
+    "peer-analyze intervene output/checkpoint-1000 data/digit_lookup --edits": "a person's file: test_edits",
     "peer-analyze swap": "exchanges facts that the model knows: test_interventions"}
 
 

@@ -33,7 +33,7 @@ from ..children import on_signals
 from ..study.identity import find_template
 from ..study.study import BUILTIN_AXES, Budget, Primary, Study, builtin_axes, load_study
 from ..formats import clock
-from .watch import Screen, follow, live_lines, look_at, summary, table_text
+from .watch import Screen, follow, live_lines, look_at, status_line, table_text
 from ..cli import make_main
 from ..config import Config, convert, load_config, load_data_mixes, save_config
 from ..files import UserError, folder_lock, writable_folder, write_atomic
@@ -597,7 +597,7 @@ def status(
     table = look_at(load_runs(folder))
     short = len(table.rows) > 200 and not all
     print(folder, table_text(table, [s for s in table.counts if s not in ("TODO", "DONE")] if short else None),
-          summary(table), sep="\n")
+          status_line(table), sep="\n")
     if short: print("(runs that are done or wait are left out; --all shows them)")
 
 # %% ../../nbs/running/09_command.ipynb #1662be5e
@@ -609,7 +609,7 @@ def watch(
     folder = _study_folder(folder)
     print(folder)
     table = follow(folder, every)
-    print(table_text(table, [s for s in table.counts if s != "TODO"]), summary(table), sep="\n")
+    print(table_text(table, [s for s in table.counts if s != "TODO"]), status_line(table), sep="\n")
 
 # %% ../../nbs/running/09_command.ipynb #4569aa97
 def report(

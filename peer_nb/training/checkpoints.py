@@ -219,13 +219,14 @@ def weights_only(
     folder: Path, # a checkpoint
 ) -> str:
     "Why no step can follow it"
-    return (f"{folder}: a finished run keeps its weights only (train_config.keep_optimizer_state: true keeps the rest), "
-            f"so no step can follow this checkpoint: train longer from the beginning, or take its weights into a new run "
-            f"(train_config.pretrained_layer_path)")
+    return (f"{folder}: a finished run keeps its weights only (train_config.keep_optimizer_state: true keeps the "
+            f"rest), so no step can follow this checkpoint: train longer from the beginning, or take its weights into "
+            f"a new run (train_config.pretrained_layer_path)")
 
 # %% ../../nbs/training/03_checkpoints.ipynb #7a906ace
-FREE = {f"train_config.{key}" for key in ("output_dir", "log_level", "logging_steps", "save_steps", "save_total_limit",
-                                          "keep_optimizer_state", "eval_steps", "per_device_eval_batch_size", "resume_from_checkpoint")}
+FREE = {f"train_config.{key}" for key in (
+    "output_dir", "log_level", "logging_steps", "save_steps", "save_total_limit", "keep_optimizer_state", "eval_steps",
+    "per_device_eval_batch_size", "resume_from_checkpoint")}
 FREE |= {f"model_config.peer_config.{key}" for key in ("log_expert_usage", "log_freq", "usage_threshold")}
 FREE_SECTIONS = ("eval_config", "wandb_config")
 
