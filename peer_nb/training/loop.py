@@ -27,6 +27,7 @@ from ..data.packing import build_dataloader, differences
 from ..evaluation.benchmarks import benchmark_metrics, run_benchmarks
 from ..evaluation.perplexity import DocumentScore, TextScore, evaluate_heldout
 from ..evaluation.task_recall import ask_tasks, check_tasks, recall_metrics
+from ..formats import clock, size_text
 from ..files import UserError, folder_lock, read_json, read_jsonl, writable_folder, write_json
 from .checkpoints import FREE, checkpoints, keep_weights, latest_checkpoint, load_checkpoint
 from .checkpoints import remove_folder, rng_state, save_checkpoint, set_rng_state, weights_only
@@ -465,8 +466,13 @@ class TrainResult:
 # %% ../../nbs/training/10_loop.ipynb #744bba18
 @patch
 def _repr_markdown_(self: TrainResult) -> str:
-    shown = {k: f"{v:,.4f}" if isinstance(v, float) else f"{v:,}" for k, v in self.summary().items() if v is not None}
-    return "\n".join(["| | |", "|---|---:|", *(f"| {key} | {value} |" for key, value in shown.items())])
+    "What a run did and what it took, in words and units"
+    loss = None if self.final_train_loss is None else f"{self.final_train_loss:.4f}"
+    rows = {"steps": f"{self.steps:,}", "tokens": f"{self.tokens:,}", "time in steps": clock(self.seconds),
+            "tokens per second": f"{self.tokens_per_second:,.0f}", "last training loss (nats per token)": loss,
+            "skipped steps": self.skipped_steps or None, "peak memory": size_text(self.peak_memory_bytes)}
+    shown = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| | |", "|---|---:|", *shown])
 
 # %% ../../nbs/training/10_loop.ipynb #0a6f0d43
 @patch
