@@ -24,7 +24,7 @@ quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_hea
 
 # ---- what each key changes --------------------------------------------------------------------------------------------
 
-MODEL, ROUTER, LOOP, OPTIM, CORPORA = "models/causal_lm.py", "models/product_keys.py", "training/loop.py", "training/optim.py", "data/corpora.py"
+MODEL, OPTIONS, ROUTER, LOOP, OPTIM, CORPORA = "models/causal_lm.py", "models/options.py", "models/product_keys.py", "training/loop.py", "training/optim.py", "data/corpora.py"
 PACKING, PERPLEXITY, BENCHMARKS, TRACKING = "data/packing.py", "evaluation/perplexity.py", "evaluation/benchmarks.py", "training/tracking.py"
 HF = "transformers"   # read by the base class of the model; seen by test_every_model_key_changes_the_model
 
@@ -59,14 +59,14 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.peer_config.expert_hidden_size": ("models/peer.py", "width of the expert tables"),
     "model_config.peer_config.product_key_dim": (MODEL, "shape of the keys"),
     "model_config.peer_config.query_dim": (MODEL, "width of the query projection"),
-    "model_config.peer_config.batch_norm_query": (MODEL, "whether the query is normalised"),
+    "model_config.peer_config.batch_norm_query": (OPTIONS, "whether the query is normalised"),
     "model_config.peer_config.activation": ("models/peer.py", "logits"),
     "model_config.peer_config.score": (ROUTER, "expert weights; logits"),
     "model_config.peer_config.query_norm": (ROUTER, "kind of the query's normalisation"),
     "model_config.peer_config.table_gradient": ("models/peer.py", "layout of the tables' gradients"),
     "model_config.peer_config.table_dtype": ("models/peer.py", "type of the tables' numbers; logits"),
     "model_config.peer_config.kernel": ("models/peer.py", "which operations find and read rows; what is refused"),
-    "model_config.peer_config.shared_keys": (MODEL, "first dimension of the keys"),
+    "model_config.peer_config.shared_keys": (OPTIONS, "first dimension of the keys"),
     "model_config.mla_config.q_lora_rank": ("models/mla.py", "shape of the query projection"),
     "model_config.mla_config.kv_lora_rank": ("models/mla.py", "shape of the latent's projections; size of the cache"),
     "model_config.mla_config.qk_rope_head_dim": ("models/mla.py", "shape of the query projection"),
@@ -112,6 +112,7 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "train_config.logging_steps": (LOOP, "lines of metrics.jsonl"),
     "train_config.save_steps": (LOOP, "which checkpoints are written"),
     "train_config.save_total_limit": (LOOP, "which checkpoints stay"),
+    "train_config.keep_optimizer_state": (LOOP, "what the checkpoints of a finished run hold beside weights"),
     "train_config.eval_steps": (LOOP, "held-out scores in metrics.jsonl"),
     "train_config.seed": ("training/steps.py", "initial weights and order of the data"),
     "train_config.fp16": (LOOP, "precision and loss scaling on a GPU; a line in the log on a CPU"),
@@ -141,6 +142,8 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "wandb_config.project": (TRACKING, "project at Weights & Biases"),
     "wandb_config.entity": (TRACKING, "user or team at Weights & Biases"),
     "wandb_config.name": (TRACKING, "name of the run at Weights & Biases"),
+    "wandb_config.group": (TRACKING, "group of the run at Weights & Biases"),
+    "wandb_config.levels": (TRACKING, "columns of the run at Weights & Biases"),
     "wandb_config.log_model": (TRACKING, "files that are uploaded with a checkpoint"),
     **{f"{place}.*.{name}": seen for place in ("dataset_config.datasets", "dataset_config.tokenizer_corpus", "eval_config.datasets")
        for name, seen in ENTRY.items()},
@@ -254,7 +257,9 @@ def test_every_key_is_explained():
 def test_shipped_mixes():
     mixes = load_data_mixes(ROOT/"configs"/"datasets.yaml")
     assert {"high_quality_mix", "science_mix"} <= set(mixes)
-    assert mixes["high_quality_mix"].datasets[0].format == "json" and mixes["high_quality_mix"].key == "high_quality_mix"
+    assert mixes["high_quality_mix"].datasets[0].subset == "en" and mixes["high_quality_mix"].key == "high_quality_mix"
+    paths = [entry.path for mix in mixes.values() for entry in mix.datasets]
+    assert not [path for path in paths if path.startswith("/")], "a placeholder that no machine has"
 
 
 def test_imports_nothing_heavy():

@@ -29,8 +29,8 @@ from ..tasks.task import METRICS, Task
 __all__ = ['LOGITS', 'Mode', 'Z', 'Question', 'questions_of', 'file_rows', 'read_questions', 'Encoded', 'encoded_one',
            'encode_questions', 'start_of', 'TokenTexts', 'Forced', 'split_places', 'keeps_last_logits',
            'teacher_forced', 'cut_cache', 'Speech', 'speak', 'generate_after', 'batches_of', 'check_fit', 'forced_text',
-           'places_of', 'record_of', 'answer_batches', 'share', 'mean', 'summary', 'bucket_names', 'questions_in',
-           'recall_of', 'Walk', 'walk']
+           'places_of', 'record_of', 'answer_batches', 'share', 'mean', 'answer_metrics', 'bucket_names',
+           'questions_in', 'recall_of', 'Walk', 'walk']
 
 # %% ../../nbs/evaluation/06_recall.ipynb #470ae94b
 @dataclass(frozen=True)
@@ -439,7 +439,7 @@ def mean(values: Sequence[float]) -> dict[str, float | None]: # value, se (None 
     return dict(value=value, se=spread, n=n)
 
 # %% ../../nbs/evaluation/06_recall.ipynb #366ac49c
-def summary(
+def answer_metrics(
     records: Sequence[dict], # of `record_of`, at least one
 ) -> dict[str, Any]: # metric: value with its uncertainty
     "What a set of answers shows"
@@ -495,7 +495,7 @@ def recall_of(
             for name in bucket_names(record): found.setdefault(name, []).append(record)
     flat = {}
     for name in sorted(found):
-        numbers = summary(found[name])
+        numbers = answer_metrics(found[name])
         flat |= {f"{task.name}/{name}{metric}": numbers[metric]["value"] for metric in task.metrics}
     return flat
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from .recall import Question, file_rows, share, summary
+from .recall import Question, answer_metrics, file_rows, share
 from ..charts import Dot, new_figure, safe, series_figure
 from ..files import read_json
 from peer_nb.page import (
@@ -124,7 +124,7 @@ def by_group(
     for key in sorted((k for k in buckets if k[1] is None or len(values[k[:2]]) > 1 or k[1] == "hops"), key=place):
         (split, name, value), own = key, buckets[key]
         by = {} if name is None else {name: value}
-        rows.append(dict(split=split, by=by, count=len(own), errors=count_kinds(own), **summary(own)))
+        rows.append(dict(split=split, by=by, count=len(own), errors=count_kinds(own), **answer_metrics(own)))
     return rows
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #5b71abe7

@@ -17,7 +17,7 @@ from ..files import UserError
 from ..data.corpora import eval_entries, task_arguments
 from .perplexity import DocumentScore, autocast_for
 from .recall import (
-    Z, Encoded, Question, answer_batches, bucket_names, encode_questions, questions_of, start_of, summary)
+    Z, Encoded, Question, answer_batches, answer_metrics, bucket_names, encode_questions, questions_of, start_of)
 from ..tasks.registry import find_task
 from ..tasks.task import METRICS, Columns
 
@@ -117,7 +117,7 @@ def recall_metrics(
         for record in records:
             for name in bucket_names(record)[1:]: groups.setdefault(name, []).append(record)
         for name, group in groups.items():
-            numbers = summary(group)
+            numbers = answer_metrics(group)
             for metric in METRICS:
                 number = numbers[metric]
                 values[f"{entry}/{name}{metric}"] = number["value"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDEST', 'BLOCK_NUMBERS', 'ACTIVATIONS', 'LONG', 'sum_rows_kernel', 'blocks', 'sum_rows', 'sum_rows_reference',
            'activated', 'slope', 'experts_kernel', 'run_experts', 'run_experts_reference', 'Segments', 'segments',
-           'by_row_kernel', 'join_pieces_kernel', 'RowGradients', 'launch_by_row', 'by_row', 'join_pieces',
+           'by_row_kernel', 'join_pieces_kernel', 'RowGradients', 'launch_by_row', 'row_gradients', 'join_pieces',
            'dot_rows_kernel', 'dot_rows', 'pair_numbers_kernel', 'by_token', 'dot_by_row_kernel', 'run_experts_by_row']
 
 # %% ../../../nbs/models/kernels/01_rows.ipynb #72a357b8
@@ -238,7 +238,7 @@ def join_pieces_kernel(pieces, piece_row, piece_count, out, WIDTH_ALL, WIDTH: tl
 
 # %% ../../../nbs/models/kernels/01_rows.ipynb #3282e3a2
 class RowGradients(NamedTuple):
-    "What `by_row` finds; None for what wasn't asked for"
+    "What `row_gradients` finds; None for what wasn't asked for"
     down: Tensor | None # [R, h*width] of the input side
     up: Tensor | None # [R, h*width] of the output side, or of the values
     pre: Tensor | None # [tokens, P*h] float32, before the activation
@@ -260,7 +260,7 @@ def launch_by_row(
     by_row_kernel[(len(items[0]), options["PARTS"])](*inputs, *items, *rest, *out, P, grad.shape[1], **options)
 
 # %% ../../../nbs/models/kernels/01_rows.ipynb #e912a0ab
-def by_row(
+def row_gradients(
     grad: Tensor, # [tokens, width] of the output
     weights: Tensor, # [tokens, P]
     s: Segments, # of the index
@@ -358,7 +358,7 @@ def by_token(
     pre: Tensor, # [tokens, P*h] float32
     activation: str, # gelu, relu or silu
 ) -> RowGradients: # `pre` and `weights` only
-    "`by_row` without row gradients, and without sorting"
+    "`row_gradients` without row gradients, and without sorting"
     products = dot_rows(up, index, grad)
     found = RowGradients(None, None, torch.empty_like(products), torch.empty_like(products))
     if products.numel():
