@@ -15,9 +15,8 @@ LONGER = {"models/04_causal_lm.ipynb": 44}   # the decoder's __init__ and forwar
 LARGER = {   # page: median lines of its exported cells: functions of one purpose, with a comment a parameter; only gets shorter
     "analysis/09_worked_example.ipynb": 16,
     "analysis/12_swaps.ipynb": 14,
-    "analysis/13_ablation.ipynb": 15,
-    "analysis/14_interventions_command.ipynb": 14,
-    "analysis/15_command.ipynb": 13.5,
+    "analysis/14_ablation.ipynb": 15,
+    "analysis/16_command.ipynb": 13.5,
     "evaluation/00_loading.ipynb": 12.5,
     "evaluation/01_perplexity.ipynb": 16,
     "evaluation/05_benchmarks.ipynb": 14,
