@@ -21,7 +21,7 @@ from .step_memory import memory_table, memory_text
 from ..formats import number, size_text
 from ..children import on_signals
 from ..progress import Progress
-from ..cli import make_main
+from ..cli import check_least, make_main
 from ..config import Config, DatasetEntry, ModelConfig, config_from_dict, load_config, load_data_mixes
 from ..data.corpora import documents, eval_entries
 from ..files import UserError, read_json, sha256_of, writable_folder
@@ -377,8 +377,9 @@ def usage(
     peer-analyze usage output/checkpoint-1000 --mix science_mix --custom-datasets configs/datasets.yaml --part train
     """
     if files and (config or mix): raise UserError("give --files, or --config or --mix, not both")
-    if min(max_tokens, batch_size, 1 if window is None else window) < 1 or pairs < 0:
-        raise UserError("--max-tokens, --window and --batch-size must be at least 1, --pairs at least 0")
+    check_least(1, max_tokens=max_tokens, batch_size=batch_size, window=window, pair_tokens=pair_tokens)
+    check_least(0, pairs=pairs)
+    if threshold is not None and threshold <= 0: raise UserError(f"--threshold {threshold:g}: must be above 0")
     model, tokenizer = load_for_usage(checkpoint)
     own = checkpoint/"trainer_state"/"config.yaml"
     cfg = load_config(config or own) if config or own.is_file() else None
