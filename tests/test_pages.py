@@ -19,11 +19,6 @@ LARGER = {   # page: median lines of its exported cells: functions of one purpos
     "analysis/16_command.ipynb": 13.5,
     "evaluation/00_loading.ipynb": 12.5,
     "evaluation/01_perplexity.ipynb": 16,
-    "evaluation/05_benchmarks.ipynb": 14,
-    "evaluation/06_recall.ipynb": 13,
-    "evaluation/08_score_page.ipynb": 15,
-    "evaluation/10_recall_page.ipynb": 12.5,
-    "evaluation/11_recall_command.ipynb": 16.5,
     "evaluation/12_command.ipynb": 14,
 }
 PAGES = sorted(str(p.relative_to(house.ROOT/"nbs")) for p in (house.ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)

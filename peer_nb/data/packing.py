@@ -38,7 +38,7 @@ if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 __all__ = ['random_bits', 'shuffled', 'TokenisedCorpus', 'tokenizer_hash', 'encode', 'fast_encoder', 'portions', 'in_parallel',
            'token_arrays', 'cores', 'write_arrays', 'write_tokens', 'tokenised', 'ResidentRows', 'StreamingRows', 'Mix',
            'inputs_and_labels', 'rows_batch', 'borders', 'varlen_batch', 'PackedBatches', 'differences', 'fill',
-           'end_thread', 'PrefetchedBatches', 'run_identity', 'check_run', 'open_source', 'build_dataloader']
+           'end_thread', 'PrefetchedBatches', 'run_identity', 'check_run', 'open_source', 'training_batches']
 
 # %% ../../nbs/data/03_packing.ipynb #f00b1660
 def random_bits(
@@ -580,7 +580,7 @@ def open_source(
     return ResidentRows(corpus, data.max_seq_length, seed, entry.name), len(corpus.tokens)
 
 # %% ../../nbs/data/03_packing.ipynb #4055d25a
-def build_dataloader(
+def training_batches(
     cfg: Config, # a whole run
     tokenizer: PreTrainedTokenizerBase, # of `load_tokenizer(cfg.dataset_config)`
     *,

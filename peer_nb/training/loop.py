@@ -23,7 +23,7 @@ from torch import Tensor
 from ..cli import make_main, steady_streams
 from ..config import Config, apply_overrides, diff_configs, load_config, to_dict
 from ..data.corpora import data_manifest, load_tokenizer
-from ..data.packing import build_dataloader, differences
+from ..data.packing import training_batches, differences
 from ..evaluation.benchmarks import benchmark_metrics, run_benchmarks
 from ..evaluation.perplexity import DocumentScore, TextScore, evaluate_heldout
 from ..evaluation.task_recall import ask_tasks, check_tasks, recall_metrics
@@ -101,7 +101,7 @@ def build_data(self: Trainer) -> None:
     self.tokenizer = load_tokenizer(cfg.dataset_config)
     check_vocabulary(self.tokenizer, cfg)
     check_tasks(cfg, self.tokenizer)
-    self.loader = build_dataloader(cfg, self.tokenizer, rank=self.rank, world_size=self.world_size)
+    self.loader = training_batches(cfg, self.tokenizer, rank=self.rank, world_size=self.world_size)
     self.batches = endless(self.loader)
     streamed = any(d.streaming for d in cfg.dataset_config.datasets)
     in_epochs = train.num_train_epochs and not train.steps_per_epoch and not streamed
