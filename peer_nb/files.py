@@ -247,21 +247,22 @@ def sha256_of(
     return hashlib.sha256(value).hexdigest()
 
 # %% ../nbs/00_files.ipynb #5ea10002
-SEAL = "trainer_state/files.json"
-
 def file_hash(
-    path: Path, # of any size
-) -> list: # bytes, 64 hexadecimal digits
-    "Size and fingerprint of a file"
-    with open(path, "rb") as file: return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    path: str | Path, # of any size
+) -> str: # 64 hexadecimal digits
+    "The fingerprint of a file's bytes"
+    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../nbs/00_files.ipynb #2584fcb9
+SEAL = "trainer_state/files.json"
+
 def seal_folder(
     folder: Path, # with everything in it that it will hold
 ) -> None:
     "List every file with its size and hash"
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    write_json(folder/SEAL, {name: file_hash(path) for name, path in files.items() if name != SEAL})
+    sealed = {name: [path.stat().st_size, file_hash(path)] for name, path in files.items() if name != SEAL}
+    write_json(folder/SEAL, sealed)
 
 # %% ../nbs/00_files.ipynb #5ea10003
 def damages(
@@ -274,8 +275,8 @@ def damages(
     if not isinstance(sealed, dict): return [f"{SEAL} is not a list of files"]
     for name, said in sealed.items():
         if skip and name.startswith(skip): continue
-        here = file_hash(folder/name) if (folder/name).is_file() else None
-        if here is None: found.append(f"{name} is missing")
-        elif here[0] != said[0]: found.append(f"{name} has {here[0]:,} bytes instead of {said[0]:,}")
-        elif here[1] != said[1]: found.append(f"{name} was changed")
+        here = folder/name
+        if not here.is_file(): found.append(f"{name} is missing")
+        elif (size := here.stat().st_size) != said[0]: found.append(f"{name} has {size:,} bytes instead of {said[0]:,}")
+        elif file_hash(here) != said[1]: found.append(f"{name} was changed")
     return found
