@@ -20,8 +20,8 @@ from ..files import UserError, damages, read_json, sha256_of, write_json
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['LIMITS', 'in_folder', 'read_parts', 'check_weights', 'check_finite', 'check_tokenizer', 'longest_context',
-           'choose_window', 'load_model', 'model_fingerprint', 'claim_answers', 'files_fingerprint']
+__all__ = ['LIMITS', 'in_folder', 'read_parts', 'check_weights', 'check_finite', 'check_tokenizer', 'document_start',
+           'longest_context', 'choose_window', 'load_model', 'model_fingerprint', 'claim_answers', 'files_fingerprint']
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0008
 def in_folder(
@@ -98,6 +98,13 @@ def check_tokenizer(
     known = set(tokenizer(printable, add_special_tokens=False, verbose=False)["input_ids"])
     if not known - set(tokenizer.all_special_ids):
         raise UserError("there is no tokenizer that knows any text: its files are missing, or empty")
+
+# %% ../../nbs/evaluation/00_loading.ipynb #e0d067dd
+def document_start(
+    tokenizer: PreTrainedTokenizerBase, # any
+) -> int | None: # None: it has neither
+    "The token before a document: beginning of text, or else end of text"
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0021
 LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "context_length")
