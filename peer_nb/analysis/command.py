@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..progress import Progress
 from ..cli import make_main
 from ..config import Config, DatasetEntry, ModelConfig, config_from_dict, load_config, load_data_mixes
 from ..data.corpora import documents, eval_entries
-from ..files import UserError, read_json, sha256_of, writable_folder
+from ..files import UserError, folder_lock, read_json, sha256_of, writable_folder
 
 if TYPE_CHECKING: from peer_nb.analysis.expert_usage import UsageRun
 
@@ -379,20 +380,23 @@ def usage(
     if files and (config or mix): raise UserError("give --files, or --config or --mix, not both")
     if min(max_tokens, batch_size, 1 if window is None else window) < 1 or pairs < 0:
         raise UserError("--max-tokens, --window and --batch-size must be at least 1, --pairs at least 0")
-    model, tokenizer = load_for_usage(checkpoint)
-    own = checkpoint/"trainer_state"/"config.yaml"
-    cfg = load_config(config or own) if config or own.is_file() else None
-    entries = [] if files else chosen_entries(cfg, mix, custom_datasets)
-    fraction = cfg.dataset_config.heldout_fraction if cfg else 0.05
-    def read(entry): return documents(entry, heldout=part == "heldout", heldout_fraction=fraction)
-    sources = [lambda: [file_text(f) for f in files]] if files else [partial(read, entry) for entry in entries]
-    longest = model.config.max_position_embeddings
-    window = min(window or (cfg.dataset_config.max_seq_length if cfg else longest), longest)
-    options = dict(window=window, batch_size=batch_size, max_tokens=max_tokens)
-    identity = sha256_of([options, _stamps(checkpoint, files or []), [asdict(e) for e in entries], part, fraction])
-    about = dict(model_type="peer_mla", data=list(files or [e.name for e in entries]), part="files" if files else part)
-    return measure(checkpoint, (model, tokenizer), sources, options, identity, output, about, (pairs, pair_tokens),
-                   threshold or model.config.peer_config["usage_threshold"])
+    lock = folder_lock(writable_folder(output), name=".usage.lock") if output else nullcontext()
+    with lock:
+        model, tokenizer = load_for_usage(checkpoint)
+        own = checkpoint/"trainer_state"/"config.yaml"
+        cfg = load_config(config or own) if config or own.is_file() else None
+        entries = [] if files else chosen_entries(cfg, mix, custom_datasets)
+        fraction = cfg.dataset_config.heldout_fraction if cfg else 0.05
+        def read(entry): return documents(entry, heldout=part == "heldout", heldout_fraction=fraction)
+        sources = [lambda: [file_text(f) for f in files]] if files else [partial(read, entry) for entry in entries]
+        longest = model.config.max_position_embeddings
+        window = min(window or (cfg.dataset_config.max_seq_length if cfg else longest), longest)
+        options = dict(window=window, batch_size=batch_size, max_tokens=max_tokens)
+        identity = sha256_of([options, _stamps(checkpoint, files or []), [asdict(e) for e in entries], part, fraction])
+        data, where = list(files or [e.name for e in entries]), "files" if files else part
+        about = dict(model_type="peer_mla", data=data, part=where)
+        return measure(checkpoint, (model, tokenizer), sources, options, identity, output, about, (pairs, pair_tokens),
+                       threshold or model.config.peer_config["usage_threshold"])
 
 # %% ../../nbs/analysis/16_command.ipynb #92b25a06
 def checkpoint_text(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..analysis.usage_statistics import EDGES, hot_rows, usage_histogram, usage_statistics
 from ..config import Config, PeerConfig, flatten
-from ..files import UserError, append_jsonl, read_json, read_jsonl, write_atomic, write_json
+from ..files import UserError, append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from ..progress import Progress
 from ..models.peer import ExpertUsage, MemoryLayer
 
@@ -53,7 +53,7 @@ def keep_metrics(
     "Drop the lines after a step"
     found = read_jsonl(path)
     kept = [line for line in found if line["step"] <= step]
-    if len(kept) < len(found) or path.exists(): write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+    if len(kept) < len(found) or path.exists(): write_jsonl(path, kept)
     return kept
 
 # %% ../../nbs/training/05_tracking.ipynb #8d840d7d
