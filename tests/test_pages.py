@@ -22,7 +22,6 @@ LARGER = {   # page: median lines of its exported cells: functions of one purpos
     "analysis/13_ablation.ipynb": 15,
     "analysis/14_interventions_command.ipynb": 14,
     "analysis/15_command.ipynb": 13.5,
-    "evaluation/00_loading.ipynb": 12.5,
     "evaluation/01_perplexity.ipynb": 16,
     "evaluation/05_benchmarks.ipynb": 14,
     "evaluation/06_recall.ipynb": 13,
