@@ -26,6 +26,7 @@ LAYOUT = dict(margin=dict(l=56, r=12, t=36, b=44), paper_bgcolor="rgba(0,0,0,0)"
               font=dict(family="system-ui, sans-serif", size=13, color=GREY), colorway=COLOURS,
               legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0), template={})
 
+# %% ../nbs/07_charts.ipynb #9f7e9986
 def safe(
     text: Any, # a name from a person's file
 ) -> str: # HTML

@@ -23,9 +23,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 
 from .files import UserError, sha256_of, write_atomic
-from .schema import (
-    Allowed, Config, ConfigError, Count, DatasetConfig, DatasetEntry, EvalConfig, LoraConfig, MappingText, MLAConfig,
-    ModelConfig, PeerConfig, RopeScaling, Seed, Text, TrainConfig, WandbConfig)
+from .models.options import Allowed, Count, MLAConfig, ModelConfig, PeerConfig, RopeScaling, taken_apart
+from .schema import Config, ConfigError, DatasetConfig, DatasetEntry, EvalConfig, LoraConfig, MappingText, Seed
+from .schema import Text, TrainConfig, WandbConfig
 
 _all_ = ["UserError"]
 
@@ -113,10 +113,8 @@ def convert(
     key: str, # for the error: what it is called there
 ) -> Any: # of the type, or ConfigError
     "A value as the type wants it"
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if value is None and type(None) in options: return None
-    inner, = (option for option in options if option is not type(None))
-    base, *conditions = get_args(inner) if get_origin(inner) is Annotated else (inner,)
+    base, conditions, may_be_none = taken_apart(kind)
+    if value is None and may_be_none: return None
     if is_dataclass(base): return _build(base, value, file, key)
     if get_origin(base) is list:
         if not isinstance(value, (list, tuple)): _refuse(value, kind, file, key)

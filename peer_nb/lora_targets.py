@@ -12,7 +12,7 @@ from .files import UserError
 from .schema import LoraConfig
 
 # %% auto #0
-__all__ = ['LLAMA', 'LATENT', 'ALIASES', 'Shapes', 'aliases_of', 'adaptable', 'unmatched', 'find_targets', 'check_rank',
+__all__ = ['LLAMA', 'LATENT', 'ALIASES', 'Shapes', 'aliases_of', 'adaptable', 'names_nothing', 'find_targets', 'check_rank',
            'adapter_parameters']
 
 # %% ../nbs/13_lora_targets.ipynb #0816c7b4
@@ -45,7 +45,7 @@ def adaptable(
             if name.endswith(".weight") and len(shape) == 2}
 
 # %% ../nbs/13_lora_targets.ipynb #f2d37155
-def unmatched(
+def names_nothing(
     word: str, # of target_modules
     model_type: str, # of config.json
     modules: Shapes, # of `adaptable`
@@ -69,7 +69,7 @@ def find_targets(
     for word in wanted:
         ends = aliases.get(word, [word])
         meant = {name for name in modules for end in ends if fnmatchcase(name, end) or fnmatchcase(name, f"*.{end}")}
-        if not meant: raise unmatched(word, model_type, modules)
+        if not meant: raise names_nothing(word, model_type, modules)
         found |= meant
     return {name: shape for name, shape in modules.items() if name in found}
 

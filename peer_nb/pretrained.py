@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from .files import UserError, cache_folder, file_hash, read_json, sha256_of, writable_folder, write_json
-from .schema import ModelConfig
+from .models.options import ModelConfig
 
 # %% auto #0
 __all__ = ['NEEDED', 'LIMITS', 'CONTENT', 'from_hub', 'pretrained_folder', 'model_facts', 'longest', 'model_sizes',

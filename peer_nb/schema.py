@@ -5,19 +5,19 @@
 # %% ../nbs/01_schema.ipynb #873650fa
 from __future__ import annotations
 
+import json
 import re
 import string
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from .files import UserError
+from .models.options import Allowed, Count, Index, ModelConfig, Decay, Positive
 
 # %% auto #0
-__all__ = ['Count', 'Index', 'Even', 'Seed', 'Positive', 'NotNegative', 'Share', 'Part', 'Decay', 'Text', 'Sizes', 'Tokenizer',
-           'Template', 'Initialization', 'Targets', 'ConfigError', 'Allowed', 'MappingText', 'PeerConfig',
-           'RopeScaling', 'MLAConfig', 'ModelConfig', 'OptimizationConfig', 'TrainConfig', 'DatasetEntry',
-           'DatasetConfig', 'EvalConfig', 'WandbConfig', 'LoraConfig', 'Config']
+__all__ = ['Seed', 'NotNegative', 'Share', 'Part', 'Text', 'Tokenizer', 'Template', 'Levels', 'Initialization', 'Targets',
+           'ConfigError', 'MappingText', 'OptimizationConfig', 'TrainConfig', 'DatasetEntry', 'DatasetConfig',
+           'EvalConfig', 'WandbConfig', 'LoraConfig', 'Config']
 
 # %% ../nbs/01_schema.ipynb #ba4356cc
 class ConfigError(UserError, ValueError):
@@ -32,24 +32,12 @@ class ConfigError(UserError, ValueError):
 
     def __str__(self) -> str: return ": ".join(part for part in (self.file, self.key, self.problem) if part)
 
-# %% ../nbs/01_schema.ipynb #76f45557
-class Allowed(NamedTuple):
-    "A condition on a value, inside `Annotated`"
-    text: str # completes "allowed: ..."
-    holds: Callable[[Any], bool] # for a value that has the right type already
-
 # %% ../nbs/01_schema.ipynb #70067f5c
-Count = Annotated[int, Allowed("a whole number, at least 1", lambda x: x >= 1)]
-Index = Annotated[int, Allowed("a whole number, at least 0", lambda x: x >= 0)]
-Even = Annotated[int, Allowed("an even number, at least 2", lambda x: x >= 2 and x % 2 == 0)]
 Seed = Annotated[int, Allowed("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)]
-Positive = Annotated[float, Allowed("a number above 0", lambda x: x > 0)]
 NotNegative = Annotated[float, Allowed("a number, at least 0", lambda x: x >= 0)]
 Share = Annotated[float, Allowed("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 Part = Annotated[float, Allowed("a number above 0 and below 1", lambda x: 0 < x < 1)]
-Decay = Annotated[float, Allowed("a number from 0 to below 1", lambda x: 0 <= x < 1)]
 Text = Annotated[str, Allowed("text, not empty", lambda x: bool(x.strip()))]
-Sizes = Annotated[list[Count], Allowed("a list with at least one size", len)]
 
 class MappingText(str):
     "The kind of a key that takes a mapping or a list, kept as its JSON text, or text"
@@ -71,80 +59,12 @@ Tokenizer = Annotated[str, Allowed(
     'a hub name or path, "bytes", or "corpus:bpe:N" with N at least 257 (256 bytes and the end of text)',
     _is_tokenizer)]
 Template = Annotated[str, Allowed('text with named fields in braces, such as "{question}\\n{answer}"', _is_template)]
+def _is_mapping(text: str) -> bool:
+    "Whether a JSON text is a mapping"
+    try: return isinstance(json.loads(text), dict)
+    except ValueError: return False
 
-# %% ../nbs/01_schema.ipynb #e512879b
-@dataclass
-class PeerConfig:
-    "The sparse memory layers"
-    num_experts: Count = 1_048_576 # rows of the expert table; must equal the product of `product_key_dim`
-    num_experts_per_tok: Count = 16 # experts that each retrieval head activates per token (top-k)
-    num_heads: Count = 8 # expert retrieval heads
-    expert_hidden_size: Count = 1 # neurons per expert
-    product_key_dim: Sizes = field(default_factory=lambda: [1024, 1024]) # sub-keys per dimension
-    query_dim: Count = 256 # query width per head; divides evenly among the dimensions
-    batch_norm_query: bool = True # normalise the query, by LayerNorm unless `query_norm` says otherwise
-    activation: Literal["gelu", "relu", "silu"] = "gelu" # expert non-linearity
-    score: Literal["softmax", "sigmoid", "relu"] = "softmax" # from similarity to expert weight
-    # null follows batch_norm_query: layer if true, else none
-    query_norm: Literal["layer", "batch", "none"] | None = None
-    shared_keys: bool = False # all retrieval heads use the same sub-keys
-    table_gradient: Literal["dense", "sparse", "consumed"] = "dense" # how expert tables receive gradients
-    # how expert tables are stored; bfloat16 halves them, and each update is rounded stochastically
-    table_dtype: Literal["float32", "bfloat16"] = "float32"
-    # how rows are found and read: by fused kernels on a GPU, never by them, always
-    kernel: Literal["auto", "eager", "triton"] = "auto"
-    log_expert_usage: bool = True # record which experts are used
-    log_freq: Count = 1000 # steps between two records of expert usage
-    usage_threshold: Positive = 5.0 # an expert used this many times more than the mean is flagged as hot
-
-# %% ../nbs/01_schema.ipynb #d7e58a2a
-@dataclass
-class RopeScaling:
-    "Rotation for sequences longer than those of an earlier training"
-    rope_type: Literal["linear", "dynamic", "yarn"] # how the frequencies change
-    factor: Annotated[float, Allowed("a number, at least 1", lambda x: x >= 1)] # how many times longer sequences become
-    original_max_position_embeddings: Count # longest sequence of the earlier training
-    beta_fast: Positive = 32.0 # yarn: pairs with more turns than this within the original length stay as they are
-    beta_slow: Positive = 1.0 # yarn: pairs with fewer turns are slowed by the whole factor
-    mscale: Positive | None = None # yarn, with mscale_all_dim: strength of the factor on cosine and sine
-    mscale_all_dim: Positive | None = None # yarn: strength of the factor on all scores
-
-# %% ../nbs/01_schema.ipynb #86612ad2
-@dataclass
-class MLAConfig:
-    "Multi-head latent attention"
-    q_lora_rank: Count | None = 1536 # rank of the query projection; null for a full one
-    kv_lora_rank: Count = 512 # width of the key/value latent, which is what the cache holds
-    qk_rope_head_dim: Even = 64 # rotary part of a query/key head
-    v_head_dim: Count = 128 # width of a value head
-    qk_nope_head_dim: Count = 128 # part of a query/key head without position
-    rope_theta: Positive = 10000.0 # base of the rotary frequencies
-    rope_scaling: RopeScaling | None = None # for sequences longer than those of an earlier training
-
-# %% ../nbs/01_schema.ipynb #a5e576fc
-@dataclass
-class ModelConfig:
-    "The transformer"
-    hidden_size: Count = 768 # width of the residual stream
-    num_hidden_layers: Count = 12 # transformer blocks
-    num_attention_heads: Count = 12 # attention heads
-    intermediate_size: Count = 3072 # width of a dense feed-forward layer
-    vocab_size: Count = 50272 # rows of the embedding; at least the tokenizer's size
-    max_position_embeddings: Count = 2048 # longest sequence
-    initializer_range: Positive = 0.02 # standard deviation of initial weights
-    layer_norm_eps: Positive = 1e-5 # added to variances in norms
-    use_peer: bool = True # false: every layer keeps its dense feed-forward
-    peer_start_layer: Index = 2 # first layer (0-based) whose feed-forward is a memory layer
-    peer_config: PeerConfig = field(default_factory=PeerConfig) # the memory layers
-    mla_config: MLAConfig = field(default_factory=MLAConfig) # the attention
-    memory_kind: Literal["peer", "pkm", "memory_plus"] = "peer" # PEER experts, product-key memory, or Memory+
-    memory_layers: list[Index] | None = None # which layers hold memory; null: all from peer_start_layer on
-    share_memory: bool = False # all memory layers use one table
-    tie_word_embeddings: bool = False # the output head is the embedding
-    dropout: Decay = 0.0 # on the residual branches
-    loss_chunk_size: Count | None = None # tokens whose logits exist at once when a loss is computed; null: all
-    # start from a causal model instead: a folder or a hub name; every key above stays at its default then
-    pretrained: Text | None = None
+Levels = Annotated[MappingText, Allowed("a mapping {axis: level}", _is_mapping)]
 
 # %% ../nbs/01_schema.ipynb #b765f50a
 @dataclass
@@ -178,6 +98,7 @@ class TrainConfig(OptimizationConfig):
     logging_steps: Count = 100 # steps between two lines of metrics
     save_steps: Count = 1000 # steps between two checkpoints
     save_total_limit: Count | None = 2 # newest checkpoints that are kept; null: all
+    keep_optimizer_state: bool = False # also when training is over; false: then weights are kept only
     eval_steps: Count = 2000 # steps between two evaluations
     seed: Seed = 42 # of weights, data order and dropout
     fp16: bool = False # float16 autocast with loss scaling
@@ -242,11 +163,12 @@ class EvalConfig:
 @dataclass
 class WandbConfig:
     "Weights & Biases; leave the section out or null for none"
-    project: Text = "peer_nb" # project
-    entity: Text | None = None # user or team
-    name: Text | None = None # run name
+    project: Text | None = None # project; null: $WANDB_PROJECT, else peer_nb
+    entity: Text | None = None # user or team; null: $WANDB_ENTITY, else your own
+    name: Text | None = None # run name; in a study the run's id stands behind it
+    group: Text | None = None # runs that belong together; null: those of a study by its folder's name
+    levels: Levels | None = None # {axis: level} of a study, which fills it in; columns beside the curves
     log_model: Literal["checkpoints", "all"] | None = None # upload model files
-    group: Text | None = None # runs that belong together
 
 # %% ../nbs/01_schema.ipynb #299cd461
 def _is_initialization(name: str) -> bool:

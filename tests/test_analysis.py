@@ -208,6 +208,17 @@ def test_a_state_of_another_measurement_is_refused(folder, tmp_path, capsys):
     assert main(words) == 2 and "remove it" in capsys.readouterr().err
 
 
+def test_two_measurements_do_not_share_a_folder(folder, tmp_path, capsys):
+    words = ["usage", str(folder/"ours"), "--files", str(folder/"text0.txt"), "--output", str(tmp_path)]
+    begin = "import sys; from peer_nb.files import folder_lock\nwith folder_lock(sys.argv[1], name='.usage.lock'): print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", begin, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert main(words) == 2 and f"in use by process {other.pid}" in capsys.readouterr().err
+        assert not (tmp_path/"usage.json").exists()
+        other.stdin.close()
+    assert main(words) == 0 and (tmp_path/"usage.json").exists()
+
+
 def test_a_llama_is_counted_and_inspected_but_has_no_usage(folder, tmp_path, capsys):
     from transformers import LlamaForCausalLM
     llama = str(folder/"llama")

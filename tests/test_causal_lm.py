@@ -17,7 +17,8 @@ from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3
 
 from peer_nb import config
 from peer_nb.models.causal_lm import ChunkedCrossEntropy, PeerMLAConfig, PeerMLAForCausalLM, PeerMLAModel
-from peer_nb.models.mla import LatentAttention, RopeScaling, rotary_angles
+from peer_nb.models.mla import LatentAttention, rotary_angles
+from peer_nb.models.options import RopeScaling
 
 torch.set_num_threads(1)
 MLA = dict(q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=8, v_head_dim=12, qk_nope_head_dim=8)

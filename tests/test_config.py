@@ -24,7 +24,7 @@ quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_hea
 
 # ---- what each key changes --------------------------------------------------------------------------------------------
 
-MODEL, ROUTER, LOOP, OPTIM, CORPORA = "models/causal_lm.py", "models/product_keys.py", "training/loop.py", "training/optim.py", "data/corpora.py"
+MODEL, OPTIONS, ROUTER, LOOP, OPTIM, CORPORA = "models/causal_lm.py", "models/options.py", "models/product_keys.py", "training/loop.py", "training/optim.py", "data/corpora.py"
 PACKING, PERPLEXITY, BENCHMARKS, TRACKING = "data/packing.py", "evaluation/perplexity.py", "evaluation/benchmarks.py", "training/tracking.py"
 ADAPTERS = "training/adapters.py"
 HF = "transformers"   # read by the base class of the model; seen by test_every_model_key_changes_the_model
@@ -60,14 +60,14 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.peer_config.expert_hidden_size": ("models/peer.py", "width of the expert tables"),
     "model_config.peer_config.product_key_dim": (MODEL, "shape of the keys"),
     "model_config.peer_config.query_dim": (MODEL, "width of the query projection"),
-    "model_config.peer_config.batch_norm_query": (MODEL, "whether the query is normalised"),
+    "model_config.peer_config.batch_norm_query": (OPTIONS, "whether the query is normalised"),
     "model_config.peer_config.activation": ("models/peer.py", "logits"),
     "model_config.peer_config.score": (ROUTER, "expert weights; logits"),
     "model_config.peer_config.query_norm": (ROUTER, "kind of the query's normalisation"),
     "model_config.peer_config.table_gradient": ("models/peer.py", "layout of the tables' gradients"),
     "model_config.peer_config.table_dtype": ("models/peer.py", "type of the tables' numbers; logits"),
     "model_config.peer_config.kernel": ("models/peer.py", "which operations find and read rows; what is refused"),
-    "model_config.peer_config.shared_keys": (MODEL, "first dimension of the keys"),
+    "model_config.peer_config.shared_keys": (OPTIONS, "first dimension of the keys"),
     "model_config.mla_config.q_lora_rank": ("models/mla.py", "shape of the query projection"),
     "model_config.mla_config.kv_lora_rank": ("models/mla.py", "shape of the latent's projections; size of the cache"),
     "model_config.mla_config.qk_rope_head_dim": ("models/mla.py", "shape of the query projection"),
@@ -114,6 +114,7 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "train_config.logging_steps": (LOOP, "lines of metrics.jsonl"),
     "train_config.save_steps": (LOOP, "which checkpoints are written"),
     "train_config.save_total_limit": (LOOP, "which checkpoints stay"),
+    "train_config.keep_optimizer_state": (LOOP, "what the checkpoints of a finished run hold beside weights"),
     "train_config.eval_steps": (LOOP, "held-out scores in metrics.jsonl"),
     "train_config.seed": ("training/steps.py", "initial weights and order of the data"),
     "train_config.fp16": (LOOP, "precision and loss scaling on a GPU; a line in the log on a CPU"),
@@ -149,9 +150,12 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "lora_config.lora_plus_ratio": (OPTIM, "learning rate of the B matrices' group"),
     "lora_config.target_modules": (ADAPTERS, "which modules have adapters"),
     "lora_config.merge": (LOOP, "whether a merged model is written at the end"),
+    "eval_config.window": (PERPLEXITY, "tokens of context of a scored token"),
     "wandb_config.project": (TRACKING, "project at Weights & Biases"),
     "wandb_config.entity": (TRACKING, "user or team at Weights & Biases"),
     "wandb_config.name": (TRACKING, "name of the run at Weights & Biases"),
+    "wandb_config.group": (TRACKING, "group of the run at Weights & Biases"),
+    "wandb_config.levels": (TRACKING, "columns of the run at Weights & Biases"),
     "wandb_config.log_model": (TRACKING, "files that are uploaded with a checkpoint"),
     **{f"{place}.*.{name}": seen for place in ("dataset_config.datasets", "dataset_config.tokenizer_corpus", "eval_config.datasets")
        for name, seen in ENTRY.items()},
@@ -265,7 +269,9 @@ def test_every_key_is_explained():
 def test_shipped_mixes():
     mixes = load_data_mixes(ROOT/"configs"/"datasets.yaml")
     assert {"high_quality_mix", "science_mix"} <= set(mixes)
-    assert mixes["high_quality_mix"].datasets[0].format == "json" and mixes["high_quality_mix"].key == "high_quality_mix"
+    assert mixes["high_quality_mix"].datasets[0].subset == "en" and mixes["high_quality_mix"].key == "high_quality_mix"
+    paths = [entry.path for mix in mixes.values() for entry in mix.datasets]
+    assert not [path for path in paths if path.startswith("/")], "a placeholder that no machine has"
 
 
 def test_imports_nothing_heavy():
@@ -355,18 +361,18 @@ def test_any_wrong_type(key, data):
     assert "is not allowed; allowed: " in str(info.value)
 
 
-FROM_ONE = """hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size max_position_embeddings num_experts num_experts_per_tok
+FROM_ONE = """rank window hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size max_position_embeddings num_experts num_experts_per_tok
     num_heads expert_hidden_size query_dim log_freq q_lora_rank kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim per_device_train_batch_size
     per_device_eval_batch_size gradient_accumulation_steps max_steps max_tokens steps_per_epoch logging_steps save_steps save_total_limit eval_steps
     max_seq_length eval_batch_size original_max_position_embeddings loss_chunk_size""".split()
-ABOVE_ZERO = """initializer_range layer_norm_eps usage_threshold rope_theta learning_rate adam_epsilon max_grad_norm table_max_grad_norm
+ABOVE_ZERO = """alpha initializer_range layer_norm_eps usage_threshold rope_theta learning_rate adam_epsilon max_grad_norm table_max_grad_norm
     num_train_epochs weight beta_fast beta_slow mscale mscale_all_dim""".split()
 below, above = st.floats(max_value=-1e-9, allow_infinity=False), st.floats(min_value=1.001, allow_infinity=False)
 OUT_OF_RANGE = (
     dict.fromkeys(FROM_ONE, st.integers(-2**63, 0)) | dict.fromkeys(ABOVE_ZERO, below | st.just(0)) |
     dict.fromkeys(("weight_decay", "table_learning_rate", "table_weight_decay"), below) | dict.fromkeys(("peer_start_layer", "num_workers", "pretrained_layer_step"), st.integers(-2**63, -1)) |
     dict.fromkeys(("dropout", "adam_beta1", "adam_beta2"), below | above | st.just(1)) |
-    dict(factor=st.floats(max_value=0.999, allow_infinity=False), warmup_ratio=below | above, heldout_fraction=below | above | st.sampled_from([0, 1]), seed=st.integers(-2**63, -1) | st.integers(2**32, 2**63 - 1),
+    dict(factor=st.floats(max_value=0.999, allow_infinity=False), lora_plus_ratio=st.floats(max_value=0.999, allow_infinity=False), warmup_ratio=below | above, heldout_fraction=below | above | st.sampled_from([0, 1]), seed=st.integers(-2**63, -1) | st.integers(2**32, 2**63 - 1),
          product_key_dim=st.just([]), tokenizer_name=st.sampled_from(["corpus:", "corpus:bpe", "corpus:bpe:256", "corpus:bpe:-5", "corpus:wordpiece:500"]),
          text_template=st.sampled_from(["no field", "{", "}", "{}", "{0}", "{a.b}", "{a[0]}", "{a:{b}}"])))
 

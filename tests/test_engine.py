@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from fake_studies import ended, fake_study, launch, until
-from test_ablation import BASE, write_study
+import peer_nb
+from fake_studies import TEMPLATE, ended, fake_study, launch, until
+from test_ablation import BASE, COMMAND, STUDY, write_study
 from peer_nb.children import start_child
 from peer_nb.config import load_config
 from peer_nb.files import read_json, write_json
@@ -96,7 +97,7 @@ def real_study(work: Path) -> tuple[Path, Path]:
     "A planned study with the lab's own notebook; its folder and its first run's"
     base = json.loads(json.dumps(BASE)) | dict(eval_config=dict(max_tokens=500, eval_batch_size=4))
     base["model_config"]["vocab_size"] = 257
-    base["train_config"]["save_steps"] = 5
+    base["train_config"] |= dict(save_steps=5, keep_optimizer_state=True)
     write_study(work, base=base)
     (work/"words.txt").write_text("".join(f"{n} and {n} is {2*n}\n\n" for n in range(600)))
     plan = make_plan(Study("real", str(work/"base.yaml"), {"rate": {"own": {}, "high": {"train_config.learning_rate": 0.02}}}, notebook="train_and_evaluate", budget=Budget(640), seeds=[1]), load_config(work/"base.yaml"))
@@ -179,6 +180,44 @@ def test_other_code_or_text_than_was_planned_is_not_run(tmp_path):
     for path, before in text.items(): path.write_text(before)
     code, out = ended(launch("--resume", "--retry-failed", "--output-dir", work/"out", FAKE_STEP=0))
     assert code == 0 and "3 of 4 runs to do" in out, out
+
+
+def own_package(folder: Path) -> tuple[Path, Path]:
+    "An environment with a copy of the package that may be edited, and that copy"
+    python = folder/"env"/"bin"/"python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder/"env"], check=True)
+    site, = (folder/"env").glob("lib/python*/site-packages")
+    shutil.copytree(Path(peer_nb.__file__).parent, site/"peer_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    libraries = {str(Path(module.__file__).parent.parent) for module in (torch, pytest)}
+    (site/"libraries.pth").write_text("".join(f"{place}\n" for place in libraries))
+    return python, site/"peer_nb"
+
+
+def test_a_study_goes_on_after_its_page_has_changed_but_not_its_layers(tmp_path):
+    "One byte of the style sheet, then one of a layer, are changed while a study waits; its template imports what the lab's own does"
+    python, package = own_package(tmp_path)
+    own = nbformat.read(Path(__file__).parent.parent/"nbs"/"experiments"/"train_and_evaluate.ipynb", 4)
+    wall = [line for cell in own.cells if cell.cell_type == "code" for line in cell.source.splitlines() if line.startswith("from peer_nb.")]
+    assert len(wall) > 10
+    work = write_study(tmp_path/"work", {**STUDY, "axes": {"heads": {"four": {}, "two": {"model_config.peer_config.num_heads": 2}}}, "seeds": [1, 2]},
+                       BASE, [TEMPLATE[0], "\n".join(wall), *TEMPLATE[1:]])
+    def go_on(runs, *words):
+        process = subprocess.Popen([python, *COMMAND[1:], *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "FAKE_STEP": "0.05"})
+        until(lambda: process.poll() is not None or sum(len(p.read_text().splitlines()) for p in work.glob("out/*/ended.jsonl")) >= runs)
+        if process.poll() is None: process.send_signal(signal.SIGINT)
+        return ended(process)
+
+    code, out = go_on(1, "--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--parallel", 1)
+    folder, = (work/"out").iterdir()
+    assert code == 130, out
+    with (package/"page.py").open("a") as file: file.write("STYLE += ' '\n")
+    code, out = go_on(2, "--resume", "--output-dir", work/"out", "--parallel", 1)
+    begun = [json.loads(line)["run"] for line in (folder/"begun.jsonl").read_text().splitlines()]
+    assert code == 130 and "3 of 4 runs to do" in out and begun.count(begun[0]) == 1, out
+    with (package/"models"/"mla.py").open("a") as file: file.write("\n")
+    code, out = go_on(4, "--resume", "--output-dir", work/"out", "--parallel", 1)
+    assert code == 2 and "Traceback" not in out and "the package's source changed" in out, out
 
 
 def test_a_signal_while_there_is_nothing_to_save(tmp_path):

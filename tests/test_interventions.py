@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from peer_nb.analysis.command import main
 from peer_nb.analysis.interventions import MODES, answers_of, clean_pass, effects_of, random_keys, setting_of
@@ -300,16 +299,3 @@ def test_a_swap_matrix_is_that_of_models_whose_tables_were_changed(kind, encoded
         now = model.generate(torch.tensor([places[a["id"]].context]), attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 3:].tolist()
         swap_rows(memory, a["row"], b["row"])
         assert cell["own_places"] == [s == t for s, t in zip(now, places[a["id"]].answer)] and cell["partner_places"] == [s == t for s, t in zip(now, places[b["id"]].answer)]
-
-
-def test_a_swap_is_saved_and_refused_in_one_line(learned, tmp_path, capsys):
-    checkpoint, data = learned
-    assert main(["swap", str(checkpoint), "--rows", "3", "9", "--save", str(tmp_path/"edited")]) == 0
-    before, after = (load_file(folder/"model.safetensors") for folder in (checkpoint, tmp_path/"edited"))
-    name = next(n for n in before if n.endswith("memory.values.weight"))
-    assert torch.equal(before[name][[9, 3]], after[name][[3, 9]]) and json.loads((tmp_path/"edited"/"edits.json").read_text())[0]["rows"] == [3, 9]
-    assert sum(not torch.equal(before[n], after[n]) for n in before) == 1
-    for words in (["--rows", "3", "9"], ["--rows", "3", "3", "--save", str(tmp_path/"x")], ["--rows", "3", "5000", "--save", str(tmp_path/"x")],
-                  [str(data), "--layer", "0", "--output", str(tmp_path/"x")]):
-        capsys.readouterr()
-        assert main(["swap", str(checkpoint), *words]) == 2 and capsys.readouterr().err.count("\n") == 1 and not (tmp_path/"x").exists()

@@ -1,9 +1,11 @@
 "Heavier checks of the models: random shapes, invariants across modules, configuration in step with the package"
 import copy
+import re
 import subprocess
 import sys
 from dataclasses import fields
 from math import prod
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
 from peer_nb import config
-from peer_nb.models.causal_lm import MLAOptions, PeerMLAConfig, PeerMLAForCausalLM, PeerOptions
+from peer_nb.models import options
+from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from peer_nb.models.mla import LatentAttention, rotary_angles
-from peer_nb.models.peer import MEMORY_KINDS, PEER
+from peer_nb.models.peer import ACTIVATIONS, MEMORY_KINDS, PEER, TABLE_DTYPES, TABLE_GRADIENTS
 from peer_nb.models.product_keys import brute_force_top_k, product_top_k, staircase
 
 torch.set_num_threads(1)
@@ -37,11 +40,30 @@ def ids():
 
 # configuration
 
-@pytest.mark.parametrize("ours,theirs", [(PeerOptions, config.PeerConfig), (MLAOptions, config.MLAConfig)])
-def test_nested_options_are_the_packages(ours, theirs):
-    assert {f.name for f in fields(ours)} == {f.name for f in fields(theirs)}
-    a, b = ours(), theirs()
-    assert {f.name: getattr(a, f.name) for f in fields(ours)} == {f.name: getattr(b, f.name) for f in fields(theirs)}
+CHOICES = {"memory_kind": (options.ModelConfig, MEMORY_KINDS), "activation": (options.PeerConfig, ACTIVATIONS),
+           "table_gradient": (options.PeerConfig, TABLE_GRADIENTS), "table_dtype": (options.PeerConfig, TABLE_DTYPES)}
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_what_may_be_chosen_is_what_there_is(key):
+    section, known = CHOICES[key]
+    assert set(get_args(get_type_hints(section)[key])) == set(known)
+
+
+@pytest.mark.parametrize("wrong,said", [
+    (dict(hidden_size=0), "hidden_size=0 is not allowed; allowed: a whole number, at least 1"),
+    (dict(dropout=1.0), "dropout=1.0 is not allowed; allowed: a number from 0 to below 1"),
+    (dict(memory_kind="moe"), "memory_kind='moe' is not allowed; allowed: peer | pkm | memory_plus"),
+    (dict(peer_config=MEMORY | dict(num_heads=0)), "peer_config.num_heads=0 is not allowed"),
+    (dict(mla_config=MLA | dict(qk_rope_head_dim=7)), "mla_config.qk_rope_head_dim=7 is not allowed; allowed: an even number"),
+    (dict(mla_config=MLA | dict(rope_scaling=dict(rope_type="longer", factor=2., original_max_position_embeddings=16))), "mla_config.rope_scaling.rope_type='longer'"),
+    (dict(loss_chunk_size=True), "loss_chunk_size=True is not allowed; allowed: a whole number, at least 1 | null")])
+def test_a_model_refuses_what_its_keys_cannot_take(wrong, said):
+    "Whether it is built by hand or its configuration is changed afterwards"
+    with pytest.raises(ValueError, match=re.escape(said)): PeerMLAConfig(**TINY | wrong)
+    config = PeerMLAConfig(**TINY)
+    for key, value in wrong.items(): setattr(config, key, {**getattr(config, key), **value} if isinstance(value, dict) else value)
+    with pytest.raises(ValueError, match=re.escape(said)): PeerMLAForCausalLM(config)
 
 
 def test_model_config_fields_and_defaults_are_the_packages():
@@ -53,7 +75,7 @@ def test_model_config_fields_and_defaults_are_the_packages():
 
 def test_models_import_only_what_they_may():
     code = ("import sys, peer_nb.models.causal_lm; own = [m for m in sys.modules if m.startswith('peer_nb')]; "
-            "assert set(own) <= {'peer_nb', 'peer_nb.models'} | {'peer_nb.models.'+m for m in ('mla', 'product_keys', 'peer', 'causal_lm', 'kernels', 'kernels.ops')}, own")
+            "assert set(own) <= {'peer_nb', 'peer_nb.models'} | {'peer_nb.models.'+m for m in ('options', 'mla', 'product_keys', 'peer', 'causal_lm', 'kernels', 'kernels.ops')}, own")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -113,7 +135,7 @@ def test_staircase_keeps_enough_and_no_more(rows, cols, k):
 @pytest.mark.parametrize("kind", MEMORY_KINDS)
 def test_bfloat16_stays_near_float32(kind):
     torch.manual_seed(0)
-    layer = MEMORY_KINDS[kind](32, **PeerOptions(**MEMORY | dict(query_norm="none")).layer_arguments()).eval()
+    layer = MEMORY_KINDS[kind](32, **options.PeerConfig(**MEMORY | dict(query_norm="none")).layer_arguments()).eval()
     x = torch.randn(20, 32).bfloat16()
     narrow = copy.deepcopy(layer).bfloat16()
     wide = copy.deepcopy(narrow).float()

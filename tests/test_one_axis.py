@@ -55,7 +55,8 @@ def test_a_pinned_run_is_taken_over_by_the_sweep(file, tmp_path, capfd, monkeypa
     run, = (pinned/"runs").iterdir()
     record, = run.glob("wandb/offline-run-*/*.wandb")
     begun = next(r.run for r in wandb_records(record) if r.WhichOneof("record_type") == "run")
-    assert (begun.project, begun.run_group, begun.display_name) == ("slm-lora-ablations", "rank", "lora_rank=4")
+    assert (begun.project, begun.run_group, begun.display_name) == ("slm-lora-ablations", pinned.name, "001-4-seed1")
+    assert {"levels.lora_rank": "4"}.items() <= {u.key: json.loads(u.value_json) for u in begun.config.update}.items()
     monkeypatch.delenv("WANDB_PROJECT")
     words = [*common, "train_config.max_tokens=256"]
     assert peer_train(words) == 0

@@ -45,7 +45,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 def run_of(base: Path, text: Path, out: Path, packing: str = "rows", **keys) -> Config:
     keys = dict(output_dir=str(out), per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, max_steps=6, logging_steps=3,
-                save_steps=3, eval_steps=6, log_level="error") | keys
+                save_steps=3, eval_steps=6, log_level="error", keep_optimizer_state=True) | keys
     sources = [DatasetEntry("sums", str(text))]
     return Config(ModelConfig(pretrained=str(base)), TrainConfig(**keys), DatasetConfig(sources, max_seq_length=32, heldout_fraction=0.1, packing=packing),
                   EvalConfig(datasets=sources, eval_batch_size=16))

@@ -192,7 +192,7 @@ def test_every_way_to_end_has_its_state_and_kind(endings):
 def test_a_run_that_takes_too_long(tmp_path):
     "It is stopped at its limit, wherever it is, and FAILED: timeout; --retry-failed goes on"
     work = fake_study(tmp_path, seeds=[1], axes={"heads": {"four": {}}})
-    code, out = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--time", 0.1, FAKE_STEP=60))
+    code, out = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--time", 0.1, FAKE_STEP=5))
     status = read_json(next(the_folder(work).glob("runs/*/status.json")))
     assert code == 1 and "Timeout: ran longer than its time limit" in out and (status["state"], status["error"]["kind"]) == ("FAILED", "timeout"), out
     code, out = ended(launch("--resume", "--retry-failed", "--output-dir", work/"out", "--time", 10, FAKE_STEP=0))

@@ -110,6 +110,17 @@ def _weight_files(folder: Path) -> list[Path]:
     why = f"; {pickled[0]} is pickled, and such files are not read: they can run code" if pickled else ""
     raise UserError(f"{folder}: no .safetensors file{why}")
 
+# %% ../../nbs/analysis/04_inspection.ipynb #a95bc631
+def _all_tensors(folder: Path) -> dict[str, StoredTensor]:
+    "The tensors of all files of a folder; `UserError` when a file is missing, or two hold the same one"
+    tensors: dict[str, StoredTensor] = {}
+    for file in _weight_files(folder):
+        for name, stored in read_header(file).items():
+            if name in tensors: raise UserError(f"{folder}: {name} is in {tensors[name].file.name} and in {file.name}")
+            tensors[name] = stored
+    _check_index(folder, tensors)
+    return tensors
+
 # %% ../../nbs/analysis/04_inspection.ipynb #6b0df3d2
 def open_checkpoint(
     path: str | Path, # folder with config.json and safetensors files, or one such file
@@ -123,13 +134,7 @@ def open_checkpoint(
     config = read_json(path/"config.json")
     if config is None: raise UserError(f"{path}: not a checkpoint folder (it has no config.json)")
     if not isinstance(config, dict): raise UserError(f"{path/'config.json'}: not a model's configuration")
-    tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(path):
-        for name, stored in read_header(file).items():
-            if name in tensors: raise UserError(f"{path}: {name} is in {tensors[name].file.name} and in {file.name}")
-            tensors[name] = stored
-    _check_index(path, tensors)
-    return Checkpoint(path, config, tensors)
+    return Checkpoint(path, config, _all_tensors(path))
 
 # %% ../../nbs/analysis/04_inspection.ipynb #73b8bde3
 PIECE = 8_000_000 # numbers

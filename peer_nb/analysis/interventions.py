@@ -26,9 +26,9 @@ from ..models.product_keys import SCORES, product_top_k
 __all__ = ['UNITS', 'SPAN', 'KEY_BLOCK', 'MODES', 'EDITS_KEYS', 'KEYS_ONLY', 'AnswerBatch', 'answers_of', 'answer_logprobs',
            'Clean', 'at_places', 'clean_pass', 'positions_of', 'heads_of', 'Pairs', 'code_of', 'pairs_of', 'Places',
            'drop', 'renorm', 'ranked', 'weigh', 'others', 'rerouted', 'refill', 'Setting', 'speak_mean', 'speak_other',
-           'setting_of', 'random_keys', 'with_score', 'zero_key', 'random_key', 'check_mode', 'entering', 'slots_in',
-           'rest_of', 'resumed', 'Effects', 'in_parts', 'batch_pairs', 'leaving_out', 'part_effects', 'effects_of',
-           'first_order']
+           'setting_of', 'keys_of', 'random_keys', 'with_score', 'zero_key', 'random_key', 'check_mode', 'entering',
+           'slots_in', 'rest_of', 'resumed', 'Effects', 'in_parts', 'batch_pairs', 'leaving_out', 'part_effects',
+           'effects_of', 'first_order']
 
 # %% ../../nbs/analysis/10_interventions.ipynb #60e6bbbe
 @dataclass
@@ -302,6 +302,16 @@ def setting_of(
     setting.mean = {number: total / tokens[number] for number, total in setting.mean.items()}
     return setting
 
+# %% ../../nbs/analysis/10_interventions.ipynb #553b156d
+def keys_of(
+    layer: MemoryLayer, # with keys
+    rows: Tensor, # [n]
+) -> Tensor: # [n, heads, query_dim]
+    "Whole keys of rows, put together from their parts"
+    sets = layer.keys.shape[0]
+    parts = sub_key_rows(rows[:, None, None].expand(-1, layer.num_heads, 1), layer.sizes, sets)   # [n, heads, D, 1]
+    return layer.keys.flatten(0, 1)[parts].flatten(2)
+
 # %% ../../nbs/analysis/10_interventions.ipynb #ed021cff
 KEY_BLOCK = 4096 # keys that are drawn at a time
 
@@ -313,9 +323,7 @@ def random_keys(
 ) -> Tensor: # [n, heads, query_dim]
     "A random direction for each row and head, as long as the row's own key"
     sets, width = layer.keys.shape[0], layer.keys.shape[2]
-    rows = sub_key_rows(keys[:, None, None].expand(-1, layer.num_heads, 1), layer.sizes, sets)
-    parts = layer.keys.flatten(0, 1)[rows]                                      # [n, heads, D, 1, c]
-    length = parts.flatten(2).norm(dim=-1, keepdim=True)                        # [n, heads, 1]
+    length = keys_of(layer, keys).norm(dim=-1, keepdim=True)                    # [n, heads, 1]
     drawn = torch.empty(len(keys), sets, width * len(layer.sizes), dtype=torch.float64)
     for block in (keys // KEY_BLOCK).unique().tolist():
         rng = torch.Generator().manual_seed((seed * 4096 + number) * 2**20 + block)

@@ -23,7 +23,7 @@ from ..stats import wilson
 
 # %% auto #0
 __all__ = ['swapping', 'swap_rows', 'spoken', 'verdict', 'strongest_rows', 'swap_matrix', 'proportion', 'swapped_answers',
-           'collateral', 'save_swapped']
+           'collateral']
 
 # %% ../../nbs/analysis/12_swaps.ipynb #7ea24410
 def swapping(
@@ -84,7 +84,8 @@ def strongest_rows(
     encoded: list[Encoded], # questions of one length
     layer: int, # with a memory
     facts: int, # at most
-) -> list[tuple[Encoded, int]]: # known facts with their rows, each row once
+    each_once: bool = True, # name a row for one fact only
+) -> list[tuple[Encoded, int]]: # known facts with their rows
     "Known facts, and the row that each needs most"
     clean = clean_pass(model, answers_of(encoded, model.get_input_embeddings().weight.device), [layer])
     best: dict[int, tuple[float, int]] = {}
@@ -93,7 +94,7 @@ def strongest_rows(
             best[e] = min(best.get(e, (0., -1)), (logprob, unit))
     found, used = [], set()
     for e, known in enumerate(clean.right.all(-1).tolist()):
-        if known and e in best and best[e][1] not in used and len(found) < facts:
+        if known and e in best and not (each_once and best[e][1] in used) and len(found) < facts:
             used.add(best[e][1])
             found.append((encoded[e], best[e][1]))
     return found
@@ -168,24 +169,3 @@ def collateral(
         others = [i for i in range(len(chosen)) if i not in (a, b)]
         lost, asked = lost + sum(not right[i] for i in others), asked + len(others)
     return lost, asked
-
-# %% ../../nbs/analysis/12_swaps.ipynb #1637c326
-def save_swapped(
-    model: nn.Module, # as it was loaded; it is changed
-    tokenizer, # with it
-    layer: int, # with a memory
-    rows: tuple[int, int], # that are exchanged
-    folder: str | Path, # new
-) -> Path: # the checkpoint
-    "Exchange two rows for good, and write the model"
-    from peer_nb.files import writable_folder, write_json
-    folder, layers = Path(folder), chosen_layers(model)
-    memory = chosen_layers(model, [layer])[layer]
-    table = getattr(memory, memory.table_names[-1])
-    if sum(getattr(other, other.table_names[-1]) is table for other in layers.values()) > 1:
-        raise UserError(f"layer {layer}: shares its table, and the edit would act in other layers, too")
-    if folder.exists() and any(folder.iterdir()): raise UserError(f"{folder}: is not empty")
-    swap_rows(memory, *rows)
-    for part in (model, tokenizer): part.save_pretrained(writable_folder(folder))
-    write_json(folder/"edits.json", [dict(edit="swap", layer=layer, rows=list(rows))])
-    return folder

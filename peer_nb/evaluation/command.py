@@ -16,7 +16,7 @@ from .loading import choose_window, claim_answers, load_model, model_fingerprint
 from .score_page import benchmark_page
 from .perplexity_command import perplexity
 from .recall_command import recall
-from ..files import folder_lock, writable_folder, write_atomic, write_json
+from ..files import folder_lock, writable_folder, write_json, write_jsonl
 from ..progress import Progress
 
 # %% auto #0
@@ -32,8 +32,9 @@ def write_results(
     "Results, samples and page"
     (folder/"samples").mkdir(exist_ok=True)
     for name, items in scored.engine.get("samples", {}).items():
-        lines = [json.dumps(line, ensure_ascii=False, default=str) for line in sample_lines(items)]
-        write_atomic(folder/"samples"/f"{name.replace('/', '_')}.jsonl", "".join(line + "\n" for line in lines))
+        texts = [json.dumps(line, default=str) for line in sample_lines(items)]
+        lines = [json.loads(text, parse_constant=lambda word: None) for text in texts]   # what is no number is nothing
+        write_jsonl(folder/"samples"/f"{name.replace('/', '_')}.jsonl", lines)
     write_json(folder/"results.json", result)
     benchmark_page(result, folder/"index.html", title)
 

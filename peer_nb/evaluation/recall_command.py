@@ -30,8 +30,8 @@ from ..progress import Progress
 from ..tasks.task import METRICS
 
 # %% auto #0
-__all__ = ['SCHEMA', 'trained_start', 'read_answers', 'flat_metrics', 'recall_result', 'measured_with', 'results_table', 'Asked',
-           'answer_all', 'write_recall', 'run_recall', 'recall']
+__all__ = ['SCHEMA', 'trained_start', 'read_answers', 'flat_metrics', 'recall_result', 'measured_with', 'results_table',
+           'QuestionSet', 'answer_all', 'write_recall', 'run_recall', 'recall']
 
 # %% ../../nbs/evaluation/11_recall_command.ipynb #tstart1c
 def trained_start(
@@ -56,6 +56,8 @@ _MEAN = dict(
     type="object", required=["value", "se", "n"],
     properties=dict(value=_NUMBER, se=dict(type=["number", "null"]), n=dict(type="integer")))
 _COUNTS = dict(type="object", additionalProperties=dict(type="integer", minimum=0))
+
+# %% ../../nbs/evaluation/11_recall_command.ipynb #20526167
 _GROUP = dict(
     type="object",
     required=["split", "by", "count", "errors", "exact_match", "first_digit_accuracy", "digit_accuracy",
@@ -138,7 +140,7 @@ def results_table(groups: Sequence[dict]) -> str: # fixed-width lines, a header 
 
 # %% ../../nbs/evaluation/11_recall_command.ipynb #b3962570
 @dataclass
-class Asked:
+class QuestionSet:
     "What a run asks"
     task: str # of the data set
     questions: list[Question] # all of them
@@ -159,7 +161,7 @@ class Asked:
 
 # %% ../../nbs/evaluation/11_recall_command.ipynb #b5f2fab5
 def answer_all(
-    asked: Asked, # questions
+    asked: QuestionSet, # questions
     model: nn.Module, # with
     tokenizer, # its tokenizer
     folder: Path, # of the results
@@ -181,7 +183,7 @@ def answer_all(
 
 # %% ../../nbs/evaluation/11_recall_command.ipynb #1f2819fc
 def write_recall(
-    asked: Asked, # questions
+    asked: QuestionSet, # questions
     checkpoint: str, # folder of the model
     model: nn.Module, # that answered
     tokenizer, # its tokenizer
@@ -206,7 +208,7 @@ def write_recall(
 
 # %% ../../nbs/evaluation/11_recall_command.ipynb #2da02904
 def run_recall(
-    asked: Asked, # questions
+    asked: QuestionSet, # questions
     checkpoint: str, # folder of the model
     output: Path, # of the results
     processes: Processes, # that share the work
@@ -256,7 +258,7 @@ def recall(
         raise UserError(f"{checkpoint}: not a checkpoint folder (it has no config.json)")
     task, questions = read_questions(data, splits, limit)
     if start == "auto": start = trained_start(Path(checkpoint))
-    asked = Asked(task, questions, Path(data), dict(mode=mode, start=start, top=(top or -1) if logits else 0))
+    asked = QuestionSet(task, questions, Path(data), dict(mode=mode, start=start, top=(top or -1) if logits else 0))
     if show is not None:
         question = asked.find(show)
         print(walk(*load_model(checkpoint), question, start=start))

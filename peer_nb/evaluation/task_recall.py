@@ -17,8 +17,9 @@ from ..files import UserError
 from ..pretrained import model_sizes
 from ..data.corpora import eval_entries, task_arguments
 from .perplexity import DocumentScore, autocast_for
-from .recall import (
-    Z, Encoded, Question, answer_batches, bucket_names, encode_questions, questions_of, start_of, summary)
+from peer_nb.evaluation.recall import (
+    Z, Encoded, Question, answer_batches, answer_metrics, bucket_names, by_bucket, encode_questions, questions_of,
+    start_of)
 from ..tasks.registry import find_task
 from ..tasks.task import METRICS, Columns
 
@@ -114,11 +115,9 @@ def recall_metrics(
     "What the answers show, split by split and, where rows have one, by frequency or difficulty"
     values, errors = {}, {}
     for entry, records in answers.items():
-        groups: dict[str, list[dict]] = {}
-        for record in records:
-            for name in bucket_names(record)[1:]: groups.setdefault(name, []).append(record)
-        for name, group in groups.items():
-            numbers = summary(group)
+        for name, group in by_bucket(records).items():
+            if not name: continue   # all splits together
+            numbers = answer_metrics(group)
             for metric in METRICS:
                 number = numbers[metric]
                 values[f"{entry}/{name}{metric}"] = number["value"]

@@ -16,7 +16,7 @@ from ..study.run import FINISHED
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['in_arm', 'usable', 'counted', 'Contrast', 'contrast', 'table_rows', 'effects_table', 'interactions']
+__all__ = ['in_arm', 'usable', 'usable_runs', 'Contrast', 'contrast', 'table_rows', 'effects_table', 'interactions']
 
 # %% ../../nbs/findings/00_effects.ipynb #65df7f72
 def in_arm(
@@ -37,7 +37,7 @@ def usable(
     return row["state"] in FINISHED and same and value is not None and math.isfinite(value)
 
 # %% ../../nbs/findings/00_effects.ipynb #4dd16177
-def counted(
+def usable_runs(
     rows: pd.DataFrame, # of a study's runs
     metric: str, # a column; may be missing
 ) -> pd.DataFrame: # some of the rows

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..study.plan import Plan
 from ..study.run import fits
-from .effects import counted
+from .effects import usable_runs
 from .results import StudyRuns, loss_curve
 from ..charts import Dot, dots_figure, new_figure, safe
 from ..formats import signed
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['MANY', 'COSTS', 'USAGE', 'metric_range', 'effect_lines', 'level_means', 'effect_figure', 'interval_figure',
-           'level_colours', 'interaction_figure', 'cost_points', 'pareto_front', 'equal_cost', 'cost_figure',
-           'degraded', 'peak_figure', 'curves', 'bands', 'loss_figure', 'band_lines', 'recolouring', 'static_effects',
-           'static_losses', 'static_intervals', 'static_costs', 'usages', 'usage_points', 'usage_figure',
-           'static_usage']
+__all__ = ['MANY', 'COSTS', 'USAGE', 'metric_range', 'effect_lines', 'with_gaps', 'level_means', 'effect_figure',
+           'interval_figure', 'level_colours', 'interaction_figure', 'cost_points', 'pareto_front', 'equal_cost',
+           'cost_figure', 'degraded', 'peak_figure', 'curves', 'bands', 'loss_figure', 'band_lines', 'recolouring',
+           'paper_axes', 'static_effects', 'static_losses', 'static_intervals', 'static_costs', 'usages',
+           'usage_points', 'usage_figure', 'static_usage']
 
 # %% ../../nbs/findings/04_figures.ipynb #98beac04
 MANY = 50 # runs; more are drawn as bands
@@ -51,11 +51,19 @@ def effect_lines(
     metric: str, # a column
 ) -> list[list[tuple[str, float, str]]]: # per line: level, value, run
     "Runs that are equal in all but one axis, each such group in the order of the axis's levels"
-    done = counted(rows, metric)
+    done = usable_runs(rows, metric)
     others, groups = [a for a in axes if a != axis] + ["seed"], {}
     for r in done[[*axes, "seed", "run", metric]].to_dict("records"):
         groups.setdefault(tuple(r[o] for o in others), []).append((r[axis], float(r[metric]), r["run"]))
     return [sorted(line, key=lambda p: axes[axis].index(p[0])) for line in groups.values()]
+
+# %% ../../nbs/findings/04_figures.ipynb #5d541197
+def with_gaps(
+    lines: list[list[tuple[str, float, str]]], # effect_lines
+) -> list[tuple]: # points; after each line one of None
+    "All lines as one, with gaps"
+    gap = (None, None, None)
+    return [p for line in lines for p in [*line, gap]]
 
 # %% ../../nbs/findings/04_figures.ipynb #0d50b667
 def level_means(
@@ -75,9 +83,7 @@ def effect_figure(
 ) -> go.Figure: # interactive
     "What an axis does to a metric: each run, pairs joined, and the means"
     levels, lines = plan.axes[axis], effect_lines(rows, plan.axes, axis, metric)
-    means = level_means(lines, levels)
-    gap = [(None, None, None)]
-    points = [p for line in lines for p in line + gap]
+    means, points = level_means(lines, levels), with_gaps(lines)
     figure = new_figure(height=300, title=axis, showlegend=False)
     figure.add_scatter(
         x=[None if x is None else safe(x) for x, _, _ in points], y=[y for _, y, _ in points],
@@ -119,7 +125,7 @@ def interaction_figure(
     metric: str, # a column
 ) -> go.Figure: # interactive
     "Means of one axis for each level of another"
-    done = counted(rows, metric)
+    done = usable_runs(rows, metric)
     means = done.assign(value=done[metric].astype(float)).groupby([by, x])["value"].mean()
     figure = new_figure(title=f"{x} by {by}")
     for level, colour in level_colours(plan, by).items():
@@ -144,7 +150,7 @@ def cost_points(
 ) -> list[dict[str, Any]]: # levels, cost, value, low, high, seeds; cheapest first
     "Each combination's cost and quality over its seeds"
     groups, points = {}, []
-    for r in counted(rows, metric).to_dict("records"):
+    for r in usable_runs(rows, metric).to_dict("records"):
         if fits(r[cost], float):
             groups.setdefault(tuple(r[a] for a in plan.axes), []).append((r[cost], r[metric]))
     for levels, group in groups.items():
@@ -322,6 +328,19 @@ def _plain(text: str) -> str:
     "Text in which matplotlib finds no formula"
     return str(text).replace("$", r"\$")
 
+# %% ../../nbs/findings/04_figures.ipynb #240e2ee4
+def paper_axes(
+    width: float, # inches
+    height: float, # inches
+    columns: int = 1, # side by side
+) -> tuple[Any, list[Any]]: # matplotlib.figure.Figure, and its axes
+    "An empty figure for a paper"
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=160)
+    axes = list(figure.subplots(1, columns, sharey=True, squeeze=False)[0])
+    for ax in axes: ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
 # %% ../../nbs/findings/04_figures.ipynb #f5b73dcd
 def static_effects(
     rows: pd.DataFrame, # of a study's runs
@@ -329,20 +348,16 @@ def static_effects(
     metric: str, # a column
 ) -> Any: # matplotlib.figure.Figure
     "The effects of all axes on a metric"
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(1 + 2.9*len(plan.axes), 3.1), layout="constrained", dpi=160)
-    for axis, ax in zip(plan.axes, figure.subplots(1, len(plan.axes), sharey=True, squeeze=False)[0]):
+    figure, all_axes = paper_axes(1 + 2.9*len(plan.axes), 3.1, len(plan.axes))
+    for axis, ax in zip(plan.axes, all_axes):
         places = {level: n for n, level in enumerate(plan.axes[axis])}
-        lines, gap = effect_lines(rows, plan.axes, axis, metric), (math.nan, math.nan)
-        # one line with gaps is drawn much faster than many lines
-        points = [p for line in lines for p in [*((places[l], v) for l, v, _ in line), gap]]
-        ax.plot([x for x, _ in points], [y for _, y in points], "o-", color=GREY, lw=.8, ms=3.5)
-        means = level_means(lines, plan.axes[axis])
+        lines = effect_lines(rows, plan.axes, axis, metric)
+        points, means = with_gaps(lines), level_means(lines, plan.axes[axis])
+        ax.plot([places.get(l) for l, *_ in points], [v for _, v, _ in points], "o-", color=GREY, lw=.8, ms=3.5)
         ax.plot([places[l] for l in means], list(means.values()), "D-", color=COLOURS[0], lw=2, ms=6)
         ax.set_xticks(list(places.values()), [_plain(l) for l in places], fontsize=8)
         ax.set(title=_plain(axis), xlim=(-.4, len(places) - .6))
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel(_plain(metric))
+    all_axes[0].set_ylabel(_plain(metric))
     return figure
 
 # %% ../../nbs/findings/04_figures.ipynb #ed73e3ad
@@ -352,9 +367,8 @@ def static_losses(
     axis: str, # whose levels give the colours
 ) -> Any: # matplotlib.figure.Figure
     "Training loss of every run, coloured by one axis"
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 3.6), layout="constrained", dpi=160)
-    ax, width = figure.subplots(), 1 if len(plan.cells) <= MANY else 2
+    figure, [ax] = paper_axes(6, 3.6)
+    width = 1 if len(plan.cells) <= MANY else 2
     for level, colour in level_colours(plan, axis).items():
         lines = [read[c.id] for c in plan.cells if c.levels[axis] == level]
         tokens, mean, low, high = bands(lines)
@@ -365,7 +379,6 @@ def static_losses(
             ax.plot(*line, color=colour, lw=width, alpha=.85, label=None if n else _plain(level))
     ax.set(xlabel="tokens", ylabel="training loss, nats per token")
     ax.legend(title=_plain(axis), frameon=False, fontsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
     return figure
 
 # %% ../../nbs/findings/04_figures.ipynb #7bb84a76
@@ -374,10 +387,8 @@ def static_intervals(
     metric: str, # its name
 ) -> Any: # matplotlib.figure.Figure
     "Differences to the first level with their intervals"
-    from matplotlib.figure import Figure
     levels = list(effects[effects.pairs > 0].itertuples())
-    figure = Figure(figsize=(5.5, 0.9 + 0.3*len(levels)), layout="constrained", dpi=160)
-    ax = figure.subplots()
+    figure, [ax] = paper_axes(5.5, 0.9 + 0.3*len(levels))
     for n, e in enumerate(levels):
         known = e.low is not None and e.low == e.low
         ax.errorbar(e.mean, n, xerr=e.high - e.mean if known else None, fmt="D", color=COLOURS[0], capsize=3, ms=5)
@@ -385,7 +396,6 @@ def static_intervals(
     ax.axvline(0, color=GREY, lw=.8, ls=":")
     ax.invert_yaxis()
     ax.set_xlabel(_plain(f"difference in {metric}"))
-    ax.spines[["top", "right"]].set_visible(False)
     return figure
 
 # %% ../../nbs/findings/04_figures.ipynb #69b37591
@@ -396,18 +406,16 @@ def static_costs(
     direction: str, # minimize or maximize
 ) -> Any: # matplotlib.figure.Figure
     "Quality against operations and parameters"
-    from matplotlib.figure import Figure
     costs = ("flops", "parameters", "active_parameters")
-    figure = Figure(figsize=(9, 3), layout="constrained", dpi=160)
-    for cost, ax in zip(costs, figure.subplots(1, 3, sharey=True)):
+    figure, all_axes = paper_axes(9, 3, 3)
+    for cost, ax in zip(costs, all_axes):
         points = cost_points(rows, plan, cost, metric)
         best = pareto_front(points, direction)
         ax.plot([p["cost"] for p in points], [p["value"] for p in points], "o", color=COLOURS[0], ms=4)
         ax.step([p["cost"] for p in best], [p["value"] for p in best], where="post", color=COLOURS[1])
         if points and points[-1]["cost"] > 4*points[0]["cost"] > 0: ax.set_xscale("log")
         ax.set_xlabel(COSTS[cost])
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel(_plain(metric))
+    all_axes[0].set_ylabel(_plain(metric))
     return figure
 
 # %% ../../nbs/findings/04_figures.ipynb #7ce6e033
@@ -463,9 +471,8 @@ def static_usage(
     plan: Plan, # of the study
 ) -> Any: # matplotlib.figure.Figure
     "The share of rows used by layer, for all axes"
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(1 + 2.9*len(plan.axes), 3.1), layout="constrained", dpi=160)
-    for axis, ax in zip(plan.axes, figure.subplots(1, len(plan.axes), sharey=True, squeeze=False)[0]):
+    figure, all_axes = paper_axes(1 + 2.9*len(plan.axes), 3.1, len(plan.axes))
+    for axis, ax in zip(plan.axes, all_axes):
         colours = level_colours(plan, axis)
         for level, found in usage_points(read, plan, axis, "used").items():
             below = [max(0, 100*(mean - low)) for _, mean, low, _ in found]
@@ -474,6 +481,5 @@ def static_usage(
                         fmt="o-", color=colours[level], capsize=2, ms=4, label=_plain(level))
         ax.set(title=_plain(axis), xlabel="layer", ylim=(0, None))
         ax.legend(frameon=False, fontsize=7)
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("% of rows used")
+    all_axes[0].set_ylabel("% of rows used")
     return figure

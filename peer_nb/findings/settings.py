@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .effects import counted
+from .effects import usable_runs
 from ..stats import Comparison, compare, holm
 
 if TYPE_CHECKING: import pandas as pd
@@ -69,7 +69,7 @@ def settings_of(
     sign: int = 1, # -1 where more is better
 ) -> list[Candidate]: # the best first; settings without a finished run are left out
     "Every setting at its own best learning rate"
-    done, names, out = counted(rows, metric), [a for a in axes if a != NUISANCE], []
+    done, names, out = usable_runs(rows, metric), [a for a in axes if a != NUISANCE], []
     by = chosen_on(metric, rows.columns)
     others = [c for c in rows if "/" in c and ":" not in c and c != metric and c not in COSTS.values()]
     for levels, runs in done.groupby(names, sort=False) if names else [((), done)]:

@@ -33,8 +33,8 @@ __all__ = ['TOP', 'CLAIMS', 'MATCHED', 'CLOCK', 'EFFECTS', 'INTERACTIONS', 'COST
            'CHANGES', 'END', 'VERDICTS', 'match_sentences', 'shown_metrics', 'compared', 'facts', 'top_part',
            'arm_text', 'claim_text', 'claims_part', 'matched_part', 'clock_part', 'effect_rows', 'noise_sentence',
            'effects_part', 'interactions_part', 'costs_part', 'address', 'peaks_part', 'more_parts', 'experts_part',
-           'run_table', 'runs_part', 'taken_from', 'manifests', 'environment', 'commands', 'end_part', 'study_page',
-           'write_figures', 'write_report']
+           'run_table', 'runs_part', 'taken_from', 'manifests', 'run_environments', 'commands', 'end_part',
+           'study_page', 'write_figures', 'write_report']
 
 # %% ../../nbs/findings/06_study_page.ipynb #442aca98
 def _range(m: Match) -> str:
@@ -565,7 +565,7 @@ def manifests(
     return [("runs " + ", ".join(ids), text) for text, ids in groups.items()]
 
 # %% ../../nbs/findings/06_study_page.ipynb #daa2a7ea
-def environment(
+def run_environments(
     rows: pd.DataFrame, # of a study's runs
 ) -> dict[str, str]: # what: values
     "Where the runs ran; more than one value is a difference worth seeing"
@@ -634,7 +634,7 @@ def end_part(
 ) -> str: # HTML
     "What the levels change, how to run it again, and where and on what it ran"
     plan, git = runs.plan, runs.plan.about.get("git") or {}
-    end = dict(commands=commands(runs.folder), environment=environment(runs.rows), manifests=manifests(runs))
+    end = dict(commands=commands(runs.folder), environment=run_environments(runs.rows), manifests=manifests(runs))
     return render(CHANGES, plan=plan) + render(END, plan=plan, git=git, **end)
 
 # %% ../../nbs/findings/06_study_page.ipynb #3fbf67c1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..formats import signed
 from ..study.plan import THRESHOLD, Plan, wall_seconds
 from ..study.run import FINISHED
-from .effects import counted, effects_table
+from .effects import effects_table, usable_runs
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -23,7 +23,7 @@ def best_run(
     plan: Plan, # its primary metric decides
 ) -> dict | None: # a row; None while nothing is done
     "The run with the best primary metric, of those that count"
-    done = counted(rows, plan.metric)
+    done = usable_runs(rows, plan.metric)
     if done.empty: return None
     values = done[plan.metric].astype(float)
     return done.loc[values.idxmin() if plan.direction == "minimize" else values.idxmax()].to_dict()

@@ -23,8 +23,8 @@ from ..study.run import Run
 from ..files import UserError
 
 # %% auto #0
-__all__ = ['AGAIN', 'PAUSE', 'GRACE', 'gpu_devices', 'Devices', 'choose_devices', 'cpu_processes', 'environment', 'Job', 'start',
-           'stop', 'Event', 'Local']
+__all__ = ['EACH', 'AGAIN', 'PAUSE', 'GRACE', 'gpu_devices', 'Devices', 'choose_devices', 'cpu_processes', 'environment',
+           'LocalJob', 'start', 'stop', 'Event', 'Local']
 
 # %% ../../nbs/running/02_local.ipynb #4039112b
 def gpu_devices() -> list[str]: # as CUDA_VISIBLE_DEVICES names them
@@ -58,18 +58,24 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../../nbs/running/02_local.ipynb #81b7d278
+EACH = 4   # GPUs of a run, where nobody says how many
+
 def choose_devices(
-    gpus: int, # of each run, as asked for
+    gpus: int | None, # of each run, as asked for; None: four, or the CPU where there are none
     parallel: int | None, # runs at once; None: as the device suggests
     runs: int, # that are to be started
     found: list[str] | None = None, # CUDA devices; None: look for them
     threads: int | None = None, # of each run; None: what the slots leave
 ) -> Devices:
     "Slots for runs; a UserError where the machine has not what was asked for"
-    if gpus < 0: raise UserError(f"--gpus {gpus}: the number of GPUs of each run; 0 means the CPU")
     _check_parallel(parallel)
     found = gpu_devices() if found is None else found
-    if not found or gpus == 0:
+    if gpus is None: gpus = EACH if found else 0
+    if gpus < 0: raise UserError(f"--gpus {gpus}: the number of GPUs of each run; 0 means the CPU")
+    if gpus and not found:
+        raise UserError(f"--gpus {gpus}: this machine has no CUDA device; --gpus 0 runs on the CPU, and --processes "
+                        f"{gpus} makes there the runs that so many GPUs would make")
+    if gpus == 0:
         slots = min(parallel or max(1, _cores() // (threads or 1)), max(runs, 1))
         threads = threads or max(1, _cores() // slots)
         why = "--gpus 0" if found else "no CUDA device here"
@@ -115,7 +121,7 @@ def environment(
 
 # %% ../../nbs/running/02_local.ipynb #8518f74f
 @dataclass
-class Job:
+class LocalJob:
     "A run under way"
     cell: Cell
     process: subprocess.Popen
@@ -129,14 +135,14 @@ def start(
     cell: Cell, # what to run
     devices: Devices, # for the threads
     visible: list[str], # devices of its slot
-) -> Job:
+) -> LocalJob:
     "Start a run"
     own = environment(devices.threads, visible, devices.processes)
-    return Job(cell, start_run(Run.of(folder, cell.id), own, start_new_session=True))
+    return LocalJob(cell, start_run(Run.of(folder, cell.id), own, start_new_session=True))
 
 # %% ../../nbs/running/02_local.ipynb #26225a12
 def stop(
-    jobs: list[Job], # to end
+    jobs: list[LocalJob], # to end
     patience: float = 30, # seconds to save
 ):
     "Ask runs to end, and insist after a while"
@@ -165,7 +171,7 @@ class Local:
     devices: Devices # slots
     limit: float | None = None # seconds that a run may take
     queue: list[Cell] = field(default_factory=list) # not started
-    jobs: dict[int, Job] = field(default_factory=dict) # slot: what runs in it
+    jobs: dict[int, LocalJob] = field(default_factory=dict) # slot: what runs in it
     again: dict[str, list[float]] = field(default_factory=dict) # run: when it was queued again, monotonic seconds
     farewell: str = "" # for a person who stops the runner
 
@@ -187,7 +193,7 @@ AGAIN, PAUSE = 3, 5.0   # times that a run is queued again; seconds that it then
 
 @patch
 def requeue(self: Local,
-    job: Job, # that has ended
+    job: LocalJob, # that has ended
 ) -> Event | None: # None: the run does not ask for it, or has had it too often
     "Queue a run again that has saved and asks to go on"
     cell, run = job.cell, Run.of(self.folder, job.cell.id)
@@ -211,7 +217,7 @@ GRACE = 60.0 # seconds to save after the time limit
 
 @patch
 def hurry(self: Local,
-    job: Job, # under way
+    job: LocalJob, # under way
 ):
     "Stop a run that takes too long"
     over = time.monotonic() - job.began - (self.limit or float("inf"))

@@ -21,8 +21,8 @@ from ..config import flatten, load_config
 from ..files import UserError
 
 # %% auto #0
-__all__ = ['HASHED', 'torch_version', 'environment_differences', 'config_differences', 'differences', 'Taken', 'same_experiments',
-           'taken_over', 'take', 'taken_lines']
+__all__ = ['HASHED', 'torch_version', 'environment_differences', 'config_differences', 'run_differences', 'Taken',
+           'same_experiments', 'taken_over', 'take', 'taken_lines']
 
 # %% ../../nbs/running/07_reuse.ipynb #8ac70719
 @cache
@@ -67,7 +67,7 @@ def _code_differences(source: Run, plan: Plan, cell: Cell) -> list[str]:
     return [what for what, (there, here) in facts.items() if there != here]
 
 # %% ../../nbs/running/07_reuse.ipynb #8fa4c00f
-def differences(
+def run_differences(
     source: Run, # an earlier one
     plan: Plan, # of the new study
     cell: Cell, # which it may stand for
@@ -102,7 +102,7 @@ def _declared(plan: Plan, cell: Cell, device: str, where: str) -> Taken | None:
                             f"{source.problems.get('result', '')}".strip())
         if plan.metric not in source.result.metrics:
             raise UserError(f"{here} did not measure {plan.metric}, only {', '.join(source.result.metrics)}")
-        return Taken(str(source.folder), entry["reason"], differences(source, plan, cell, device))
+        return Taken(str(source.folder), entry["reason"], run_differences(source, plan, cell, device))
     return None
 
 # %% ../../nbs/running/07_reuse.ipynb #241d0c34

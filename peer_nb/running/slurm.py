@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +27,7 @@ from ..files import UserError, read_json, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['WAITING', 'ALIVE', 'TRIES', 'slurm_options', 'OnNode', 'requeue', 'Seen', 'read_squeue', 'ask', 'largest_array',
-           'Verdict', 'verdict', 'Ticket', 'Slurm', 'records', 'new_record', 'executor_for']
+           'Decision', 'decide', 'Ticket', 'Slurm', 'submissions', 'new_record', 'check_cluster', 'executor_for']
 
 # %% ../../nbs/running/03_slurm.ipynb #41e1b9c2
 def slurm_options(
@@ -112,7 +113,7 @@ ALIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "RESIZING
 TRIES = 3 # for jobs that end without a word
 
 # %% ../../nbs/running/03_slurm.ipynb #3c0f739e
-class Verdict(NamedTuple):
+class Decision(NamedTuple):
     "What to do about a job that is over"
     again: bool # submit its run once more
     state: str | None = None # to write; None: the run's own files are right
@@ -120,24 +121,24 @@ class Verdict(NamedTuple):
     message: str = ""
 
 # %% ../../nbs/running/03_slurm.ipynb #2fd23ea5
-def verdict(
+def decide(
     state: str, # of the run, by its files
     slurm: str, # of the job; GONE: forgotten
     tries: int = 1, # jobs that the run has had from this launcher
-) -> Verdict:
+) -> Decision:
     "What became of a run whose job is over"
-    if state in (*FINISHED, "FAILED"): return Verdict(False)
-    if slurm in ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL"): return Verdict(True)
+    if state in (*FINISHED, "FAILED"): return Decision(False)
+    if slurm in ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL"): return Decision(True)
     if slurm in ("TIMEOUT", "DEADLINE"):
-        return Verdict(False, "FAILED", "timeout", "the job reached its time limit; --retry-failed goes on from its "
+        return Decision(False, "FAILED", "timeout", "the job reached its time limit; --retry-failed goes on from its "
                                                    "checkpoint")
     if slurm == "OUT_OF_MEMORY":
-        return Verdict(False, "FAILED", "out of memory", "Slurm ended the job for want of memory; --slurm mem=… gives "
+        return Decision(False, "FAILED", "out of memory", "Slurm ended the job for want of memory; --slurm mem=… gives "
                                                          "it more")
     if slurm == "CANCELLED":
-        return Verdict(False, "STALE" if state in ("RUNNING", "STALE") else None, "killed", "the job was cancelled")
-    if state == "PREEMPTED": return Verdict(True)
-    return Verdict(True) if tries < TRIES else Verdict(False, "FAILED", "killed",
+        return Decision(False, "STALE" if state in ("RUNNING", "STALE") else None, "killed", "the job was cancelled")
+    if state == "PREEMPTED": return Decision(True)
+    return Decision(True) if tries < TRIES else Decision(False, "FAILED", "killed",
                                                        f"{tries} jobs ended without a status; the folder slurm has "
                                                        f"their logs")
 
@@ -181,7 +182,7 @@ class Slurm:
     def busy(self) -> bool: return bool(self.queue or self.jobs)
 
     @property
-    def names(self) -> list[str]: return [r["name"] for r in records(self.folder)]
+    def names(self) -> list[str]: return [r["name"] for r in submissions(self.folder)]
 
     @property
     def farewell(self) -> str:
@@ -190,7 +191,7 @@ class Slurm:
     def stop(self): "Jobs go on without the runner"
 
 # %% ../../nbs/running/03_slurm.ipynb #ef21976d
-def records(
+def submissions(
     folder: Path, # of a study
 ) -> list[dict]: # name, runs
     "What was submitted, or was about to be"
@@ -203,10 +204,18 @@ def new_record(
 ) -> tuple[str, Path]: # name of the job array, submitit's folder
     "Write down what is about to be submitted"
     (folder/"slurm").mkdir(exist_ok=True)
-    number = len(records(folder)) + 1
+    number = len(submissions(folder)) + 1
     name = f"peer-{sha256_of(str(folder.resolve()))[:8]}-{number:03d}"
     write_json(folder/"slurm"/f"{number:03d}.json", dict(name=name, runs=runs))
     return name, folder/"slurm"/f"{number:03d}"
+
+# %% ../../nbs/running/03_slurm.ipynb #ee2ac8e0
+def check_cluster():
+    "Refuse a study as jobs where none can be submitted"
+    if not shutil.which("sbatch"):
+        raise UserError("--launcher slurm: there is no sbatch here; start the study on a machine that submits jobs to "
+                        "the cluster")
+    if find_spec("submitit") is None: raise UserError("--launcher slurm needs submitit: pip install 'peer_nb[slurm]'")
 
 # %% ../../nbs/running/03_slurm.ipynb #286c44f6
 def executor_for(
@@ -215,8 +224,7 @@ def executor_for(
     place: Path, # for batch scripts, pickles and logs
 ) -> Any: # a submitit executor
     "submitit, told what the command line said"
-    try: import submitit
-    except ImportError: raise UserError("--launcher slurm needs submitit: pip install 'peer_nb[slurm]'") from None
+    import submitit
     own = dict(job_name=name, stderr_to_stdout=True, cpus_per_task=launcher.devices.world_size, signal_delay_s=90,
                **({"gpus_per_node": launcher.gpus} if launcher.gpus and "gres" not in launcher.options else {}))
     own |= {k: v for k, v in dict(partition=launcher.partition,
@@ -252,12 +260,9 @@ def submit(self: Slurm,
     cells: Iterable[Cell], # to be made
 ):
     "Go on watching what is in the scheduler's queue already, and queue the rest"
-    if not shutil.which("sbatch"):
-        raise UserError("--launcher slurm: there is no sbatch here; start the study on a machine that submits jobs to "
-                        "the cluster")
     seen, by_id = ask(self.names), {c.id: c for c in self.plan.cells}
     if seen is None: raise UserError("--launcher slurm: squeue does not answer; is the cluster up?")
-    for record in records(self.folder):
+    for record in submissions(self.folder):
         for element, run in enumerate(record["runs"]):
             job = seen.get((record["name"], element))
             if not job or job.state not in WAITING | ALIVE: continue
@@ -291,7 +296,7 @@ def settled(self: Slurm,
     ticket.over = ticket.over or now
     if state in ("RUNNING", "TODO") and now - ticket.over < self.settle:
         return None   # files may come late over a network
-    what = verdict(state, slurm, self.tries.get(ticket.cell.id, 1))
+    what = decide(state, slurm, self.tries.get(ticket.cell.id, 1))
     del self.jobs[ticket.cell.id]
     if what.again: self.queue.append(ticket.cell); return None
     if what.state:

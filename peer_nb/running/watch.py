@@ -5,7 +5,6 @@
 # %% ../../nbs/running/08_watch.ipynb #4aea4dcd
 from __future__ import annotations
 
-import html
 import shutil
 import sys
 import time
@@ -14,13 +13,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..formats import clock, text_table
 from ..study.run import FINISHED, Run
 from ..findings.results import StudyRuns, load_runs
 
 # %% auto #0
-__all__ = ['bar', 'Progress', 'progress', 'short_error', 'Row', 'Table', 'look_at', 'remaining', 'summary', 'shown', 'table_text',
-           'table_html', 'Screen', 'live_lines', 'follow']
+__all__ = ['bar', 'RunProgress', 'run_progress', 'short_error', 'Row', 'StudyStatus', 'look_at', 'remaining', 'status_line',
+           'shown', 'table_text', 'Screen', 'live_lines', 'follow']
 
 # %% ../../nbs/running/08_watch.ipynb #2594b53b
 def bar(
@@ -33,7 +34,7 @@ def bar(
 
 # %% ../../nbs/running/08_watch.ipynb #6de0c573
 @dataclass
-class Progress:
+class RunProgress:
     "What the heartbeat of a run says"
     fraction: float = 0.0 # of its steps
     tokens_per_second: float | None = None
@@ -42,14 +43,14 @@ class Progress:
     left: float | None = None # seconds of training
 
 # %% ../../nbs/running/08_watch.ipynb #d11e15b3
-def progress(
+def run_progress(
     run: Run, # any
-) -> Progress:
+) -> RunProgress:
     "How far a run is"
     beat = run.heartbeat
     step, total, speed, tokens = (beat.get(k) or 0 for k in ("step", "total_steps", "tokens_per_second", "tokens"))
     left = tokens/step*(total - step)/speed if step and speed and tokens else None
-    return Progress(step/total if total else 0.0, speed or None, beat.get("loss"), beat.get("phase", ""), left)
+    return RunProgress(step/total if total else 0.0, speed or None, beat.get("loss"), beat.get("phase", ""), left)
 
 # %% ../../nbs/running/08_watch.ipynb #11943ea1
 def short_error(
@@ -66,7 +67,7 @@ class Row:
     "What is known of one run, at a glance"
     run: str
     state: str
-    progress: Progress
+    progress: RunProgress
     value: float | None = None # of the primary metric, when it is done
     seconds: float | None = None # of its process
     error: str = "" # kind and class
@@ -75,13 +76,13 @@ class Row:
 def _row(run: Run, metric: str) -> Row:
     "Look at one run: one file for most, two for those under way or done"
     state, seconds = run.state, run.status.seconds
-    if state == "TODO": return Row(run.id, state, Progress())
-    if state in FINISHED: return Row(run.id, state, Progress(1.0), run.result.metrics.get(metric), seconds)
-    return Row(run.id, state, progress(run), None, seconds, "" if state == "RUNNING" else short_error(run.error))
+    if state == "TODO": return Row(run.id, state, RunProgress())
+    if state in FINISHED: return Row(run.id, state, RunProgress(1.0), run.result.metrics.get(metric), seconds)
+    return Row(run.id, state, run_progress(run), None, seconds, "" if state == "RUNNING" else short_error(run.error))
 
 # %% ../../nbs/running/08_watch.ipynb #8f62807b
 @dataclass(repr=False)
-class Table:
+class StudyStatus:
     "The runs of a study as they are now"
     folder: Path
     metric: str # primary
@@ -100,14 +101,14 @@ class Table:
 def look_at(
     runs: StudyRuns, # of a study
     slots: int = 0, # runs at once, if it is known
-) -> Table:
+) -> StudyStatus:
     "The runs of a study at a glance"
-    return Table(runs.folder, runs.plan.metric, [_row(run, runs.plan.metric) for run in runs], slots)
+    return StudyStatus(runs.folder, runs.plan.metric, [_row(run, runs.plan.metric) for run in runs], slots)
 
 # %% ../../nbs/running/08_watch.ipynb #08293e21
 def remaining(
     waiting: int, # runs not started
-    under_way: list[Progress], # those that run
+    under_way: list[RunProgress], # those that run
     took: list[float], # seconds of finished runs
     slots: int, # runs at once
 ) -> float | None: # seconds; None while nothing can be said
@@ -120,16 +121,16 @@ def remaining(
     return max((each*waiting + sum(still))/max(1, slots), *still, 0.0)
 
 # %% ../../nbs/running/08_watch.ipynb #92de9091
-def summary(
-    table: Table, # as it was read
+def status_line(
+    study: StudyStatus, # as it was read
 ) -> str: # one line
     "A study in a line: how many runs are in which state, how fast it goes, and how long it still takes"
-    count, now = table.counts, [r.progress for r in table.rows if r.state == "RUNNING"]
-    took = [r.seconds for r in table.rows if r.state == "DONE" and r.seconds]
-    left = remaining(count.get("TODO", 0), now, took, table.slots or len(now)) if now else None
+    count, now = study.counts, [r.progress for r in study.rows if r.state == "RUNNING"]
+    took = [r.seconds for r in study.rows if r.state == "DONE" and r.seconds]
+    left = remaining(count.get("TODO", 0), now, took, study.slots or len(now)) if now else None
     speed = sum(p.tokens_per_second or 0 for p in now)
     states = ", ".join(f"{n} {state}" for state, n in sorted(count.items(), key=lambda item: -item[1]))
-    parts = [f"{len(table.rows)} runs: {states}"]
+    parts = [f"{len(study.rows)} runs: {states}"]
     if speed: parts.append(f"{speed:,.0f} tokens/s")
     if left is not None: parts.append(f"about {clock(left)} left")
     return "; ".join(parts)
@@ -153,26 +154,25 @@ def shown(
 
 # %% ../../nbs/running/08_watch.ipynb #4a6e1d45
 def table_text(
-    table: Table, # as it was read
+    study: StudyStatus, # as it was read
     states: Iterable[str] | None = None, # only runs in these; None: all
 ) -> str: # lines
     "The table for a terminal: columns that nobody fills are left out"
-    rows = [shown(r, table.metric) for r in table.rows if states is None or r.state in states]
+    rows = [shown(r, study.metric) for r in study.rows if states is None or r.state in states]
     used = [k for k in (rows[0] if rows else {}) if any(r[k] for r in rows)]
     return text_table([{k: r[k] for k in used} for r in rows])
 
 # %% ../../nbs/running/08_watch.ipynb #5b9495be
-def table_html(
-    table: Table, # as it was read
-) -> str: # HTML
-    "The table for a notebook"
-    rows = [shown(r, table.metric) for r in table.rows]
-    head = "".join(f"<th>{html.escape(k)}</th>" for k in (rows[0] if rows else {}))
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(v)}</td>" for v in r.values()) + "</tr>" for r in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{html.escape(summary(table))}</p>"
+@patch
+def _repr_html_(self: StudyStatus) -> str: # HTML
+    "The table in a notebook"
+    from peer_nb.page import table_html, text_html
+    rows = [shown(r, self.metric) for r in self.rows]
+    return table_html(rows, {k: k for r in rows[:1] for k in r}) + text_html(status_line(self))
 
-Table._repr_html_ = table_html
-Table.__repr__ = lambda self: f"Table({summary(self)})"
+# %% ../../nbs/running/08_watch.ipynb #28daedfd
+@patch
+def __repr__(self: StudyStatus) -> str: return f"StudyStatus({status_line(self)})"
 
 # %% ../../nbs/running/08_watch.ipynb #aca61f8d
 class Screen:
@@ -204,25 +204,25 @@ class Screen:
 
 # %% ../../nbs/running/08_watch.ipynb #c08af5f3
 def live_lines(
-    table: Table, # as it was read
+    study: StudyStatus, # as it was read
     most: int = 20, # runs at most
 ) -> list[str]:
     "What is worth seeing while a study runs: the runs under way, and the study in a line"
-    lines = table_text(table, ["RUNNING"]).splitlines()
+    lines = table_text(study, ["RUNNING"]).splitlines()
     hidden = len(lines) - 1 - most
-    return lines[:most + 1] + ([f"and {hidden} more"] if hidden > 0 else []) + [summary(table)]
+    return lines[:most + 1] + ([f"and {hidden} more"] if hidden > 0 else []) + [status_line(study)]
 
 # %% ../../nbs/running/08_watch.ipynb #82feef89
 def follow(
     folder: str | Path, # of a study
     every: float = 2.0, # seconds between two looks
-) -> Table: # as it was at the end
+) -> StudyStatus: # as it was at the end
     "Show a study until it is over; outside a terminal, a line whenever something changed"
     screen, runs, before = Screen(), load_runs(folder), None
     while True:
         table = look_at(runs := load_runs(folder, runs.plan, runs))
         if screen.live: screen.draw(live_lines(table))
-        elif table.counts != before: screen.say(summary(table))
+        elif table.counts != before: screen.say(status_line(table))
         before = table.counts
         if table.over or getattr(sys.stdout, "gone", False): return table   # nobody reads it any more
         time.sleep(every)

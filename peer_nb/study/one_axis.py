@@ -20,7 +20,7 @@ from .places import placed, read_place
 from .study import Study, study_from_dict
 
 # %% auto #0
-__all__ = ['AXES', 'level_name', 'level_keys', 'Axis', 'OneAxis', 'is_one_axis', 'read_one_axis', 'tracking', 'starting_config',
+__all__ = ['AXES', 'level_name', 'level_keys', 'OneAxis', 'is_one_axis', 'read_one_axis', 'held_keys', 'starting_config',
            'as_study', 'pinned_value']
 
 # %% ../../nbs/study/07_one_axis.ipynb #a7e0a5a1
@@ -53,13 +53,6 @@ def level_keys(
     return own | {"train_config.per_device_train_batch_size": rows}
 
 # %% ../../nbs/study/07_one_axis.ipynb #f5b62f83
-@dataclass
-class Axis:
-    "What is varied"
-    name: Text # one of AXES
-    values: Annotated[list, Allowed("a list with at least one value", len)] # in the order of the figures
-    default: Any # what a configuration of the file has when nothing is pinned
-
 @dataclass
 class OneAxis:
     "A file of one axis"
@@ -103,15 +96,18 @@ def read_one_axis(
     return OneAxis(axis=axis, hold=given["hold"], primary=given.get("primary") or {}, claims=given.get("claims") or [],
                    **plain)
 
-# %% ../../nbs/study/07_one_axis.ipynb #a5585890
-def tracking(
-    file: OneAxis, # for the group
-) -> dict[str, Any] | None: # section wandb_config; None: nobody asks for it
-    "Weights & Biases, where the environment names a project"
-    project = os.environ.get("WANDB_PROJECT")
-    return dict(project=project, group=file.name) if project else None
-
 # %% ../../nbs/study/07_one_axis.ipynb #5d19b5bd
+def held_keys(
+    file: OneAxis, # as read
+    base: str, # folder or hub name of the model
+) -> dict[str, Any]: # as a configuration file has them
+    "What is equal in every run"
+    held = {**file.hold, "model_config": {**file.hold.get("model_config", {}), "pretrained": base}}
+    if os.environ.get("WANDB_PROJECT"): held.setdefault("wandb_config", {})
+    if AXES[file.axis["name"]].startswith("lora_config"): held.setdefault("lora_config", {})
+    return held
+
+# %% ../../nbs/study/07_one_axis.ipynb #b7e24ca8
 def starting_config(
     file: OneAxis, # as read
     where: str, # the file, for messages
@@ -119,11 +115,7 @@ def starting_config(
     overrides: dict[str, Any], # of the command line
 ) -> Config: # of a run with the axis at its default
     "What every run of the file starts from"
-    held = {**file.hold, "model_config": {**file.hold.get("model_config", {}), "pretrained": base}}
-    if (tracked := tracking(file)) is not None: held["wandb_config"] = tracked
-    # the axis decides between adapters and the whole model only where it speaks of adapters
-    if AXES[file.axis["name"]].startswith("lora_config"): held.setdefault("lora_config", {})
-    config = apply_overrides(config_from_dict(held, f"{where}: hold"), overrides)
+    config = apply_overrides(config_from_dict(held_keys(file, base), f"{where}: hold"), overrides)
     return apply_overrides(config, {AXES[file.axis["name"]]: file.axis["default"]})
 
 # %% ../../nbs/study/07_one_axis.ipynb #fa187916
@@ -136,8 +128,6 @@ def as_study(
     "The study that a file means"
     axis = file.axis["name"]
     axes = {axis: {level_name(value): level_keys(axis, value, config) for value in values}}
-    if config.wandb_config:
-        for level, keys in axes[axis].items(): keys["wandb_config.name"] = f"{axis}={level}"
     rates = file.learning_rates or []
     if not pinned and len(rates) > 1:
         axes["learning_rate"] = {level_name(rate): {AXES["learning_rate"]: rate} for rate in rates}

@@ -14,10 +14,10 @@ import yaml
 from ..config import ConfigError
 
 # %% auto #0
-__all__ = ['Place', 'read_place', 'at', 'placed', 'chosen_levels']
+__all__ = ['LocatedFile', 'read_place', 'at', 'placed', 'chosen_levels']
 
 # %% ../../nbs/study/00_places.ipynb #315a3a0f
-class Place(str):
+class LocatedFile(str):
     "A file's name that knows on which line its keys stand"
     lines: dict[str, int] = {} # dotted path of a key: line, from 1
 
@@ -36,9 +36,9 @@ def _walk(node: yaml.Node | None, path: str, lines: dict[str, int]):
 # %% ../../nbs/study/00_places.ipynb #6d4a3dbc
 def read_place(
     path: str | Path, # a YAML file
-) -> Place: # without lines where the file is no YAML, which whoever reads it will say
+) -> LocatedFile: # without lines where the file is no YAML, which whoever reads it will say
     "The place of a file"
-    place = Place(path)
+    place = LocatedFile(path)
     place.lines = {}
     try: _walk(yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.SafeLoader), "", place.lines)
     except (OSError, ValueError, yaml.YAMLError, RecursionError): pass

@@ -17,14 +17,15 @@ from .claims import read_claims
 from .places import at, chosen_levels, placed, read_place
 from ..config import Config, ConfigError, Count, DataMix, Seed, Text, apply_overrides
 from ..config import convert, read_yaml, to_dict
-from ..schema import Allowed, Positive
+from ..models.options import Allowed, Positive
 from ..files import UserError, sha256_of
 
 # %% auto #0
-__all__ = ['Design', 'NOTHING', 'READERS', 'BUILTIN_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study', 'known_keys',
-           'read_constraints', 'dropped', 'read_reuse', 'check_budget', 'study_from_dict', 'load_study', 'combinations',
-           'expert_setup_levels', 'selection_heads_levels', 'data_mix_levels', 'builtin_axes', 'heldout_sets',
-           'shared_overrides', 'check_owned', 'check_levels', 'cell_overrides', 'step_tokens', 'planned_tokens']
+__all__ = ['Design', 'NOTHING', 'READERS', 'BUILTIN_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study', 'check_study_keys',
+           'read_constraints', 'dropped', 'read_reuse', 'check_budget', 'check_seeds', 'study_from_dict', 'load_study',
+           'neighbours', 'combinations', 'expert_setup_levels', 'selection_heads_levels', 'data_mix_levels',
+           'check_axis', 'axis_levels', 'builtin_axes', 'heldout_sets', 'shared_overrides', 'check_owned',
+           'check_levels', 'cell_overrides', 'step_tokens', 'planned_tokens']
 
 # %% ../../nbs/study/02_study.ipynb #60cea7fe
 @dataclass
@@ -68,7 +69,7 @@ class Study:
     claims: list[dict[str, Any]] = field(default_factory=list) # what is expected to be found
 
 # %% ../../nbs/study/02_study.ipynb #1d8d1393
-def known_keys(
+def check_study_keys(
     data: dict[str, Any], # what YAML gave
     file: str, # for the message
 ) -> dict[str, Any]: # data itself
@@ -185,6 +186,15 @@ def check_budget(
         raise ConfigError(file, "budget.seconds",
                           f"has no effect with matched: {budget.matched}; use matched: wall_time")
 
+# %% ../../nbs/study/02_study.ipynb #7c0a0bd4
+def check_seeds(
+    seeds: list[int] | None, # as read
+    file: str, # for messages
+):
+    "Refuse a seed that stands twice"
+    if len({*(seeds or [])}) < len(seeds or []):
+        raise ConfigError(file, "seeds", f"{seeds} has duplicates; a seed twice is the same run twice")
+
 # %% ../../nbs/study/02_study.ipynb #1ca4dc01
 READERS = {"constraints": read_constraints, "reuse": read_reuse, "claims": read_claims}
 
@@ -195,13 +205,12 @@ def study_from_dict(
 ) -> Study: # checked as far as that is possible without the base
     "A study from plain data; an unknown key, a wrong value or an empty study is a ConfigError"
     kinds = get_type_hints(Study, include_extras=True)
-    given = {k: v for k, v in known_keys(data, file).items() if v is not None}
+    given = {k: v for k, v in check_study_keys(data, file).items() if v is not None}
     axes = _axes(given.pop("axes"), file)
     lists = {k: read(given.pop(k), axes, file) for k, read in READERS.items() if k in given}
     study = Study(axes=axes, **lists, **{k: convert(kinds[k], v, file, k) for k, v in given.items()})
     check_budget(study.budget, file)
-    if study.seeds and len(set(study.seeds)) < len(study.seeds):
-        raise ConfigError(file, "seeds", f"{study.seeds} has duplicates; a seed twice is the same run twice")
+    check_seeds(study.seeds, file)
     return study
 
 # %% ../../nbs/study/02_study.ipynb #3260def1
@@ -218,26 +227,32 @@ def load_study(
     study.reuse_from = [str((path.parent/Path(p).expanduser()).resolve()) for p in study.reuse_from]
     return study
 
+# %% ../../nbs/study/02_study.ipynb #3e77627d
+def neighbours(
+    levels: list[list[str]], # of each axis
+    last: bool, # the reference has each axis's last level, not its first
+    changes: int, # axes in which a cell may leave the reference
+) -> list[list[str]]: # a level of each axis, in their order
+    "The reference, and the cells near it"
+    rows = {tuple(len(l) - 1 if last else 0 for l in levels)}
+    for _ in range(changes):
+        rows |= {(*row[:i], n, *row[i + 1:]) for row in rows for i, l in enumerate(levels) for n in range(len(l))}
+    return [[l[n] for l, n in zip(levels, row)] for row in sorted(rows)]
+
 # %% ../../nbs/study/02_study.ipynb #f8994d40
 def combinations(
     axes: dict[str, dict], # axis, level
     design: Design = "full", # which of the combinations
 ) -> list[dict[str, str]]: # axis: level, one per cell, in the axes' order
     "The cells of a design, before seeds"
-    names, levels = list(axes), [list(axes[a]) for a in axes]
-    if design == "list":
-        if len({len(l) for l in levels}) > 1:
-            raise UserError("design list takes one level of every axis per cell, so all axes need equally many; got "
-                            + ", ".join(f"{a}: {len(l)}" for a, l in zip(names, levels)))
-        return [dict(zip(names, row)) for row in zip(*levels)]
-    if design == "full": return [dict(zip(names, row)) for row in itertools.product(*levels)]
-    reference = tuple(len(l) - 1 if design == "leave_one_out" else 0 for l in levels)
-    rows = {reference}
-    for leave in itertools.chain.from_iterable(itertools.combinations(range(len(names)), k)
-                                               for k in range(1, 3 if design == "pairs" else 2)):
-        rows |= set(itertools.product(*([n for n in range(len(l)) if n != reference[i]] if i in leave
-                                        else [reference[i]] for i, l in enumerate(levels))))
-    return [{a: l[n] for a, l, n in zip(names, levels, row)} for row in sorted(rows)]
+    levels = [[*own] for own in axes.values()]
+    if design == "list" and len({*map(len, levels)}) > 1:
+        raise UserError("design list takes one level of every axis per cell, so all axes need equally many; got "
+                        + ", ".join(f"{a}: {len(own)}" for a, own in axes.items()))
+    if design == "list": rows = zip(*levels)
+    elif design == "full": rows = itertools.product(*levels)
+    else: rows = neighbours(levels, design == "leave_one_out", 2 if design == "pairs" else 1)
+    return [dict(zip(axes, row)) for row in rows]
 
 # %% ../../nbs/study/02_study.ipynb #da9baa23
 def _grid(sizes: Iterable[int], neurons: int) -> str:
@@ -296,6 +311,33 @@ def data_mix_levels(
 # %% ../../nbs/study/02_study.ipynb #75eea4e3
 BUILTIN_AXES = ("data_mix", "expert_setup", "selection_heads")
 
+# %% ../../nbs/study/02_study.ipynb #e8ae0aad
+def check_axis(
+    axis: str, # as asked for
+    base: Config, # what its levels are relative to
+):
+    "Refuse an axis that is not built in, or that has nothing to vary"
+    if axis not in BUILTIN_AXES:
+        near = "".join(f"; did you mean {name!r}?" for name in get_close_matches(axis, BUILTIN_AXES, 1, 0.4))
+        raise UserError(f"--axes: unknown axis {axis!r}{near} Known: {', '.join(BUILTIN_AXES)}")
+    if axis != "data_mix" and not base.model_config.use_peer:
+        raise UserError(f"--axes {axis}: the base has no memory layers (model_config.use_peer is false), so there "
+                        f"is nothing to vary")
+
+# %% ../../nbs/study/02_study.ipynb #aa569855
+def axis_levels(
+    axis: str, # one of BUILTIN_AXES
+    base: Config, # what the levels are relative to
+    mixes: dict[str, DataMix], # custom data mixes by key
+) -> tuple[dict[str, dict], dict[str, str]]: # level: overrides; level left out: reason
+    "The levels of a built-in axis that the base can have"
+    make = expert_setup_levels if axis == "expert_setup" else selection_heads_levels
+    levels, missing = data_mix_levels(base, mixes) if axis == "data_mix" else make(base)
+    for level, overrides in levels.items():
+        try: apply_overrides(base, overrides)
+        except ConfigError as e: missing[level] = str(e)
+    return {l: o for l, o in levels.items() if l not in missing}, missing
+
 # %% ../../nbs/study/02_study.ipynb #ec29283f
 def builtin_axes(
     base: Config, # what the levels are relative to
@@ -305,21 +347,9 @@ def builtin_axes(
     "The built-in axes around a base; levels that the base cannot have are left out with their reason"
     axes, left_out = {}, {}
     for axis in names:
-        if axis not in BUILTIN_AXES:
-            near = get_close_matches(axis, BUILTIN_AXES, 1, 0.4)
-            raise UserError(f"--axes: unknown axis {axis!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-                            + f" Known: {', '.join(BUILTIN_AXES)}")
-        if axis != "data_mix" and not base.model_config.use_peer:
-            raise UserError(f"--axes {axis}: the base has no memory layers (model_config.use_peer is false), so there "
-                            f"is nothing to vary")
-        make = {"data_mix": lambda b: data_mix_levels(b, mixes or {}), "expert_setup": expert_setup_levels,
-                "selection_heads": selection_heads_levels}
-        levels, missing = make[axis](base)
-        for level, overrides in levels.items():
-            try: apply_overrides(base, overrides)
-            except ConfigError as e: missing[level] = str(e)
-        axes[axis] = {l: o for l, o in levels.items() if l not in missing}
-        left_out.update({f"{axis}: {l}": why for l, why in missing.items()})
+        check_axis(axis, base)
+        axes[axis], missing = axis_levels(axis, base, mixes or {})
+        left_out |= {f"{axis}: {level}": why for level, why in missing.items()}
     return axes, left_out
 
 # %% ../../nbs/study/02_study.ipynb #885373f0

@@ -32,6 +32,7 @@ ALPHABETS = dict(
     letters=string.ascii_lowercase + string.ascii_uppercase, lower=string.ascii_lowercase,
     hex=string.digits + "abcdef", digits=string.digits, alphanumeric=string.ascii_letters + string.digits)
 
+# %% ../../nbs/tasks/05_hashhop.ipynb #48d2faba
 def hashes(
     count: int, # at most len(alphabet)**length
     alphabet: str, # characters, each once
@@ -299,10 +300,11 @@ def split_levels(
     names = [f"test_{name}" for name in levels_of(difficulties, hops, chain_of_thought)]
     return dict(train=TRAINED) | dict.fromkeys(names, NOVEL)
 
-# %% ../../nbs/tasks/05_hashhop.ipynb #cf36be45
+# %% ../../nbs/tasks/05_hashhop.ipynb #ab5e337b
 # ^ is the beginning of a line
 HASH = r"(?m)^[^\s=']+(?= = )|(?:(?<== )|(?<== '))[^\s=']+"
 
+# %% ../../nbs/tasks/05_hashhop.ipynb #cf36be45
 HASHHOP = Task(
     hashhop, split_levels, HASHHOP_MASK, entity=HASH, in_context=True, questions=completed_queries,
     groups=("difficulty", "hops", "chain_of_thought", "alphabet", "length"))

@@ -15,18 +15,17 @@ from peer_nb.tasks.task import (
     training_columns)
 
 # %% auto #0
-__all__ = ['FREQUENCIES', 'SYNTHETIC_QA', 'check_synthetic_qa', 'synthetic_qa']
+__all__ = ['FREQUENCIES', 'SYNTHETIC_QA', 'check_buckets', 'heldout_pairs', 'synthetic_qa']
 
 # %% ../../nbs/tasks/02_synthetic_qa.ipynb #b46b9d36
 FREQUENCIES = (1, 2, 4, 8, 16, 32, 64, 128)
 
-def check_synthetic_qa(
+# %% ../../nbs/tasks/02_synthetic_qa.ipynb #dfd776ad
+def check_buckets(
     num_pairs: int, # in all
     frequencies: Sequence[int], # of the buckets
-    val_fraction: float, # held out for validation
-    test_fraction: float, # held out for the test
-) -> tuple[int, int]: # the numbers of held-out pairs (val, test) in each bucket
-    "Refuse what can't be made"
+):
+    "Refuse more pairs than there are numbers, and frequencies that are none"
     check_count(num_pairs, "num_pairs")
     require(2*num_pairs <= NUMBERS, "num_pairs", num_pairs,
         f"there are {NUMBERS:,} six-digit numbers and a pair takes two; at most {NUMBERS//2:,}")
@@ -34,6 +33,15 @@ def check_synthetic_qa(
     for f in frequencies: check_count(f, "frequencies")
     each_once = len(set(frequencies)) == len(frequencies)
     require(each_once, "frequencies", " ".join(map(str, frequencies)), "each may stand once")
+
+# %% ../../nbs/tasks/02_synthetic_qa.ipynb #b3ab40da
+def heldout_pairs(
+    num_pairs: int, # in all
+    frequencies: Sequence[int], # of the buckets
+    val_fraction: float, # held out for validation
+    test_fraction: float, # held out for the test
+) -> tuple[int, int]: # val, test
+    "How many pairs of each bucket are held out; refused where none is left to train on"
     for name, part in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         require(0 <= part < 1, name, part, "must be at least 0 and below 1")
     size = num_pairs//len(frequencies)   # of the smallest bucket
@@ -53,7 +61,8 @@ def synthetic_qa(
     seed: int = 0, # other seeds, other numbers
 ) -> dict[str, Columns]: # train; known (each trained pair once), val and test with prompt, answer, frequency
     "Pairs of six-digit numbers, each trained on exactly as often as its bucket says"
-    val, test = check_synthetic_qa(num_pairs, frequencies, val_fraction, test_fraction)
+    check_buckets(num_pairs, frequencies)
+    val, test = heldout_pairs(num_pairs, frequencies, val_fraction, test_fraction)
     check_count(pairs_per_row, "pairs_per_row")
     check_count(seed, "seed", 0)
     entities = numbers(2*num_pairs, seed, "synthetic_qa", "numbers")

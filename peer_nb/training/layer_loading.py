@@ -24,7 +24,7 @@ from .freezing import pattern_regex, plain_name, read_map
 
 # %% auto #0
 __all__ = ['SECTIONS', 'LAYER', 'MapError', 'layer_range', 'layer_pairs', 'Component', 'component_pairs', 'LayerMap',
-           'read_layer_map', 'Stored', 'safetensors_source', 'sharded_source', 'checkpoint_folder', 'open_source',
+           'read_layer_map', 'Stored', 'safetensors_source', 'sharded_source', 'checkpoint_folder', 'weights_source',
            'Move', 'LoadReport', 'plan_moves', 'PretrainedLayerLoader', 'checkpoint_options']
 
 # %% ../../nbs/training/07_layer_loading.ipynb #4fe7b64d
@@ -209,7 +209,7 @@ def checkpoint_folder(
     raise UserError(f"{path}: has no checkpoint-{step}; there are {', '.join(p.name for p in found)}")
 
 # %% ../../nbs/training/07_layer_loading.ipynb #b0de2449
-def open_source(
+def weights_source(
     path: str | Path, # a .safetensors file; or a folder: of a run, a checkpoint, from the hub, or with shards
     step: int | None = None, # of a run's folder; None: the newest
 ) -> dict[str, Stored]: # name -> tensor
@@ -309,7 +309,7 @@ class PretrainedLayerLoader:
         strict: bool = True, # all that the map names must be there and fit
     ):
         self.path, self.strict, self.layer_map = path, strict, read_layer_map(layer_map)
-        self.source = open_source(path, step)
+        self.source = weights_source(path, step)
 
     def plan(self, model: nn.Module) -> LoadReport:
         "What `load` would do, without doing it"

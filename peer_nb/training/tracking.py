@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..analysis.usage_statistics import EDGES, hot_rows, usage_histogram, usage_statistics
 from ..config import Config, PeerConfig, flatten
-from ..files import UserError, append_jsonl, read_json, read_jsonl, write_atomic, write_json
+from ..files import UserError, append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from ..progress import Progress
 from ..models.peer import ExpertUsage, MemoryLayer
 
@@ -53,7 +53,7 @@ def keep_metrics(
     "Drop the lines after a step"
     found = read_jsonl(path)
     kept = [line for line in found if line["step"] <= step]
-    if len(kept) < len(found) or path.exists(): write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+    if len(kept) < len(found) or path.exists(): write_jsonl(path, kept)
     return kept
 
 # %% ../../nbs/training/05_tracking.ipynb #8d840d7d
@@ -225,17 +225,19 @@ def start_wandb(
     import wandb
     section, known = cfg.wandb_config, read_json(out/"wandb.json") or {}
     identity = known.get("id") or uuid.uuid4().hex[:12]
+    project = section.project or os.environ.get("WANDB_PROJECT") or "peer_nb"
+    levels = {f"levels.{axis}": level for axis, level in json.loads(section.levels or "{}").items()}
     mode = None if os.environ.get("WANDB_MODE") or has_wandb_key() else "offline"
     if mode: log.info("Weights & Biases: no key is known here, so the run is kept in %s (wandb sync uploads it)", out)
     try:
-        run = wandb.init(project=section.project, entity=section.entity, name=section.name, group=section.group,
-                         id=identity, resume="allow", mode=mode, dir=str(out), config=flatten(cfg),
+        run = wandb.init(project=project, entity=section.entity, name=section.name, group=section.group, id=identity,
+                         resume="allow", mode=mode, dir=str(out), config=flatten(cfg) | levels,
                          settings=wandb.Settings(console="off", silent=True))
     except wandb.Error as error:
         raise UserError(f"wandb_config: Weights & Biases cannot be reached as asked: {error}. Log in (wandb login), "
                         "keep the data here for later (WANDB_MODE=offline), or leave the section out "
                         "(wandb_config=null)") from error
-    write_json(out/"wandb.json", dict(id=identity, project=section.project))
+    write_json(out/"wandb.json", dict(id=identity, project=project))
     return run
 
 # %% ../../nbs/training/05_tracking.ipynb #ff7578b9

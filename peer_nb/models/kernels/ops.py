@@ -201,7 +201,7 @@ def experts_backward(grad: Tensor, down: Tensor, up: Tensor, x: Tensor, weights:
     "Gradients of both tables (all rows, or those of `numbers`), the input and the weights"
     rows = kernels("rows")
     s = rows.segments(index, len(down), numbers)
-    found = rows.by_row(grad, weights, s, up, x, pre, activation, dtype=down.dtype)
+    found = rows.row_gradients(grad, weights, s, up, x, pre, activation, dtype=down.dtype)
     grad_weights = found.weights.unflatten(1, (index.shape[1], -1)).sum(-1).to(weights.dtype)
     return found.down, found.up, rows.sum_rows(down, index, found.pre, x.dtype), grad_weights
 
@@ -237,7 +237,7 @@ def experts_factors(grad: Tensor, down: Tensor, up: Tensor, x: Tensor, weights: 
     "Gradients of the input and the weights; those of the tables that learn are handed out in factors"
     rows = kernels("rows")
     s = rows.segments(index, len(down))
-    found = rows.by_row(grad, weights, s, up, x, pre, activation, sums=False)
+    found = rows.row_gradients(grad, weights, s, up, x, pre, activation, sums=False)
     # [tokens, P, h]
     hidden = rows.ACTIVATIONS[activation](pre).unflatten(1, (index.shape[1], -1)) * weights.unsqueeze(-1)
     grad_x = rows.sum_rows(down, index, found.pre, x.dtype)
@@ -314,7 +314,7 @@ def values_backward(grad: Tensor, table: Tensor, weights: Tensor, index: Tensor,
                     numbers: Tensor | None) -> tuple[Tensor, Tensor]:
     "Gradients of the table (all rows, or those of `numbers`) and the weights"
     rows = kernels("rows")
-    found = rows.by_row(grad, weights, rows.segments(index, len(table), numbers), table, dtype=table.dtype)
+    found = rows.row_gradients(grad, weights, rows.segments(index, len(table), numbers), table, dtype=table.dtype)
     return found.up, found.weights.to(weights.dtype)
 
 # %% ../../../nbs/models/kernels/03_ops.ipynb #6ed25602
@@ -330,7 +330,7 @@ def values_factors(grad: Tensor, table: Tensor, weights: Tensor, index: Tensor, 
     "Gradient of the weights; the table's is handed out in factors"
     rows = kernels("rows")
     s = rows.segments(index, len(table))
-    found = rows.by_row(grad, weights, s, table, sums=False)
+    found = rows.row_gradients(grad, weights, s, table, sums=False)
     give(table, weights.float().clone(), grad, index, s, copy)
     return found.weights.to(weights.dtype)
 
@@ -407,7 +407,7 @@ def chosen_scores(
 def retrieve(query: Tensor, keys: Tensor, sizes: list[int], k: int) -> tuple[Tensor, Tensor]:
     "Scores [tokens, heads, k] float32, best first, and row numbers"
     retrieval = kernels("retrieval")
-    return retrieval.retrieve(query, keys, sizes, k)
+    return retrieval.retrieve_rows(query, keys, sizes, k)
 
 # %% ../../../nbs/models/kernels/03_ops.ipynb #1407da60
 @retrieve.register_fake
@@ -427,7 +427,7 @@ def retrieve_backward(grad: Tensor, query: Tensor, keys: Tensor, index: Tensor,
     # [tokens*heads*D, k]
     chosen = sub_key_rows(index, sizes, keys.shape[0]).flatten(0, 2)
     weights = grad.unsqueeze(2).expand(-1, -1, len(sizes), -1).reshape(chosen.shape)
-    by_key = rows.by_row(pieces, weights, rows.segments(chosen, len(flat)), dtype=keys.dtype)
+    by_key = rows.row_gradients(pieces, weights, rows.segments(chosen, len(flat)), dtype=keys.dtype)
     return rows.sum_rows(flat, chosen, weights, query.dtype).view(query.shape), by_key.up.view(keys.shape)
 
 # %% ../../../nbs/models/kernels/03_ops.ipynb #0cdc2a83

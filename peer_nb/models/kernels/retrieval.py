@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'packed', 'score_of', 'place_of', 'ordered', 'keep_best', 'best_of_set', 'merge_sets', 'retrieve_kernel',
-           'rank_pairs', 'retrieve']
+           'rank_pairs', 'retrieve_rows']
 
 # %% ../../../nbs/models/kernels/00_retrieval.ipynb #4a5c61d2
 from functools import lru_cache
@@ -134,7 +134,7 @@ def rank_pairs(
     return torch.tensor(padded, dtype=torch.int32, device=device), width
 
 # %% ../../../nbs/models/kernels/00_retrieval.ipynb #efb50924
-def retrieve(
+def retrieve_rows(
     query: Tensor, # [tokens, heads, query_dim]
     keys: Tensor, # [heads or 1, sum of sizes, query_dim / D], in query's dtype
     sizes: list[int], # sub-keys per dimension
