@@ -22,8 +22,8 @@ if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerB
 
 # %% auto #0
 __all__ = ['in_folder', 'read_parts', 'adapted_base', 'read_adapted', 'check_weights', 'check_finite', 'check_tokenizer',
-           'longest_context', 'choose_window', 'load_model', 'load_to_train', 'model_fingerprint', 'claim_answers',
-           'files_fingerprint']
+           'document_start', 'longest_context', 'choose_window', 'load_model', 'load_to_train', 'model_fingerprint',
+           'claim_answers', 'files_fingerprint']
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0008
 def in_folder(
@@ -128,6 +128,13 @@ def check_tokenizer(
     known = set(tokenizer(printable, add_special_tokens=False, verbose=False)["input_ids"])
     if not known - set(tokenizer.all_special_ids):
         raise UserError("there is no tokenizer that knows any text: its files are missing, or empty")
+
+# %% ../../nbs/evaluation/00_loading.ipynb #e0d067dd
+def document_start(
+    tokenizer: PreTrainedTokenizerBase, # any
+) -> int | None: # None: it has neither
+    "The token before a document: beginning of text, or else end of text"
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0021
 def longest_context(
