@@ -24,7 +24,7 @@ from ..files import UserError
 from ..stats import ratio_interval
 
 # %% auto #0
-__all__ = ['BATCHES', 'STREAM_TOKENS', 'TextScore', 'DocumentScore', 'bits_per_byte', 'total_score', 'score_windows',
+__all__ = ['BATCHES', 'STREAM_TOKENS', 'TextScore', 'DocumentScore', 'bits_per_byte', 'total_score', 'halves', 'score_windows',
            'text_within', 'encode_within', 'window_losses', 'text_hash', 'document_scores', 'score_documents',
            'heldout_texts', 'autocast_for', 'evaluate_heldout']
 
@@ -93,6 +93,14 @@ def total_score(
     interval = ratio_interval([s.nats / math.log(2) for s in scores], sizes, resamples) if resamples else None
     return TextScore(nats / tokens, exp(nats / tokens), ratio, error, tokens, sum(sizes), len(scores), window, stride,
                      words, exp(nats / words), interval)
+
+# %% ../../nbs/evaluation/01_perplexity.ipynb #6c3d95d9
+def halves(
+    scores: list[DocumentScore], # of one set
+) -> tuple[list[DocumentScore], list[DocumentScore]]: # to choose on, to report
+    "Two halves of a set, every other document in the order of their hashes; of one document, one is empty"
+    ordered = sorted(scores, key=lambda s: s.doc_hash)
+    return ordered[::2], ordered[1::2]
 
 # %% ../../nbs/evaluation/01_perplexity.ipynb #32731e91
 def score_windows(
@@ -268,13 +276,14 @@ def autocast_for(
 def evaluate_heldout(
     model: nn.Module, # a causal language model
     tokenizer,        # the one it was trained with
-    cfg: Config,      # which sets, how much of them, window = max_seq_length
+    cfg: Config,      # which sets, how much of them, in which window
     kept: dict[str, list[DocumentScore]] | None = None, # filled with each set's documents, where single ones are wanted
     spread: Callable = map, # shares batches among ranks, as `Processes.spread` does
 ) -> dict[str, TextScore]: # set's name → score
     "Score the held-out part of every evaluation set"
     scores, device = {}, next(model.parameters()).device
-    settings = dict(window=cfg.dataset_config.max_seq_length, batch_size=cfg.eval_config.eval_batch_size, spread=spread)
+    window = cfg.eval_config.window or cfg.dataset_config.max_seq_length
+    settings = dict(window=window, batch_size=cfg.eval_config.eval_batch_size, spread=spread)
     for entry in eval_entries(cfg):
         texts, limit = heldout_texts(entry, cfg)
         try:
