@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .loading import check_finite, check_tokenizer, longest_context
+from .loading import check_finite, check_tokenizer, document_start, longest_context
 from ..files import UserError, read_json
 from ..stats import wilson
 from ..tasks.registry import TASKS, find_task
@@ -142,7 +142,7 @@ def encode_questions(
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("recall needs a tokenizer that says where its tokens end; "
             f"{type(tokenizer).__name__} is not a fast one")
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    first = document_start(tokenizer)
     if start == "separator" and first is None:
         raise UserError("the tokenizer has neither a bos nor an eos token to put before a question; "
             "use --start nothing")

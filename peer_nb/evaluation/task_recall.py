@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import Config, DatasetEntry
 from ..files import UserError
+from ..pretrained import model_sizes
 from ..data.corpora import eval_entries, task_arguments
 from .perplexity import DocumentScore, autocast_for
 from peer_nb.evaluation.recall import (
@@ -82,7 +83,7 @@ def check_tasks(
     tokenizer,       # of the run
 ) -> None:
     "Refuse questions that could not be asked"
-    room = cfg.model_config.max_position_embeddings
+    room = model_sizes(cfg.model_config)[1] or math.inf   # some models name no limit
     for entry in task_entries(cfg):
         longest = max(encoded_questions(entry, cfg, tokenizer), key=lambda e: len(e.context) + len(e.answer))
         size = len(longest.context) + len(longest.answer)

@@ -34,7 +34,7 @@ if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 
 # %% auto #0
 __all__ = ['log', 'SAMPLE', 'finite', 'keep_metrics', 'token_bytes', 'Heartbeat', 'memory_in_use', 'usage_record',
-           'UsageRecorder', 'check_wandb', 'start_wandb', 'log_checkpoint', 'usage_curves', 'Tracker']
+           'UsageRecorder', 'check_wandb', 'has_wandb_key', 'start_wandb', 'log_checkpoint', 'usage_curves', 'Tracker']
 
 # %% ../../nbs/training/05_tracking.ipynb #543a17d7
 log = logging.getLogger("peer_nb")
@@ -210,6 +210,12 @@ def check_wandb(
         raise UserError("wandb_config is given, but the package wandb is not installed: pip install 'peer_nb[wandb]', "
                         "or leave the section out (wandb_config=null)")
 
+# %% ../../nbs/training/05_tracking.ipynb #ddf1d75d
+def has_wandb_key() -> bool:
+    "Whether Weights & Biases knows who this is"
+    import wandb
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+
 # %% ../../nbs/training/05_tracking.ipynb #78fd2f88
 def start_wandb(
     cfg: Config, # wandb_config, and all keys, which are shown beside the curves
@@ -221,9 +227,11 @@ def start_wandb(
     identity = known.get("id") or uuid.uuid4().hex[:12]
     project = section.project or os.environ.get("WANDB_PROJECT") or "peer_nb"
     levels = {f"levels.{axis}": level for axis, level in json.loads(section.levels or "{}").items()}
+    mode = None if os.environ.get("WANDB_MODE") or has_wandb_key() else "offline"
+    if mode: log.info("Weights & Biases: no key is known here, so the run is kept in %s (wandb sync uploads it)", out)
     try:
         run = wandb.init(project=project, entity=section.entity, name=section.name, group=section.group, id=identity,
-                         resume="allow", dir=str(out), config=flatten(cfg) | levels,
+                         resume="allow", mode=mode, dir=str(out), config=flatten(cfg) | levels,
                          settings=wandb.Settings(console="off", silent=True))
     except wandb.Error as error:
         raise UserError(f"wandb_config: Weights & Biases cannot be reached as asked: {error}. Log in (wandb login), "
