@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .interventions_command import COMMANDS as INTERVENTIONS
 from .any_model import check_closed_form, count_any
-from .inspection import Checkpoint, compare_checkpoints, inspect_checkpoint, misfits, open_checkpoint
+from .inspection import (
+    Checkpoint, compare_checkpoints, damages_of, inspect_checkpoint, misfits, open_checkpoint)
 from .pages import analysis_result, read_analysis, write_analysis
 from .parameters import cache_numbers, count_parameters, layer_rows, weight_bytes
 from .step_memory import memory_table, memory_text
@@ -128,6 +129,7 @@ def foreign_parameters(
 ) -> dict: # fields of a result
     "The same numbers about a model that is not ours"
     found = count_any(config, str(source), context)
+    if why := found["unmeasured"]: say(f"note: operations and cache stay open; no pass runs without values ({why})\n")
     total, active, flops, cache = (found[k] for k in ("total", "active", "flops_per_token", "cache_numbers"))
     return dict(model_type=str(config.get("model_type")), total=total, active=active,
                 sparsity=None if active is None else 1 - active / total, embedding=found["embedding"],
@@ -460,7 +462,7 @@ def checkpoint(
     say(checkpoint_text(found))
     report_result("checkpoint", analysis_result("checkpoint", [path], found, complete=not found["misfits"]), output)
     if found["misfits"]:
-        raise UserError(f"{path}: the weights do not fit config.json: {'; '.join(found['misfits'][:5])}")
+        raise UserError(f"{path}: damaged, or not what config.json describes: {'; '.join(found['misfits'][:5])}")
     return 0
 
 # %% ../../nbs/analysis/16_command.ipynb #cde08b14
@@ -498,7 +500,10 @@ def compare(
 
     peer-analyze compare output/checkpoint-1000 output/checkpoint-2000 --output report
     """
-    found = compare_checkpoints(open_checkpoint(first), open_checkpoint(second), Progress("tensors"))
+    both = open_checkpoint(first), open_checkpoint(second)
+    for opened in both:
+        if broken := damages_of(opened): say(f"note: {opened.path} is damaged: {'; '.join(broken)}")
+    found = compare_checkpoints(*both, Progress("tensors"))
     if not found["tensors"]: raise UserError(f"{first} and {second} have no tensor of one name and shape in common")
     say(compare_text(found))
     report_result("compare", analysis_result("compare", [first, second], found), output)
