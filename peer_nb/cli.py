@@ -86,7 +86,7 @@ def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]: # (other 
             if not rest or rest[0].startswith("--"): raise UserError(f"{word} needs a value")
             key, value = option[1], rest.pop(0)
         elif assigned := re.fullmatch(rf"(?:--)?({_KEY})=(.*)", word,
-                                      re.DOTALL) or re.fullmatch(r"(\w+_config)=(.*)", word, re.DOTALL):
+                                      re.DOTALL) or re.fullmatch(r"(\w+_config|base)=(.*)", word, re.DOTALL):
             key, value = assigned.groups()
         else:
             others.append(word)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .usage_statistics import TOKEN_TYPES, chance_unevenness, divergence, hot_rows, share_curve
 from .usage_statistics import usage_histogram, usage_statistics, vocabulary_types
+from ..evaluation.loading import document_start
 from ..files import UserError
 from ..models.peer import MemoryLayer
 
@@ -155,7 +156,7 @@ def document_windows(
     limit: int | None = None, # tokens, at most
 ) -> list[tuple[list[int], bool]]: # (tokens, whether the first of them is the one before the document)
     "A document in pieces"
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    first = document_start(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:limit]
     sequence = ids if first is None or not ids else [first, *ids]
     fresh = len(sequence) > len(ids)

@@ -30,6 +30,7 @@ from .corpora import (
     RECIPE, belongs, check_datasets, code_hash, documents, is_streamed, origin, summary, texts_of)
 from .masking import apply_mask
 from ..files import UserError, cache_folder, folder_lock, read_json, sha256_of, writable_folder, write_json
+from ..pretrained import model_sizes
 from ..tasks.registry import find_mask
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
@@ -38,7 +39,7 @@ if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 __all__ = ['random_bits', 'shuffled', 'TokenisedCorpus', 'tokenizer_hash', 'encode', 'fast_encoder', 'portions', 'in_parallel',
            'token_arrays', 'cores', 'write_arrays', 'write_tokens', 'tokenised', 'ResidentRows', 'StreamingRows', 'Mix',
            'inputs_and_labels', 'rows_batch', 'borders', 'varlen_batch', 'PackedBatches', 'differences', 'fill',
-           'end_thread', 'PrefetchedBatches', 'run_identity', 'check_run', 'open_source', 'build_dataloader']
+           'end_thread', 'PrefetchedBatches', 'run_identity', 'check_run', 'open_source', 'training_batches']
 
 # %% ../../nbs/data/03_packing.ipynb #f00b1660
 def random_bits(
@@ -556,8 +557,11 @@ def run_identity(
 # %% ../../nbs/data/03_packing.ipynb #2b5c5419
 def check_run(cfg: Config, tokenizer: PreTrainedTokenizerBase, rank: int, world_size: int, num_workers: int) -> None:
     "Refuse what cannot be mixed, divided, or read by the model"
-    rows, size = cfg.model_config.vocab_size, len(tokenizer)
+    (rows, longest), size, length = model_sizes(cfg.model_config), len(tokenizer), cfg.dataset_config.max_seq_length
     check_datasets(cfg.dataset_config.datasets, "dataset_config.datasets")
+    if longest and length > longest:
+        raise UserError(f"dataset_config.max_seq_length is {length}, and {cfg.model_config.pretrained or 'the model'} "
+            f"reads {longest} tokens: set it to {longest} or less")
     if size > rows:
         raise UserError(f"model_config.vocab_size is {rows}, but the tokenizer {cfg.dataset_config.tokenizer_name} "
             f"has {size} tokens: set it to {size} or more")
@@ -580,7 +584,7 @@ def open_source(
     return ResidentRows(corpus, data.max_seq_length, seed, entry.name), len(corpus.tokens)
 
 # %% ../../nbs/data/03_packing.ipynb #4055d25a
-def build_dataloader(
+def training_batches(
     cfg: Config, # a whole run
     tokenizer: PreTrainedTokenizerBase, # of `load_tokenizer(cfg.dataset_config)`
     *,
