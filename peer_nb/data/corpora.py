@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config, DatasetConfig, DatasetEntry
 from .reading import Written, format_of, local_files, read_rows
-from ..files import (
-    UserError, at_home, cache_folder, folder_lock, read_json, sha256_of, writable_folder, write_atomic, write_json)
+from peer_nb.files import (
+    UserError, at_home, cache_folder, file_hash, folder_lock, read_json, sha256_of, writable_folder, write_atomic,
+    write_json)
 from ..tasks.registry import find_mask, find_task
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast
@@ -37,7 +38,7 @@ __all__ = ['EOS', 'RECIPE', 'log', 'LEFT_OUT', 'LIBRARY', 'is_heldout', 'library
            'overlapping', 'library_split', 'Tally', 'summarise', 'library_folder', 'is_local', 'hub_revision',
            'fields_of', 'local_records', 'hub_records', 'records', 'kind_of', 'text_of', 'texts_of', 'task_arguments',
            'task_documents', 'check_entry', 'belongs', 'documents', 'summarise_parts', 'code_hash', 'generator_hash',
-           'source_stamp', 'file_hash', 'origin', 'is_streamed', 'unread', 'summary', 'byte_alphabet', 'train_bpe',
+           'source_stamp', 'origin', 'is_streamed', 'unread', 'summary', 'byte_alphabet', 'train_bpe',
            'bytes_tokenizer', 'tokenizer_entries', 'bpe_size', 'tokenizer_identity', 'trained_bpe', 'load_tokenizer',
            'check_datasets', 'eval_entries', 'check_heldout', 'data_manifest', 'data_fingerprint']
 
@@ -386,11 +387,6 @@ def source_stamp(entry: DatasetEntry) -> list:
     if is_local(entry):   # "as written": what is kept of a reader that guessed isn't taken for this one's
         return ["as written", *((f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in local_files(entry)[0])]
     return ["hub", entry.path, entry.subset, entry.split, hub_revision(entry.path, "dataset")]
-
-# %% ../../nbs/data/01_corpora.ipynb #9a1ce269
-def file_hash(path: str) -> str:
-    "sha256 of a file's bytes"
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../../nbs/data/01_corpora.ipynb #8eb1a084
 def origin(

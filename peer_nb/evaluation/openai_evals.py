@@ -144,7 +144,8 @@ def find_eval(
     if kind not in EVAL_CLASSES:
         raise UserError(f"{folder}: eval {name!r} has the class {kind}, which is not supported; "
             f"supported: {', '.join(EVAL_CLASSES)}")
-    return RegisteredEval(name, EVAL_CLASSES[kind], check_args(entry.get("args"), f"{folder}: eval {name!r}"), Path(folder))
+    args = check_args(entry.get("args"), f"{folder}: eval {name!r}")
+    return RegisteredEval(name, EVAL_CLASSES[kind], args, Path(folder))
 
 # %% ../../nbs/evaluation/04_openai_evals.ipynb #6228d310
 def rows_of_eval(
@@ -165,8 +166,9 @@ def as_messages(
 ) -> str | list[dict[str, str]]:
     "A prompt, if it is one"
     if isinstance(prompt, str): return [dict(role="user", content=prompt)] if many else prompt
-    def is_message(m): return isinstance(m, dict) and all(isinstance(m.get(k, ""), str) for k in ("role", "name")) and isinstance(
-        m.get("content"), str)
+    def is_message(m):
+        if not isinstance(m, dict) or not isinstance(m.get("content"), str): return False
+        return isinstance(m.get("role", ""), str) and isinstance(m.get("name", ""), str)
     if isinstance(prompt, list) and prompt and all(map(is_message, prompt)): return prompt
     raise UserError(f"{where}: {prompt!r:.60} is neither text nor a list of messages with a content")
 

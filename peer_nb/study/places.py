@@ -24,8 +24,7 @@ class LocatedFile(str):
 # %% ../../nbs/study/00_places.ipynb #7ca8c923
 def _key_name(key: yaml.ScalarNode) -> str:
     "A key as text, as whoever reads the file has it"
-    plain = key.tag.rpartition(":")[2] in ("null", "int", "float", "bool")
-    return str(parse_yaml(key.value, "")) if plain else key.value
+    return key.value if key.style or key.value == "<<" else str(parse_yaml(key.value, ""))
 
 # %% ../../nbs/study/00_places.ipynb #db0f9191
 def _walk(node: yaml.Node | None, path: str, lines: dict[str, int]):
