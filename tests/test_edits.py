@@ -222,3 +222,43 @@ def test_swaps_from_the_shell(sure, tmp_path, capsys):
     assert main(["swap", str(checkpoint), str(data), "--layer", "0", "--output", str(tmp_path/"x")]) == 2
     err = capsys.readouterr().err
     assert "none of the memory layers: 1, 2" in err and err.count("\n") == 1 and not (tmp_path/"x").exists()
+
+
+def test_agreement_of_swaps_with_ablation_and_co_retrieval_by_hand(sure, tmp_path):
+    "Effects of each swap and each ablation in the tables themselves, overlaps by sets, correlations by scipy"
+    from scipy.stats import spearmanr
+    checkpoint, data = sure
+    assert main(["swap", str(checkpoint), str(data), "--layer", "1", "--facts", "5", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path/"swap.json").read_text())
+    assert "Swapped rows" in (tmp_path/"index.html").read_text()
+    model, tokenizer = PeerMLAForCausalLM.from_pretrained(checkpoint, dtype=torch.float64).eval(), load_tokenizer(DatasetConfig(tokenizer_name="bytes"))
+    lines = {q["id"]: q for q in map(json.loads, data.read_text().splitlines())}
+    facts = encode_questions(tokenizer, [Question(f["id"], "q", lines[f["id"]]["prompt"], f["answer"], "") for f in found["facts"]])
+    rows, table = [f["row"] for f in found["facts"]], model.model.layers[1].memory.values.weight
+    with reading(model, [1]) as seen, torch.no_grad(): model(answers_of(facts).ids)
+    per = seen[1].index.view(len(facts), -1)
+    retrieved = [{e for e in range(len(facts)) if row in per[e]} for row in rows]
+    clean, swapped, kept, together = [p for p, _ in asked(model, facts)], {}, [], []
+    with torch.no_grad():
+        for n, row in enumerate(rows):
+            was, table[row] = table[row].clone(), 0
+            assert found["facts"][n]["ablated"] == pytest.approx(asked(model, facts)[n][0] - clean[n], abs=1e-9)
+            table[row] = was
+        for cell in found["cells"]:
+            a, b = cell["asked"], cell["partner"]
+            table[[rows[a], rows[b]]] = table[[rows[b], rows[a]]]
+            assert cell["delta_logprob"] == pytest.approx(asked(model, facts)[a][0] - clean[a], abs=1e-9)
+            table[[rows[a], rows[b]]] = table[[rows[b], rows[a]]]
+            swapped.setdefault(a, []).append(cell["delta_logprob"])
+    mean = [sum(swapped[a]) / len(swapped[a]) for a in range(len(facts))]
+    assert found["agreement"]["ablation"]["value"] == pytest.approx(spearmanr(mean, [f["ablated"] for f in found["facts"]]).statistic)
+    places = {(c["asked"], c["partner"]): c["own_places"] for c in found["cells"]}
+    for a in range(len(facts)):
+        for b in range(a):
+            kept.append(sum(places[a, b] + places[b, a]) / len(places[a, b] + places[b, a]))
+            together.append(len(retrieved[a] & retrieved[b]) / len(retrieved[a] | retrieved[b]))
+    value = found["agreement"]["co_retrieval"]["value"]
+    if len({*kept}) > 1 and len({*together}) > 1: assert value == pytest.approx(spearmanr(kept, together).statistic)
+    else: assert value is None
+    same = [f["cluster"] for f in found["facts"]]
+    for (a, b), right in places.items(): assert same[a] != same[b] or all(right)
