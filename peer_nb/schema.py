@@ -5,6 +5,7 @@
 # %% ../nbs/01_schema.ipynb #873650fa
 from __future__ import annotations
 
+import json
 import re
 import string
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from .files import UserError
 from .models.options import Allowed, Count, Index, ModelConfig, Decay, Positive
 
 # %% auto #0
-__all__ = ['Seed', 'NotNegative', 'Share', 'Part', 'Text', 'Tokenizer', 'Template', 'ConfigError', 'MappingText',
+__all__ = ['Seed', 'NotNegative', 'Share', 'Part', 'Text', 'Tokenizer', 'Template', 'Levels', 'ConfigError', 'MappingText',
            'OptimizationConfig', 'TrainConfig', 'DatasetEntry', 'DatasetConfig', 'EvalConfig', 'WandbConfig', 'Config']
 
 # %% ../nbs/01_schema.ipynb #ba4356cc
@@ -57,6 +58,12 @@ Tokenizer = Annotated[str, Allowed(
     'a hub name or path, "bytes", or "corpus:bpe:N" with N at least 257 (256 bytes and the end of text)',
     _is_tokenizer)]
 Template = Annotated[str, Allowed('text with named fields in braces, such as "{question}\\n{answer}"', _is_template)]
+def _is_mapping(text: str) -> bool:
+    "Whether a JSON text is a mapping"
+    try: return isinstance(json.loads(text), dict)
+    except ValueError: return False
+
+Levels = Annotated[MappingText, Allowed("a mapping {axis: level}", _is_mapping)]
 
 # %% ../nbs/01_schema.ipynb #b765f50a
 @dataclass
@@ -90,6 +97,7 @@ class TrainConfig(OptimizationConfig):
     logging_steps: Count = 100 # steps between two lines of metrics
     save_steps: Count = 1000 # steps between two checkpoints
     save_total_limit: Count | None = 2 # newest checkpoints that are kept; null: all
+    keep_optimizer_state: bool = False # also when training is over; false: then weights are kept only
     eval_steps: Count = 2000 # steps between two evaluations
     seed: Seed = 42 # of weights, data order and dropout
     fp16: bool = False # float16 autocast with loss scaling
@@ -152,9 +160,11 @@ class EvalConfig:
 @dataclass
 class WandbConfig:
     "Weights & Biases; leave the section out or null for none"
-    project: Text = "peer_nb" # project
-    entity: Text | None = None # user or team
-    name: Text | None = None # run name
+    project: Text | None = None # project; null: $WANDB_PROJECT, else peer_nb
+    entity: Text | None = None # user or team; null: $WANDB_ENTITY, else your own
+    name: Text | None = None # run name; in a study the run's id stands behind it
+    group: Text | None = None # runs that belong together; null: those of a study by its folder's name
+    levels: Levels | None = None # {axis: level} of a study, which fills it in; columns beside the curves
     log_model: Literal["checkpoints", "all"] | None = None # upload model files
 
 # %% ../nbs/01_schema.ipynb #4a16114e

@@ -435,6 +435,28 @@ def test_a_page_while_nothing_is_done_yet(tmp_path):
     assert "0 of 4" in text and runs.rows.state.tolist() == ["TODO"]*4
 
 
+@pytest.mark.parametrize("words, said", [(["--gpus", 4], "--gpus 4: this machine has no CUDA device"), (["--gpus", 1, "--dry-run"], "--processes 1 makes"),
+                                         (["--launcher", "slurm", "--gpus", 1], "there is no sbatch here")])
+def test_what_this_machine_has_not_is_refused_before_anything_is_made(words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))   # neither nvidia-smi nor sbatch
+    work = write_study(tmp_path/"study")
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = call(capsys, "--study", work/"study.yaml", "--output-dir", work/"out", *words)
+    assert code == 2 and said in err and err.count("\n") == 1 and not out and sorted(tmp_path.rglob("*")) == before, err
+
+
+def test_nobody_asked_for_gpus_and_there_are_none(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launching, "gpu_devices", lambda: [])
+    work = write_study(tmp_path, study_with(axes={"rate": {"low": {}, "high": {"train_config.learning_rate": 0.02}}}))
+    code, out, _ = call(capsys, "--study", work/"study.yaml", "--output-dir", work/"out")
+    assert code == 0 and "on the CPU (no CUDA device here)" in out
+    monkeypatch.setattr(launching, "gpu_devices", lambda: list("0123"))   # made on the CPU, so continued there
+    folder, = (work/"out").iterdir()
+    Run.of(folder, load_plan(folder).cells[0].id).set_aside()
+    code, out, err = call(capsys, "--resume", "--output-dir", work/"out")
+    assert code == 0 and "on the CPU" in out, err
+
+
 def test_built_in_axes_take_seeds_and_a_primary_metric(tmp_path, capsys):
     work = write_study(tmp_path)
     ask = ["plan", "--base-config", work/"base.yaml", "--axes", "selection_heads", "--gpus", 0, "--notebook", work/"template.ipynb"]

@@ -112,6 +112,7 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "train_config.logging_steps": (LOOP, "lines of metrics.jsonl"),
     "train_config.save_steps": (LOOP, "which checkpoints are written"),
     "train_config.save_total_limit": (LOOP, "which checkpoints stay"),
+    "train_config.keep_optimizer_state": (LOOP, "what the checkpoints of a finished run hold beside weights"),
     "train_config.eval_steps": (LOOP, "held-out scores in metrics.jsonl"),
     "train_config.seed": ("training/steps.py", "initial weights and order of the data"),
     "train_config.fp16": (LOOP, "precision and loss scaling on a GPU; a line in the log on a CPU"),
@@ -141,6 +142,8 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "wandb_config.project": (TRACKING, "project at Weights & Biases"),
     "wandb_config.entity": (TRACKING, "user or team at Weights & Biases"),
     "wandb_config.name": (TRACKING, "name of the run at Weights & Biases"),
+    "wandb_config.group": (TRACKING, "group of the run at Weights & Biases"),
+    "wandb_config.levels": (TRACKING, "columns of the run at Weights & Biases"),
     "wandb_config.log_model": (TRACKING, "files that are uploaded with a checkpoint"),
     **{f"{place}.*.{name}": seen for place in ("dataset_config.datasets", "dataset_config.tokenizer_corpus", "eval_config.datasets")
        for name, seen in ENTRY.items()},
@@ -254,7 +257,9 @@ def test_every_key_is_explained():
 def test_shipped_mixes():
     mixes = load_data_mixes(ROOT/"configs"/"datasets.yaml")
     assert {"high_quality_mix", "science_mix"} <= set(mixes)
-    assert mixes["high_quality_mix"].datasets[0].format == "json" and mixes["high_quality_mix"].key == "high_quality_mix"
+    assert mixes["high_quality_mix"].datasets[0].subset == "en" and mixes["high_quality_mix"].key == "high_quality_mix"
+    paths = [entry.path for mix in mixes.values() for entry in mix.datasets]
+    assert not [path for path in paths if path.startswith("/")], "a placeholder that no machine has"
 
 
 def test_imports_nothing_heavy():

@@ -97,7 +97,7 @@ def real_study(work: Path) -> tuple[Path, Path]:
     "A planned study with the lab's own notebook; its folder and its first run's"
     base = json.loads(json.dumps(BASE)) | dict(eval_config=dict(max_tokens=500, eval_batch_size=4))
     base["model_config"]["vocab_size"] = 257
-    base["train_config"]["save_steps"] = 5
+    base["train_config"] |= dict(save_steps=5, keep_optimizer_state=True)
     write_study(work, base=base)
     (work/"words.txt").write_text("".join(f"{n} and {n} is {2*n}\n\n" for n in range(600)))
     plan = make_plan(Study("real", str(work/"base.yaml"), {"rate": {"own": {}, "high": {"train_config.learning_rate": 0.02}}}, notebook="train_and_evaluate", budget=Budget(640), seeds=[1]), load_config(work/"base.yaml"))

@@ -31,7 +31,7 @@ CURVES = {"ddp": {}, "fsdp2": {}, "sparse": dict(table_gradient="sparse"), "cons
 
 def config(text: Path, out: Path, kind: str = "none", rows: int = 2, dropout: float = 0.0, table_gradient: str = "dense", **train) -> Config:
     "Batch-normalised queries, accumulation, clipping that is active, a tied head, sizes that two do not divide"
-    keys = dict(output_dir=str(out), per_device_train_batch_size=rows, gradient_accumulation_steps=2, learning_rate=1e-2, max_steps=STEPS, parallel=kind, per_device_eval_batch_size=2,
+    keys = dict(output_dir=str(out), keep_optimizer_state=True, per_device_train_batch_size=rows, gradient_accumulation_steps=2, learning_rate=1e-2, max_steps=STEPS, parallel=kind, per_device_eval_batch_size=2,
                 logging_steps=1, save_steps=STEPS, eval_steps=STEPS, log_level="info", max_grad_norm=0.3) | train
     peer = PeerConfig(num_experts=63, product_key_dim=[9, 7], num_heads=1, num_experts_per_tok=4, query_dim=16, query_norm="batch", table_gradient=table_gradient)
     model = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=63, vocab_size=259,

@@ -14,6 +14,7 @@ from peer_nb.config import Config, WandbConfig, apply_overrides, save_config
 from peer_nb.files import UserError, read_json, read_jsonl
 from peer_nb.training import tracking
 from peer_nb.training.loop import Trainer, train
+from test_ablation import BASE, COMMAND, STUDY, TEMPLATE, write_study
 from test_training import config, one_thread, text, timeless   # noqa: F401 (fixtures)
 
 
@@ -107,6 +108,47 @@ def test_wandb_takes_models_without_their_trainer_state(offline):
     assert found, {r.WhichOneof("record_type") for r in records}
     names = {entry.path for entry in found[0].manifest.contents}
     assert {"config.json", "model.safetensors"} <= names and not any(name.startswith("trainer_state") for name in names)
+
+
+TRACKED = [TEMPLATE[0], """
+from pathlib import Path
+from peer_nb.config import apply_overrides, load_config
+from peer_nb.study.run import Result
+from peer_nb.training.tracking import start_wandb
+""", """
+config = apply_overrides(load_config(config_path), overrides)
+start_wandb(config, Path(run_dir)).finish()
+Result(metrics={"words/bits_per_byte": 1.0}).write(run_dir)
+"""]
+
+
+@pytest.mark.skipif(tracking.find_spec("wandb") is None, reason="needs wandb")
+def test_wandb_can_tell_the_runs_of_a_study(tmp_path):
+    "Read back from what wandb wrote: project, name, group, levels"
+    axes = {"rate": {"low": {}, "high = 0.02": {"train_config.learning_rate": 0.02}}, "heads": {"four": {}}}
+    work = write_study(tmp_path, STUDY | dict(axes=axes), BASE | dict(wandb_config=dict(name="mine")), TRACKED)
+    own = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"WANDB_PROJECT": "theirs", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*COMMAND, "--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", "0", "--parallel", "1"], capture_output=True, text=True, env=own)
+    assert done.returncode == 0, done.stderr + done.stdout
+    study, = (work/"out").iterdir()
+    for level, run in zip(axes["rate"], sorted(study.glob("runs/*"))):
+        file, = run.glob("wandb/offline-run-*/run-*.wandb")
+        there = next(r.run for r in wandb_records(file) if r.WhichOneof("record_type") == "run" and r.run.project)
+        columns = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in there.config.update}
+        assert (there.project, there.run_group, there.display_name) == ("theirs", study.name, f"mine {run.name}")
+        assert columns["levels.rate"] == level and columns["levels.heads"] == "four" and columns["train_config.seed"] == 42
+
+
+@pytest.mark.skipif(tracking.find_spec("wandb") is None, reason="needs wandb")
+@pytest.mark.parametrize("section, variables, project", [({}, {}, "peer_nb"), ({}, {"WANDB_PROJECT": "theirs"}, "theirs"), ({"project": "ours"}, {"WANDB_PROJECT": "theirs"}, "ours")])
+def test_whose_project_it_is(section, variables, project, tmp_path, monkeypatch):
+    import wandb
+    asked = {}
+    monkeypatch.setattr(wandb, "init", lambda **keys: asked.update(keys))
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    for name, value in variables.items(): monkeypatch.setenv(name, value)
+    tracking.start_wandb(Config(wandb_config=WandbConfig(**section)), tmp_path)
+    assert asked["project"] == project == read_json(tmp_path/"wandb.json")["project"]
 
 
 def test_wandb_that_is_missing_is_said_first(tracked, monkeypatch):

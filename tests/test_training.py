@@ -49,7 +49,7 @@ def text(tmp_path_factory) -> Path:
 def config(text: Path, out: Path, **train) -> Config:
     "Small, with everything that could spoil a resume: dropout, batch statistics, accumulation, two sources"
     keys = dict(output_dir=str(out), per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, max_steps=STEPS,
-                logging_steps=3, save_steps=4, eval_steps=6, log_level="error", table_learning_rate=2e-2, table_max_grad_norm=0.5) | train
+                logging_steps=3, save_steps=4, eval_steps=6, log_level="error", keep_optimizer_state=True, table_learning_rate=2e-2, table_max_grad_norm=0.5) | train
     peer = PeerConfig(num_experts=64, product_key_dim=[8, 8], num_heads=2, num_experts_per_tok=4, query_dim=16, query_norm="batch")
     model = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=260,
                         max_position_embeddings=64, peer_start_layer=0, peer_config=peer, tie_word_embeddings=True, dropout=0.1,
@@ -482,3 +482,52 @@ def test_mistakes_are_one_line_and_write_nothing(text, tmp_path, capsys, changes
     message = capsys.readouterr().err
     assert message.startswith("peer-train: error:") and named in message and "Traceback" not in message
     assert not (tmp_path/"run").exists()
+
+
+def sizes(checkpoint: Path) -> dict[str, int]:
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_keeps_its_weights(text, undisturbed, tmp_path, capsys):
+    "Twice the weights are gone; the run can be finished again, used, and continued nearly; nothing is damaged"
+    cfg = config(text, tmp_path/"run", keep_optimizer_state=False)
+    train(cfg)
+    kept = checkpoints.checkpoints(tmp_path/"run")
+    assert [folder.name for folder in kept] == ["checkpoint-8", "checkpoint-12"]
+    for folder in kept:
+        check_seal(folder)
+        assert (folder/"model.safetensors").read_bytes() == (undisturbed/folder.name/"model.safetensors").read_bytes()
+        weights = sizes(folder)["model.safetensors"]
+        beside = [sum(s for name, s in sizes(f).items() if name.startswith("trainer_state")) for f in (folder, undisturbed/folder.name)]
+        assert beside[1] - beside[0] > 1.9*weights   # two moments of each weight
+    state = torch.load(kept[1]/"trainer_state"/"state.pt", weights_only=True)
+    assert "optimizer" not in state and not (kept[0]/"trainer_state"/"state.pt").exists()
+    before = timeless(tmp_path/"run")
+    again = train(cfg, resume=True)   # as a study does whose process was killed before it wrote the result
+    assert timeless(tmp_path/"run") == before and again.heldout["sums"].loss == before[-1]["eval/sums/loss"]
+
+    file = save_config(cfg, tmp_path/"run.yaml")
+    for words in (["--resume", str(kept[0])], ["--resume", str(kept[0]), "--allow-approximate-resume"]):
+        assert main(["--config", str(file), *words]) == 2
+        said = capsys.readouterr().err
+        assert "keeps its weights only" in said and "keep_optimizer_state" in said and len(said.splitlines()) == 1
+    assert main(["--config", str(file), "--resume", "--allow-approximate-resume", "train_config.max_steps=16"]) == 0
+    assert timeless(tmp_path/"run")[-1]["step"] == 16
+
+
+def test_an_unfinished_run_keeps_all(text, undisturbed, tmp_path):
+    "Killed by its last save, it is continued from the one before, which nobody has touched"
+    out = tmp_path/"run"
+    cfg = config(text, out, keep_optimizer_state=False)
+    trainer_save = Trainer.save
+    def killed(self):
+        if self.counters.step == STEPS: os._exit(9)
+        return trainer_save(self)
+    if (child := os.fork()) == 0:
+        Trainer.save = killed
+        train(cfg)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert "optimizer" in torch.load(latest_checkpoint(out)/"trainer_state"/"state.pt", weights_only=True)
+    train(cfg, resume=True)
+    assert (out/"checkpoint-12"/"model.safetensors").read_bytes() == (undisturbed/"checkpoint-12"/"model.safetensors").read_bytes()
+    assert timeless(out) == timeless(undisturbed)

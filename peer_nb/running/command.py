@@ -18,12 +18,12 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 import peer_nb
-from .local import Devices, Event, Local, choose_devices, cpu_processes
+from .local import EACH, Devices, Event, Local, choose_devices, cpu_processes, gpu_devices
 from ..study.run import BASE, FINISHED, PLAN, RUNS, STUDY, Run, file_name
 from ..findings.results import check_axes, load_runs
 from .register import earlier_studies, remember, study_folders
 from .reuse import Taken, take, taken_lines, taken_over
-from .slurm import Slurm, slurm_options
+from .slurm import Slurm, check_cluster, slurm_options
 from .speed import Speeds, clocked_plan
 from .estimates import finished_runs, measured_rate, outlook, plan_text
 from ..study.claims import better
@@ -261,10 +261,10 @@ def place_devices(
     threads: int | None = None, # of each process, as the study began; None: what the slots leave
 ) -> Devices:
     "Slots and threads of runs; of a cluster only what was asked of it is known"
-    gpus = 4 if place.gpus is None else place.gpus
     if place.launcher != "slurm":
         if place.processes is not None: return cpu_processes(place.processes, place.parallel, runs, threads)
-        return choose_devices(gpus, place.parallel, runs, threads=threads)
+        return choose_devices(place.gpus, place.parallel, runs, threads=threads)
+    gpus = EACH if place.gpus is None else place.gpus
     if place.processes is not None: many = cpu_processes(place.processes, 1, runs)
     else: many = choose_devices(gpus, 1, runs, [str(n) for n in range(gpus)])
     cores, at_once = int(slurm_options(place.slurm).get("cpus_per_task", many.world_size)), place.parallel or runs
@@ -440,8 +440,11 @@ def _resume(folder: Path, request: Request | None, place: Place, retry_failed: b
     known = frozen.about
     device, asked = known.get("device"), (place.gpus, place.processes)
     place = place.after(known.get("place") or {})
-    if asked == (None, None): place.gpus = 0 if device == "cpu" else frozen.world_size
+    if asked == (None, None):
+        here = place.launcher == "slurm" or bool(gpu_devices())   # a page can be written where there is no GPU
+        place.gpus = frozen.world_size if device != "cpu" and here else 0
     check_place(place)
+    if place.launcher == "slurm": check_cluster()
     left = left_to_do(folder, frozen, retry_failed)
     if not left: left = [c for c in frozen.cells if Run.of(folder, c.id).state == "RUNNING" or rerun]
     devices = place_devices(place, len(left), known.get("threads"))
@@ -459,6 +462,7 @@ def _resume(folder: Path, request: Request | None, place: Place, retry_failed: b
 # %% ../../nbs/running/09_command.ipynb #133c9758
 def _begin(request: Request, place: Place, output_dir: Path, use: ReuseOptions) -> int:
     "Start a new study"
+    if place.launcher == "slurm": check_cluster()
     plan, speeds, clock = _clocked(request, place, output_dir, replace(use, measure=True))
     devices = place_devices(place, len(plan.cells))
     if clock: print(clock, flush=True)

@@ -23,8 +23,8 @@ from ..study.run import Run
 from ..files import UserError
 
 # %% auto #0
-__all__ = ['AGAIN', 'PAUSE', 'GRACE', 'gpu_devices', 'Devices', 'choose_devices', 'cpu_processes', 'environment', 'Job', 'start',
-           'stop', 'Event', 'Local']
+__all__ = ['EACH', 'AGAIN', 'PAUSE', 'GRACE', 'gpu_devices', 'Devices', 'choose_devices', 'cpu_processes', 'environment', 'Job',
+           'start', 'stop', 'Event', 'Local']
 
 # %% ../../nbs/running/02_local.ipynb #4039112b
 def gpu_devices() -> list[str]: # as CUDA_VISIBLE_DEVICES names them
@@ -58,18 +58,24 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../../nbs/running/02_local.ipynb #81b7d278
+EACH = 4   # GPUs of a run, where nobody says how many
+
 def choose_devices(
-    gpus: int, # of each run, as asked for
+    gpus: int | None, # of each run, as asked for; None: four, or the CPU where there are none
     parallel: int | None, # runs at once; None: as the device suggests
     runs: int, # that are to be started
     found: list[str] | None = None, # CUDA devices; None: look for them
     threads: int | None = None, # of each run; None: what the slots leave
 ) -> Devices:
     "Slots for runs; a UserError where the machine has not what was asked for"
-    if gpus < 0: raise UserError(f"--gpus {gpus}: the number of GPUs of each run; 0 means the CPU")
     _check_parallel(parallel)
     found = gpu_devices() if found is None else found
-    if not found or gpus == 0:
+    if gpus is None: gpus = EACH if found else 0
+    if gpus < 0: raise UserError(f"--gpus {gpus}: the number of GPUs of each run; 0 means the CPU")
+    if gpus and not found:
+        raise UserError(f"--gpus {gpus}: this machine has no CUDA device; --gpus 0 runs on the CPU, and --processes "
+                        f"{gpus} makes there the runs that so many GPUs would make")
+    if gpus == 0:
         slots = min(parallel or max(1, _cores() // (threads or 1)), max(runs, 1))
         threads = threads or max(1, _cores() // slots)
         why = "--gpus 0" if found else "no CUDA device here"

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +27,7 @@ from ..files import UserError, read_json, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['WAITING', 'ALIVE', 'TRIES', 'slurm_options', 'OnNode', 'requeue', 'Seen', 'read_squeue', 'ask', 'largest_array',
-           'Decision', 'decide', 'Ticket', 'Slurm', 'submissions', 'new_record', 'executor_for']
+           'Decision', 'decide', 'Ticket', 'Slurm', 'submissions', 'new_record', 'check_cluster', 'executor_for']
 
 # %% ../../nbs/running/03_slurm.ipynb #41e1b9c2
 def slurm_options(
@@ -208,6 +209,14 @@ def new_record(
     write_json(folder/"slurm"/f"{number:03d}.json", dict(name=name, runs=runs))
     return name, folder/"slurm"/f"{number:03d}"
 
+# %% ../../nbs/running/03_slurm.ipynb #ee2ac8e0
+def check_cluster():
+    "Refuse a study as jobs where none can be submitted"
+    if not shutil.which("sbatch"):
+        raise UserError("--launcher slurm: there is no sbatch here; start the study on a machine that submits jobs to "
+                        "the cluster")
+    if find_spec("submitit") is None: raise UserError("--launcher slurm needs submitit: pip install 'peer_nb[slurm]'")
+
 # %% ../../nbs/running/03_slurm.ipynb #286c44f6
 def executor_for(
     launcher: Slurm, # with its options
@@ -215,8 +224,7 @@ def executor_for(
     place: Path, # for batch scripts, pickles and logs
 ) -> Any: # a submitit executor
     "submitit, told what the command line said"
-    try: import submitit
-    except ImportError: raise UserError("--launcher slurm needs submitit: pip install 'peer_nb[slurm]'") from None
+    import submitit
     own = dict(job_name=name, stderr_to_stdout=True, cpus_per_task=launcher.devices.world_size, signal_delay_s=90,
                **({"gpus_per_node": launcher.gpus} if launcher.gpus and "gres" not in launcher.options else {}))
     own |= {k: v for k, v in dict(partition=launcher.partition,
@@ -252,9 +260,6 @@ def submit(self: Slurm,
     cells: Iterable[Cell], # to be made
 ):
     "Go on watching what is in the scheduler's queue already, and queue the rest"
-    if not shutil.which("sbatch"):
-        raise UserError("--launcher slurm: there is no sbatch here; start the study on a machine that submits jobs to "
-                        "the cluster")
     seen, by_id = ask(self.names), {c.id: c for c in self.plan.cells}
     if seen is None: raise UserError("--launcher slurm: squeue does not answer; is the cluster up?")
     for record in submissions(self.folder):

@@ -177,12 +177,13 @@ def stoppable() -> Iterator[StopSignals]:
 # %% ../../nbs/running/01_wrapper.ipynb #899bc48d
 def parameters_for(
     run: Run, # what is told to write where
+    plan: Plan, # of its study
     cell: Cell, # what is run
     resume: bool, # continue from the run's own checkpoint
 ) -> dict: # parameters of the template
     "What the template is told"
-    own = {**cell.overrides, "train_config.seed": cell.seed}
-    given = dict(config_path=str(run.study/BASE), run_dir=str(run.folder), levels=cell.levels, overrides=own)
+    given = dict(config_path=str(run.study/BASE), run_dir=str(run.folder), levels=cell.levels,
+                 overrides=plan.changes(cell, run.folder))
     return json.loads(json.dumps({**given, "resume": resume}))
 
 # %% ../../nbs/running/01_wrapper.ipynb #5149d74f
@@ -203,7 +204,7 @@ def _execute(run: Run, plan: Plan, cell: Cell, again: bool):
     plan.check_run(cell)
     save_config(plan.start, run.study/BASE)
     save_config(plan.config(cell, run.folder), run.path("config"))
-    execute_notebook(plan.template, run.path("notebook"), parameters_for(run, cell, again))
+    execute_notebook(plan.template, run.path("notebook"), parameters_for(run, plan, cell, again))
 
 # %% ../../nbs/running/01_wrapper.ipynb #c55005cc
 def _work(run: Run, plan: Plan, cell: Cell) -> Status:

@@ -23,7 +23,8 @@ __all__ = ['NOT_IDENTITY', 'TEMPLATE_PARAMETERS', 'section_hashes', 'identity', 
 # %% ../../nbs/study/03_identity.ipynb #d622d8cf
 NOT_IDENTITY = (
     "train_config.output_dir", "train_config.resume_from_checkpoint", "train_config.log_level",
-    "train_config.logging_steps", "train_config.save_steps", "train_config.save_total_limit", "wandb_config",
+    "train_config.logging_steps", "train_config.save_steps", "train_config.save_total_limit",
+    "train_config.keep_optimizer_state", "wandb_config",
     "model_config.peer_config.log_expert_usage", "model_config.peer_config.log_freq",
     "model_config.peer_config.usage_threshold")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -99,6 +100,20 @@ class Plan:
         "The configuration that every cell starts from: the base and what is shared"
         return apply_overrides(config_from_dict(self.base, "the plan's base"), self.shared)
 
+# %% ../../nbs/study/05_plan.ipynb #b0187239
+@patch
+def changes(self: Plan,
+    cell: Cell, # one of the cells
+    run_dir: str | Path | None = None, # folder of the run; None: without what only that tells
+) -> dict[str, Any]: # overrides
+    "What makes the start into a cell: its levels, its seed, and its name where the study is tracked"
+    own = {**cell.overrides, "train_config.seed": cell.seed}
+    tracked = self.start.wandb_config and apply_overrides(self.start, own).wandb_config
+    if not tracked or run_dir is None: return own
+    group = tracked.group or os.environ.get("WANDB_RUN_GROUP") or Path(run_dir).parent.parent.name
+    about = dict(name=" ".join(filter(None, [tracked.name, cell.id])), group=group, levels={**cell.levels})
+    return own | {f"wandb_config.{key}": value for key, value in about.items()}
+
 # %% ../../nbs/study/05_plan.ipynb #8e1a0b63
 @patch
 def config(self: Plan,
@@ -106,7 +121,7 @@ def config(self: Plan,
     output_dir: str | Path | None = None, # folder of the run; None: the base's
 ) -> Config: # resolved, checked
     "The configuration of a cell"
-    own = {**cell.overrides, "train_config.seed": cell.seed}
+    own = self.changes(cell, output_dir)
     if output_dir is not None: own["train_config.output_dir"] = str(output_dir)
     return apply_overrides(self.start, own)
 

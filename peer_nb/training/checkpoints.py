@@ -31,10 +31,10 @@ from .parallel import whole_weights, write_sharded
 if TYPE_CHECKING: from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['NAME', 'FREE', 'FREE_SECTIONS', 'rng_state', 'set_rng_state', 'publish_folder', 'remove_folder', 'checkpoints',
-           'latest_checkpoint', 'check_seal', 'no_progress_bars', 'tell_generation', 'tokenizer_for_generation',
-           'write_files', 'save_checkpoint', 'refuse_other_config', 'refuse_other_world', 'in_files', 'stored_names',
-           'load_weights', 'load_checkpoint']
+__all__ = ['NAME', 'KEPT', 'FREE', 'FREE_SECTIONS', 'rng_state', 'set_rng_state', 'publish_folder', 'remove_folder',
+           'checkpoints', 'latest_checkpoint', 'check_seal', 'no_progress_bars', 'tell_generation',
+           'tokenizer_for_generation', 'write_files', 'save_checkpoint', 'keep_weights', 'weights_only',
+           'refuse_other_config', 'refuse_other_world', 'in_files', 'stored_names', 'load_weights', 'load_checkpoint']
 
 # %% ../../nbs/training/03_checkpoints.ipynb #029b9256
 def rng_state() -> dict: # lists and tensors only
@@ -201,9 +201,32 @@ def save_checkpoint(
     processes.wait()
     return final
 
+# %% ../../nbs/training/03_checkpoints.ipynb #faa238dd
+KEPT = ("about.json", "config.yaml", Path(SEAL).name)   # of trainer_state: which run it was
+
+def keep_weights(
+    folder: Path, # of a finished run; without a seal it is none of its checkpoints
+) -> None:
+    "Remove what only a resume needs"
+    if not (folder/SEAL).exists(): return
+    gone = [path for path in (folder/"trainer_state").iterdir() if path.name not in KEPT]
+    names = {path.relative_to(folder).as_posix() for path in gone}
+    write_json(folder/SEAL, {name: said for name, said in read_json(folder/SEAL).items() if name not in names})
+    for path in gone: path.unlink()
+
+# %% ../../nbs/training/03_checkpoints.ipynb #1030799f
+def weights_only(
+    folder: Path, # a checkpoint
+) -> str:
+    "Why no step can follow it"
+    return (f"{folder}: a finished run keeps its weights only (train_config.keep_optimizer_state: true keeps the "
+            f"rest), so no step can follow this checkpoint: train longer from the beginning, or take its weights into "
+            f"a new run (train_config.pretrained_layer_path)")
+
 # %% ../../nbs/training/03_checkpoints.ipynb #7a906ace
-FREE = {f"train_config.{key}" for key in ("output_dir", "log_level", "logging_steps", "save_steps", "save_total_limit",
-                                          "eval_steps", "per_device_eval_batch_size", "resume_from_checkpoint")}
+FREE = {f"train_config.{key}" for key in (
+    "output_dir", "log_level", "logging_steps", "save_steps", "save_total_limit", "keep_optimizer_state", "eval_steps",
+    "per_device_eval_batch_size", "resume_from_checkpoint")}
 FREE |= {f"model_config.peer_config.{key}" for key in ("log_expert_usage", "log_freq", "usage_threshold")}
 FREE_SECTIONS = ("eval_config", "wandb_config")
 
@@ -284,6 +307,7 @@ def load_checkpoint(
     if processes.main: check_seal(folder)
     refuse_other_config(folder, cfg)
     if not approximate: refuse_other_world(folder, processes.size)
+    if not (folder/"trainer_state"/"state.pt").exists(): raise UserError(weights_only(folder))
     load_weights(model, folder)
     saved = torch.load(folder/"trainer_state"/"state.pt", map_location="cpu", weights_only=True)
     state, slices = empty_sharded(saved, processes.mesh)

@@ -27,9 +27,10 @@ from ..data.packing import build_dataloader, differences
 from ..evaluation.benchmarks import benchmark_metrics, run_benchmarks
 from ..evaluation.perplexity import DocumentScore, TextScore, evaluate_heldout
 from ..evaluation.task_recall import ask_tasks, check_tasks, recall_metrics
+from ..formats import clock, size_text
 from ..files import UserError, folder_lock, read_json, read_jsonl, writable_folder, write_json
-from .checkpoints import FREE, latest_checkpoint, load_checkpoint, remove_folder
-from .checkpoints import rng_state, save_checkpoint, set_rng_state
+from .checkpoints import FREE, checkpoints, keep_weights, latest_checkpoint, load_checkpoint
+from .checkpoints import remove_folder, rng_state, save_checkpoint, set_rng_state, weights_only
 from .freezing import freeze_model_layers
 from .launch import how_many, train_in_processes
 from .layer_loading import PretrainedLayerLoader, checkpoint_options
@@ -318,12 +319,20 @@ def state_dict(self: Trainer) -> dict: # tensors and plain data
     rng = self.processes.to_main(rng_state())
     return parts | dict(rng=rng, counters=asdict(self.counters), machine=self.machine())
 
+# %% ../../nbs/training/10_loop.ipynb #e3fadfd9
+@patch(as_prop=True)
+def over(self: Trainer) -> bool:
+    "Whether the last step is taken, and nobody wants to go on from there"
+    return self.counters.step == self.total_steps and not self.train.keep_optimizer_state
+
 # %% ../../nbs/training/10_loop.ipynb #a44f38ca
 @patch
 def save(self: Trainer) -> Path: # the checkpoint's folder
-    "Write a checkpoint of this moment"
-    return save_checkpoint(self.train.output_dir, self.counters.step, self.model, self.tokenizer, self.cfg,
-                           self.state_dict(), self.train.save_total_limit, self.processes)
+    "Write a checkpoint of this moment; at the end of training without what a further step would need"
+    state = self.state_dict()
+    if self.over: del state["optimizer"]
+    return save_checkpoint(self.train.output_dir, self.counters.step, self.model, self.tokenizer, self.cfg, state,
+                           self.train.save_total_limit, self.processes)
 
 # %% ../../nbs/training/10_loop.ipynb #dfeafc56
 @patch
@@ -344,7 +353,8 @@ def restore(self: Trainer,
     state = load_checkpoint(checkpoint, self.model, cfg, self.processes, approximate)
     for line in differences(state["machine"], self.machine()): log.warning("not exact to the last bit: %s", line)
     if approximate: state = self.fitted(state)
-    self.optimizer.load_state_dict(state["optimizer"])
+    if "optimizer" in state: self.optimizer.load_state_dict(state["optimizer"])
+    elif state["counters"]["step"] < self.total_steps: raise UserError(weights_only(checkpoint))
     self.schedule.load_state_dict(state["schedule"])
     if state["scaler"]: self.scaler.load_state_dict(state["scaler"])
     self.loader.load_state_dict(state["loader"])
@@ -387,10 +397,14 @@ def fitting_loader(self: Trainer,
 # %% ../../nbs/training/10_loop.ipynb #c5319893
 @patch
 def fitting_moments(self: Trainer,
-    optimizer: dict, # its state in a checkpoint
+    optimizer: dict | None, # its state in a checkpoint; None: a finished run's, which keeps none
 ) -> dict: # parameter's number: its state
     "The moments, where the groups of parameters have the same sizes"
     here = self.optimizer.state_dict()
+    if optimizer is None:
+        log.warning("approximate resume: the run was finished and kept its weights only, so the optimiser's moments "
+                    "start from nothing")
+        return here["state"]
     sizes = [[(g["name"], len(g["params"])) for g in state["param_groups"]] for state in (optimizer, here)]
     if sizes[0] == sizes[1]: return cut_like(optimizer["state"], self.optimizer)
     log.warning("approximate resume: other parameters are trained, so the optimiser's moments start from nothing")
@@ -408,7 +422,7 @@ def fitted(self: Trainer,
     rates = [base * scale(place["last_epoch"]) for base, scale in zip(self.schedule.base_lrs, self.schedule.lr_lambdas)]
     groups = [group | dict(lr=rate) for group, rate in zip(self.optimizer.state_dict()["param_groups"], rates)]
     schedule = self.schedule.state_dict() | place | dict(_last_lr=rates)
-    optimizer = dict(state=self.fitting_moments(state["optimizer"]), param_groups=groups)
+    optimizer = dict(state=self.fitting_moments(state.get("optimizer")), param_groups=groups)
     return state | dict(loader=self.fitting_loader(state["loader"]), optimizer=optimizer, schedule=schedule)
 
 # %% ../../nbs/training/10_loop.ipynb #279c01f1
@@ -452,8 +466,13 @@ class TrainResult:
 # %% ../../nbs/training/10_loop.ipynb #744bba18
 @patch
 def _repr_markdown_(self: TrainResult) -> str:
-    shown = {k: f"{v:,.4f}" if isinstance(v, float) else f"{v:,}" for k, v in self.summary().items() if v is not None}
-    return "\n".join(["| | |", "|---|---:|", *(f"| {key} | {value} |" for key, value in shown.items())])
+    "What a run did and what it took, in words and units"
+    loss = None if self.final_train_loss is None else f"{self.final_train_loss:.4f}"
+    rows = {"steps": f"{self.steps:,}", "tokens": f"{self.tokens:,}", "time in steps": clock(self.seconds),
+            "tokens per second": f"{self.tokens_per_second:,.0f}", "last training loss (nats per token)": loss,
+            "skipped steps": self.skipped_steps or None, "peak memory": size_text(self.peak_memory_bytes)}
+    shown = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| | |", "|---|---:|", *shown])
 
 # %% ../../nbs/training/10_loop.ipynb #0a6f0d43
 @patch
@@ -557,6 +576,8 @@ def run(self: Trainer,
     finally: tracker.close(failed)
     shares = ", ".join(f"{name} {share:.1%}" for name, share in self.loader.proportions().items())
     log.info("trained on %s", shares)
+    if self.over and self.processes.main:
+        for older in checkpoints(out)[:-1]: keep_weights(older)
     result = self.result(out)
     if self.processes.main and self.world_size > 1: result.write(out)
     return result

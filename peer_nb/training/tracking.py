@@ -219,14 +219,17 @@ def start_wandb(
     import wandb
     section, known = cfg.wandb_config, read_json(out/"wandb.json") or {}
     identity = known.get("id") or uuid.uuid4().hex[:12]
+    project = section.project or os.environ.get("WANDB_PROJECT") or "peer_nb"
+    levels = {f"levels.{axis}": level for axis, level in json.loads(section.levels or "{}").items()}
     try:
-        run = wandb.init(project=section.project, entity=section.entity, name=section.name, id=identity, resume="allow",
-                         dir=str(out), config=flatten(cfg), settings=wandb.Settings(console="off", silent=True))
+        run = wandb.init(project=project, entity=section.entity, name=section.name, group=section.group, id=identity,
+                         resume="allow", dir=str(out), config=flatten(cfg) | levels,
+                         settings=wandb.Settings(console="off", silent=True))
     except wandb.Error as error:
         raise UserError(f"wandb_config: Weights & Biases cannot be reached as asked: {error}. Log in (wandb login), "
                         "keep the data here for later (WANDB_MODE=offline), or leave the section out "
                         "(wandb_config=null)") from error
-    write_json(out/"wandb.json", dict(id=identity, project=section.project))
+    write_json(out/"wandb.json", dict(id=identity, project=project))
     return run
 
 # %% ../../nbs/training/05_tracking.ipynb #ff7578b9

@@ -1,0 +1,182 @@
+"Every command that the documentation shows is typed here: run where that is cheap, planned or parsed where it is not."
+import configparser
+import importlib
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from peer_nb import cli
+from peer_nb.data import corpora
+from peer_nb.running import local
+from peer_nb.training import loop
+from peer_nb.training.optim import check_table_gradient, planned_steps
+from test_training import config, one_thread, text   # noqa: F401 (fixtures)
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = configparser.ConfigParser(delimiters=["="])
+SETTINGS.read(ROOT/"settings.ini")
+ENTRIES = dict(word.split("=") for word in SETTINGS["DEFAULT"]["console_scripts"].split())
+ELSEWHERE = {   # beginning of a command: why it is not tried here
+    "make ": "the environment itself; CI runs it",
+    ".venv/bin/": "tools of others, in the environment that make has made",
+    "peer-ablate plan --study depth.yaml": "test_recipes plans it", "peer-ablate --study depth.yaml": "test_recipes plans it",
+    "peer-ablate --base-config configs/demo.yaml --axes expert_setup selection_heads --notebook coverage.ipynb": "test_recipes plans it",
+    "peer-eval benchmark CHECKPOINT units": "test_recipes asks it"}
+PARSED = {   # beginning of a command: why it is parsed and not run
+    "peer-ablate --resume": "continues a study: test_ablation", "peer-ablate watch": "watches a study: test_running",
+    "peer-eval perplexity gpt2": "a model and a set of the hub", "peer-eval benchmark": "questions of the hub: test_benchmarks",
+    "torchrun": "eight processes: test_parallel", "peer-analyze usage output/checkpoint-1000 --mix": "a set of the hub",
+    "peer-analyze intervene output/checkpoint-1000 data/digit_lookup --edits": "a person's file: test_edits",
+    "peer-analyze swap": "exchanges facts that the model knows: test_interventions"}
+
+
+def pages() -> dict[str, list[str]]:
+    "File: its prose, in pieces"
+    found = {name: [(ROOT/name).read_text()] for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")}
+    for page in sorted((ROOT/"nbs").rglob("*.ipynb")):
+        cells = json.loads(page.read_text())["cells"]
+        found[str(page.relative_to(ROOT))] = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    return found
+
+
+def main_of(name: str): return getattr(importlib.import_module(ENTRIES[name].split(":")[0]), "main")
+
+
+def commands() -> dict[str, str]:
+    "Command line as it stands in a page, in a configuration's comment or behind --help: where"
+    fences = [(name, *fence) for name, pieces in pages().items() for piece in pieces for fence in re.findall(r"^```(\w*)\n(.*?)^```", piece, re.M | re.S)]
+    blocks = [(name, block) for name, language, block in fences if language in ("bash", "sh", "shell", "")]
+    for file in sorted((ROOT/"configs").rglob("*.yaml")): blocks.append((str(file.relative_to(ROOT)), "\n".join(re.findall(r"^#\s+((?:peer-|make ).*)$", file.read_text(), re.M))))
+    for source in sorted((ROOT/"peer_nb").rglob("*.py")):   # the examples that --help ends with
+        blocks.append((str(source.relative_to(ROOT)), "\n".join(re.findall(r"^    (peer-\w+ (?!\|).*?)(?:\"\"\")?$", source.read_text(), re.M))))
+    found = {}
+    for name, block in blocks:
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.strip() and not line.lstrip().startswith("#"): found.setdefault(line.strip(), name)
+    return found
+
+
+COMMANDS = commands()
+
+
+def beginning(line: str, known: dict) -> str | None:
+    return next((first for first in known if line.startswith(first)), None)
+
+
+def test_all_kinds_of_places_are_read():
+    assert {"README.md", "CONTRIBUTING.md", "nbs/running/03_slurm.ipynb", "configs/memory/slurm/two_hop.yaml", "peer_nb/training/loop.py"} <= {*COMMANDS.values()} and len(COMMANDS) > 50
+    for first in ELSEWHERE | PARSED: assert any(line.startswith(first) for line in COMMANDS), f"no page has {first!r}"
+
+
+@pytest.fixture(scope="module")
+def place(text, tmp_path_factory) -> Path:
+    "A checkout's configurations, and what the commands before would have left: checkpoints, data"
+    place = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(ROOT/"configs", place/"configs")
+    shutil.copy(ROOT/"configs"/"small.yaml", place/"my_model.yaml")
+    shutil.copy(ROOT/"configs"/"small.yaml", place/"my_run.yaml")
+    asked = config(text, place/"output"/"small")
+    asked.model_config.max_position_embeddings = 1024
+    trained = loop.train(asked).checkpoint
+    for name in ("checkpoint-1000", "digit_lookup/checkpoint-800", "checkpoint-2000"): shutil.copytree(trained, place/"output"/name)
+    for name in "ab": (place/f"{name}.txt").write_text("Three plus four is seven.\n" * 40)
+    for folder, task, *words in (("digits", "digit_lookup", "--num-pairs=20", "--num-known=10", "--num-novel=10"), ("data/synthetic_qa", "synthetic_qa", "--num-pairs=400"),
+                                 ("data/digit_lookup", "digit_lookup", "--num-pairs=20", "--num-known=10", "--num-novel=10")):
+        (place/folder).parent.mkdir(exist_ok=True)
+        assert main_of("peer-data")([task, *words, "--output-dir", str(place/folder)]) == 0
+    assert main_of("peer-analyze")(["usage", str(trained), "--files", str(place/"a.txt"), "--output", str(place/"report")]) == 0
+    return place
+
+
+def words_of(line: str, place: Path) -> list[str]:
+    "What a shell makes of a line"
+    shown = subprocess.run(["bash", "-c", "show() { printf '%s\\0' \"$@\"; }; which() { echo \"$1\"; }; show " + line], cwd=place, capture_output=True, text=True, check=True)
+    return shown.stdout.split("\0")[:-1]
+
+
+def parsed(name: str, words: list[str]):
+    "A command line, sorted into the parameters of its function; refused where it does not fit"
+    done = []
+    run, cli._run = cli._run, lambda prog, commands, default, doc, words: done.append((prog, commands, default, words)) or 0
+    try: main_of(name)(words)
+    finally: cli._run = run
+    prog, functions, default, words = done[0]
+    if not callable(functions): _, functions, words = cli._choose(prog, functions, default, words)
+    return functions, cli.parse(functions, words)
+
+
+class Planned(BaseException): "Training would begin"
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_is_accepted_as_typed(line, place, monkeypatch, capsys):
+    if beginning(line, ELSEWHERE): return
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(local, "gpu_devices", lambda: list("0123"))
+    monkeypatch.setattr(corpora, "hub_revision", lambda name, kind: "0"*40)   # a hub that answers
+    words = words_of(line, place)
+    if words[0] == "torchrun": words = next(words[n:] for n, word in enumerate(words) if Path(word).name in ENTRIES or word in ENTRIES)
+    name, words = Path(words[0]).name, words[1:]
+    assert name in ENTRIES, f"{COMMANDS[line]}: no such command"
+    asked = []
+    def train(cfg, **keys):
+        asked.append(cfg)
+        raise Planned
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(loop, "train_in_processes", lambda cfg, *more, **keys: asked.append(cfg) or (0, ""))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    if beginning(line, PARSED): parsed(name, words); return
+    if name == "peer-ablate" and words[0] != "plan": words.append("--dry-run")
+    if name == "peer-data": shutil.rmtree(place/words[-1], ignore_errors=True)   # what the fixture has made for the others
+    try: code = main_of(name)(words)
+    except Planned: code = 0
+    assert code == 0, f"{COMMANDS[line]}: {capsys.readouterr().err}"
+    for cfg in asked:
+        check_table_gradient(cfg)
+        planned_steps(cfg, tokens_per_epoch=10**6)
+
+
+def test_options_in_running_text_exist():
+    "`peer-eval recall CHECKPOINT DATA --logits` in a sentence: command, subcommand and options are there"
+    for page, pieces in pages().items():
+        for piece in pieces:
+            for line in re.findall(r"`(peer-[^`]+)`", re.sub(r"^```.*?^```", "", piece, flags=re.M | re.S)):
+                name, *words = line.split()
+                if name not in ENTRIES: continue
+                found = []
+                run, cli._run = cli._run, lambda prog, commands, default, doc, words: found.append((commands, default)) or 0
+                try: main_of(name)([])
+                finally: cli._run = run
+                functions, default = found[0]
+                if callable(functions): functions, default = {"": functions}, ""
+                subs = {sub.replace("_", "-"): sub for sub in functions}
+                named = [subs[word.replace("_", "-")] for word in words if word.replace("_", "-") in subs] or [default or ""]
+                plain = [word for word in words if re.fullmatch(r"[a-z][a-z_-]+", word)]
+                assert named != [""] or "" in functions or not plain, f"{page}: {line}: which command is meant?"
+                known = {p.option for sub in named if sub in functions for p in cli.parameters(functions[sub])} or {p.option for f in functions.values() for p in cli.parameters(f)}
+                for word in words:
+                    option = word.split("=")[0].replace("_", "-")
+                    if option.startswith("--") and "." not in option: assert option in known | {"--help", "--version"}, f"{page}: {line}: {option}"
+
+
+def test_python_of_the_readme_runs_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT/"README.md").read_text(), re.M | re.S): exec(block, space)
+    assert space["out"].logits.shape == (1, 12, 256)
+
+
+@pytest.mark.parametrize("line, output", [("peer-eval recall output/digit_lookup/checkpoint-800 digits", "recalled"), ("peer-eval perplexity output/checkpoint-1000", "scored/scores.json"),
+                                          ("peer-analyze parameters configs/small.yaml", "counted"), ("peer-analyze usage output/checkpoint-1000", "used"), ("peer-analyze checkpoint output/checkpoint-1000", "seen")])
+def test_what_measures_leaves_a_file_and_a_page(line, output, place, monkeypatch):
+    "As the front page says"
+    monkeypatch.chdir(place)
+    (place/"scored").mkdir(exist_ok=True)
+    name, *words = line.split()
+    assert main_of(name)([*words, "--output", output]) == 0
+    folder = (place/output).parent if output.endswith(".json") else place/output
+    assert {".json", ".html"} <= {path.suffix for path in folder.iterdir()}
