@@ -17,7 +17,6 @@ LARGER = {   # page: median lines of its exported cells: functions of one purpos
     "analysis/04_inspection.ipynb": 12.5,
     "analysis/07_drawings.ipynb": 13,
     "analysis/09_worked_example.ipynb": 16,
-    "analysis/12_swaps.ipynb": 14,
     "analysis/14_ablation.ipynb": 15,
     "analysis/16_command.ipynb": 13.5,
     "evaluation/00_loading.ipynb": 12.5,

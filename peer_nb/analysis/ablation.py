@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .edits import (
     check_edits, check_for_good, edits_page, parse_edits, save_edited, sweep)
-from .hooks import Retrievals, attention_layers, chosen_layers, head_outputs, writing
+from .hooks import (
+    Retrievals, attention_layers, chosen_layers, head_outputs, stream_retrievals, writing)
 from .impact import finished_effects, impact_page, impact_text, summarised
 from .interventions import (
     EDITS_KEYS, SPAN, Clean, Places, Setting, answer_logprobs, answers_of, at_places, clean_pass, code_of,
@@ -26,13 +27,14 @@ from .swaps import share_text, swap_matrix, swaps_page
 from ..evaluation.loading import claim_answers, files_fingerprint, load_model
 from ..evaluation.recall import Encoded, Question, batches_of, check_fit, encode_questions, read_questions
 from ..evaluation.recall_command import trained_start
-from ..files import UserError, append_jsonl, folder_lock, read_json, read_jsonl, sha256_of, writable_folder, write_json
+from ..files import (
+    UserError, append_jsonl, folder_lock, read_json, read_jsonl, sha256_of, writable_folder, write_json)
 
 # %% auto #0
 __all__ = ['FIELDS', 'MOST_ROWS', 'jsonl_questions', 'text_questions', 'asked_of', 'records_of', 'slot_ranks', 'keys_until_loss',
            'layer_answers', 'all_parts', 'part_records', 'Job', 'losses_of', 'append_all', 'example_lines',
-           'run_batches', 'layer_groups', 'finish_ablation', 'run_ablation', 'setting_for', 'run_swap', 'wanted_tokens',
-           'run_intervene', 'memory_effects', 'fact_metrics']
+           'run_batches', 'layer_groups', 'finish_ablation', 'run_ablation', 'setting_for', 'run_retrievals',
+           'run_swap', 'wanted_tokens', 'run_intervene', 'memory_effects', 'fact_metrics']
 
 # %% ../../nbs/analysis/14_ablation.ipynb #2d263b4f
 def jsonl_questions(
@@ -361,6 +363,27 @@ def setting_for(
     batches = batches_of(encoded, settings["batch_tokens"], embedding.num_embeddings)
     answers = (answers_of(batch, embedding.weight.device) for batch in batches)
     return setting_of(model, answers, [n for group in groups for n in group], settings["seed"])
+
+# %% ../../nbs/analysis/14_ablation.ipynb #743e4653
+def run_retrievals(
+    checkpoint: Path, # folder of a model with memory layers
+    data: Path, # folder of peer-data, .jsonl, or a text
+    asked: dict, # splits, limit, start and window: which questions
+    layers: list[int] | None, # None: all memory layers
+    batch_tokens: int, # of a batch, padding included
+    output: Path, # Parquet file
+) -> int: # exit code
+    "Write down what memory layers retrieve for the questions of a data set and their answers"
+    model, tokenizer = load_model(checkpoint)
+    chosen_layers(model, layers)
+    if asked["start"] == "auto": asked = asked | dict(start=trained_start(checkpoint))
+    _, encoded = asked_of(data, tokenizer, **asked)
+    check_fit(model, tokenizer, encoded)
+    batches = batches_of(encoded, batch_tokens, model.get_input_embeddings().num_embeddings)
+    rows = ({e.question.id: e.context + e.answer[:-1] for e in batch} for batch in batches)
+    written = stream_retrievals(model, rows, writable_folder(output.parent)/output.name, layers)
+    print(f"{written:,} retrievals: {output}")
+    return 0
 
 # %% ../../nbs/analysis/14_ablation.ipynb #211fc746
 def run_swap(
