@@ -47,9 +47,9 @@ def run_of(files: Path, **entry):
 def ours(files: Path, cache: Path) -> int:
     "Read one epoch; its tokens"
     from peer_nb.data.corpora import load_tokenizer
-    from peer_nb.data.packing import build_dataloader
+    from peer_nb.data.packing import training_batches
     cfg = run_of(files)
-    batches = build_dataloader(cfg, load_tokenizer(cfg.dataset_config))
+    batches = training_batches(cfg, load_tokenizer(cfg.dataset_config))
     return sum(next(batches)["input_ids"].numel() for _ in range(batches.tokens_per_epoch//(BATCH*LENGTH)))
 
 
@@ -131,14 +131,14 @@ def waiting(files: Path, steps: int, first: int, streaming: bool, workers: int) 
     import torch
     from peer_nb.config import apply_overrides, load_config, to_dict
     from peer_nb.data.corpora import load_tokenizer
-    from peer_nb.data.packing import build_dataloader
+    from peer_nb.data.packing import training_batches
     from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
     from peer_nb.training.steps import accumulate_gradient
     from peer_nb.training.optim import build_optimizer
     base = load_config(ROOT/"configs"/"demo.yaml")
     data = replace(run_of(files, streaming=streaming).dataset_config, max_seq_length=base.dataset_config.max_seq_length)
     cfg = replace(base, dataset_config=data)
-    batches = build_dataloader(cfg, load_tokenizer(data), num_workers=workers)
+    batches = training_batches(cfg, load_tokenizer(data), num_workers=workers)
     torch.manual_seed(0)
     model = PeerMLAForCausalLM(PeerMLAConfig(**to_dict(cfg)["model_config"])).train()
     optimizer = build_optimizer(model, cfg.train_config)

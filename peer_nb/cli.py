@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import logging
 import os
 import re
 import shutil
@@ -25,8 +26,8 @@ from .config import convert, describe
 from .files import UserError
 
 # %% auto #0
-__all__ = ['Parameter', 'parameters', 'takes_overrides', 'parse', 'help_text', 'SteadyStream', 'steady_streams', 'make_main',
-           'check_least']
+__all__ = ['TALKATIVE', 'Parameter', 'parameters', 'takes_overrides', 'parse', 'help_text', 'SteadyStream', 'steady_streams',
+           'make_main', 'check_least']
 
 # %% ../nbs/03_cli.ipynb #ef2fff09
 @dataclass
@@ -85,7 +86,7 @@ def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]: # (other 
             if not rest or rest[0].startswith("--"): raise UserError(f"{word} needs a value")
             key, value = option[1], rest.pop(0)
         elif assigned := re.fullmatch(rf"(?:--)?({_KEY})=(.*)", word,
-                                      re.DOTALL) or re.fullmatch(r"(\w+_config)=(.*)", word, re.DOTALL):
+                                      re.DOTALL) or re.fullmatch(r"(\w+_config|base)=(.*)", word, re.DOTALL):
             key, value = assigned.groups()
         else:
             others.append(word)
@@ -147,8 +148,11 @@ def _fill_arguments(found: dict[str, Any], words: list[str], params: list[Parame
         if p.many: found.setdefault(p.name, []).extend(words); words.clear()
         if not found.get(p.name): raise UserError(f"{p.name.upper()} is missing: {p.comment or describe(p.kind)}")
     if not words: return
-    hint = "; configuration keys are written section.key=value" if "=" in words[0] else ""
-    raise UserError(f"not understood: {' '.join(words)}{hint}")
+    alone = " and ".join(p.name.upper() for p in params if p.required)
+    hint = f"only {alone} stands" if alone else "no word stands"
+    hint += " without an option; --help shows the options"
+    if "=" in words[0]: hint = "configuration keys are written section.key=value"
+    raise UserError(f"not understood: {' '.join(words)}; {hint}")
 
 # %% ../nbs/03_cli.ipynb #b19a1882
 def parse(
@@ -301,6 +305,8 @@ def _run(prog: str, commands: dict[str, Callable] | Callable, default: str | Non
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
 # %% ../nbs/03_cli.ipynb #2cb53287
+TALKATIVE = ("torchao", "torch.utils._pytree") # loggers that warn of torchao's optional parts whenever it is imported
+
 def make_main(
     prog: str, # name of the program
     commands: dict[str, Callable] | Callable, # subcommand -> function, or the only function
@@ -309,6 +315,7 @@ def make_main(
 ) -> Callable[[list[str] | None], int]: # main(argv=None) -> exit code
     "A program from functions with docments"
     def main(argv: list[str] | None = None) -> int:
+        for name in TALKATIVE: logging.getLogger(name).setLevel(logging.ERROR)
         with steady_streams():
             try: return _run(prog, commands, default, doc, list(sys.argv[1:] if argv is None else argv))
             except UserError as e:

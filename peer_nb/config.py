@@ -24,15 +24,16 @@ import yaml
 
 from .files import UserError, sha256_of, write_atomic
 from .models.options import Allowed, Count, MLAConfig, ModelConfig, PeerConfig, RopeScaling, taken_apart
-from .schema import Config, ConfigError, DatasetConfig, DatasetEntry, EvalConfig, MappingText, Seed, Text
-from .schema import TrainConfig, WandbConfig
+from .schema import Config, ConfigError, DatasetConfig, DatasetEntry, EvalConfig, LoraConfig, MappingText, Seed
+from .schema import Text, TrainConfig, WandbConfig
 
 _all_ = ["UserError"]
 
 # %% auto #0
-__all__ = ['Problems', 'describe', 'convert', 'KnownKey', 'known_keys', 'to_dict', 'validate', 'config_from_dict', 'parse_yaml',
-           'read_yaml', 'parse_overrides', 'apply_overrides', 'load_config', 'to_yaml', 'save_config', 'flatten',
-           'diff_configs', 'config_hash', 'DataMix', 'load_data_mixes', 'field_meanings', 'config_table', 'UserError']
+__all__ = ['Problems', 'RECORDING', 'describe', 'convert', 'KnownKey', 'known_keys', 'to_dict', 'validate', 'config_from_dict',
+           'parse_yaml', 'read_yaml', 'parse_overrides', 'apply_overrides', 'load_config', 'to_yaml', 'save_config',
+           'flatten', 'diff_configs', 'config_hash', 'DataMix', 'load_data_mixes', 'field_meanings', 'config_table',
+           'UserError']
 
 # %% ../nbs/02_config.ipynb #35c1d121
 def _number(value: Any) -> Decimal | None:
@@ -206,8 +207,20 @@ def _memory_problems(m: ModelConfig) -> Problems:
             "set it to true, or query_norm to none")
 
 # %% ../nbs/02_config.ipynb #98dc9889
+RECORDING = ("log_expert_usage", "log_freq", "usage_threshold")
+
+def _beside_pretrained(m: ModelConfig) -> Problems:
+    "Keys of an architecture beside a model that has one"
+    for key, (value, _) in diff_configs(m, ModelConfig(pretrained=m.pretrained)).items():
+        if key.rpartition(".")[2] in RECORDING: continue
+        yield f"model_config.{key}", (f"{_shown(value)} contradicts pretrained: {m.pretrained}, which has an "
+            "architecture of its own; leave the key out, or pretrained")
+
 def _model_problems(m: ModelConfig) -> Problems:
     "Where the memory layers stand"
+    if m.pretrained is not None:
+        yield from _beside_pretrained(m)
+        return
     if m.use_peer and m.memory_layers is None and m.peer_start_layer >= m.num_hidden_layers:
         yield "model_config.peer_start_layer", (f"{m.peer_start_layer} is not a layer "
             f"(0 to {m.num_hidden_layers - 1}), so no layer would hold a memory; lower it or set use_peer: false")
@@ -262,14 +275,24 @@ def _entry_problems(entries: list[DatasetEntry], where: str) -> Problems:
 # %% ../nbs/02_config.ipynb #2d55b7f7
 def _data_problems(d: DatasetConfig, m: ModelConfig) -> Problems:
     "Data that the model cannot take"
-    if d.max_seq_length > m.max_position_embeddings:
+    own = m.pretrained is None   # else the model says how much it reads, when the run is planned
+    if own and d.max_seq_length > m.max_position_embeddings:
         yield "dataset_config.max_seq_length", (f"{d.max_seq_length} is longer than "
             f"model_config.max_position_embeddings = {m.max_position_embeddings}")
-    if d.tokenizer_name.startswith("corpus:") and (size := int(d.tokenizer_name.split(":")[-1])) > m.vocab_size:
+    name = d.tokenizer_name or ""
+    if own and name.startswith("corpus:") and (size := int(name.split(":")[-1])) > m.vocab_size:
         yield "dataset_config.tokenizer_name", (f"{d.tokenizer_name} has more tokens than model_config.vocab_size = "
             f"{m.vocab_size}; raise that to {size}, or train a smaller tokenizer")
     yield from _entry_problems(d.datasets, "dataset_config.datasets")
     yield from _entry_problems(d.tokenizer_corpus or [], "dataset_config.tokenizer_corpus")
+
+# %% ../nbs/02_config.ipynb #578e6054
+def _adapter_problems(cfg: Config) -> Problems:
+    "What cannot be meant together with adapters"
+    if cfg.lora_config is None: return
+    for key in ("freeze_layer_map", "fp8"):
+        if getattr(cfg.train_config, key):
+            yield f"train_config.{key}", "contradicts lora_config: adapters are trained and nothing else; leave one out"
 
 # %% ../nbs/02_config.ipynb #be1f7f9d
 def to_dict(
@@ -289,7 +312,8 @@ def validate(
         *_model_problems(cfg.model_config),
         *_train_problems(cfg.train_config, cfg.model_config.peer_config),
         *_data_problems(cfg.dataset_config, cfg.model_config),
-        *_entry_problems(cfg.eval_config.datasets or [], "eval_config.datasets")]
+        *_entry_problems(cfg.eval_config.datasets or [], "eval_config.datasets"),
+        *_adapter_problems(cfg)]
     for key, problem in problems: raise ConfigError(str(file), key, problem)
     return cfg
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import os
 import secrets
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['SEAL', 'UserError', 'write_atomic', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl', 'folder_lock',
-           'die_with_parent', 'writable_folder', 'cache_folder', 'sha256_of', 'file_hash', 'seal_folder', 'damages']
+__all__ = ['SEAL', 'UserError', 'write_atomic', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl', 'write_jsonl',
+           'folder_lock', 'die_with_parent', 'writable_folder', 'cache_folder', 'sha256_of', 'file_hash', 'seal_folder',
+           'damages']
 
 # %% ../nbs/00_files.ipynb #dc84e902
 class UserError(Exception):
@@ -66,12 +68,21 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} {value!r:.80} has no JSON form")
 
 # %% ../nbs/00_files.ipynb #a6e3494a
+def _not_finite(value: Any, name: str = "") -> list[str]: # such as "eval/docs/loss is nan"
+    "The numbers that strict JSON cannot say"
+    if isinstance(value, float): return [] if math.isfinite(value) else [f"{name} is {value}"]
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [odd for key, one in inside for odd in _not_finite(one, f"{name}.{key}" if name else str(key))]
+
+# %% ../nbs/00_files.ipynb #f623067d
 def _json(path: str | Path, value: Any, **options) -> str:
     "A value as strict JSON, which has no name for what is not a number"
     try: return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain, **options)
     except ValueError as e:
         if not str(e).startswith("Out of range"): raise
-        raise UserError(f"{path}: not written, since a number in it is not finite (nan or infinity)") from e
+        odd = _not_finite(json.loads(json.dumps(value, default=_plain)))
+        which = f"{', '.join(odd[:3])}{f' and {len(odd) - 3} more' if odd[3:] else ''}"
+        raise UserError(f"{path}: not written, since a number in it is not finite: {which}") from e
 
 # %% ../nbs/00_files.ipynb #a6e3494b
 def write_json(
@@ -135,11 +146,19 @@ def read_jsonl(
     except OSError as e: raise UserError(f"{path}: cannot be read: {e.strerror}") from e
     records = []
     for number, line in enumerate(lines, 1):
-        try: records.append(json.loads(line))
+        try: records.append(json.loads(line, parse_constant=lambda word: None))   # NaN of an earlier version: nothing
         except ValueError as e:
             problem = f"line {number} is not JSON ({e}); it was changed by hand or by another program"
             raise UserError(f"{path}: {problem}") from e
     return records
+
+# %% ../nbs/00_files.ipynb #cbf034b2
+def write_jsonl(
+    path: str | Path, # the folder must exist
+    records: Iterable[dict], # a line of JSON each
+) -> Path: # the file
+    "Write a whole log, or change nothing"
+    return write_atomic(path, "".join(_json(path, record) + "\n" for record in records))
 
 # %% ../nbs/00_files.ipynb #b7169e54
 def _holder(about: Path) -> str:
@@ -228,21 +247,22 @@ def sha256_of(
     return hashlib.sha256(value).hexdigest()
 
 # %% ../nbs/00_files.ipynb #5ea10002
-SEAL = "trainer_state/files.json"
-
 def file_hash(
-    path: Path, # of any size
-) -> list: # bytes, 64 hexadecimal digits
-    "Size and fingerprint of a file"
-    with open(path, "rb") as file: return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    path: str | Path, # of any size
+) -> str: # 64 hexadecimal digits
+    "The fingerprint of a file's bytes"
+    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../nbs/00_files.ipynb #2584fcb9
+SEAL = "trainer_state/files.json"
+
 def seal_folder(
     folder: Path, # with everything in it that it will hold
 ) -> None:
     "List every file with its size and hash"
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    write_json(folder/SEAL, {name: file_hash(path) for name, path in files.items() if name != SEAL})
+    sealed = {name: [path.stat().st_size, file_hash(path)] for name, path in files.items() if name != SEAL}
+    write_json(folder/SEAL, sealed)
 
 # %% ../nbs/00_files.ipynb #5ea10003
 def damages(
@@ -255,8 +275,8 @@ def damages(
     if not isinstance(sealed, dict): return [f"{SEAL} is not a list of files"]
     for name, said in sealed.items():
         if skip and name.startswith(skip): continue
-        here = file_hash(folder/name) if (folder/name).is_file() else None
-        if here is None: found.append(f"{name} is missing")
-        elif here[0] != said[0]: found.append(f"{name} has {here[0]:,} bytes instead of {said[0]:,}")
-        elif here[1] != said[1]: found.append(f"{name} was changed")
+        here = folder/name
+        if not here.is_file(): found.append(f"{name} is missing")
+        elif (size := here.stat().st_size) != said[0]: found.append(f"{name} has {size:,} bytes instead of {said[0]:,}")
+        elif file_hash(here) != said[1]: found.append(f"{name} was changed")
     return found

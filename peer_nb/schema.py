@@ -15,8 +15,9 @@ from .files import UserError
 from .models.options import Allowed, Count, Index, ModelConfig, Decay, Positive
 
 # %% auto #0
-__all__ = ['Seed', 'NotNegative', 'Share', 'Part', 'Text', 'Tokenizer', 'Template', 'Levels', 'ConfigError', 'MappingText',
-           'OptimizationConfig', 'TrainConfig', 'DatasetEntry', 'DatasetConfig', 'EvalConfig', 'WandbConfig', 'Config']
+__all__ = ['Seed', 'NotNegative', 'Share', 'Part', 'Text', 'Tokenizer', 'Template', 'Levels', 'Initialization', 'Targets',
+           'ConfigError', 'MappingText', 'OptimizationConfig', 'TrainConfig', 'DatasetEntry', 'DatasetConfig',
+           'EvalConfig', 'WandbConfig', 'LoraConfig', 'Config']
 
 # %% ../nbs/01_schema.ipynb #ba4356cc
 class ConfigError(UserError, ValueError):
@@ -139,7 +140,8 @@ class DatasetEntry:
 class DatasetConfig:
     "What is trained on"
     datasets: list[DatasetEntry] = field(default_factory=list) # the sources that are interleaved
-    tokenizer_name: Tokenizer = "gpt2" # hub name or path; "corpus:bpe:4096" trains one on the corpus; "bytes"
+    # hub name or path; "corpus:bpe:4096" trains one on the corpus; "bytes"; null: the pretrained model's own, or gpt2
+    tokenizer_name: Tokenizer | None = None
     tokenizer_corpus: list[DatasetEntry] | None = None # what a "corpus:" tokenizer is trained on; null: datasets
     max_seq_length: Count = 2048 # tokens per row
     packing: Literal["rows", "varlen"] = "rows" # varlen: documents side by side that do not see each other
@@ -155,6 +157,7 @@ class EvalConfig:
     eval_batch_size: Count = 16 # rows per step of an evaluation
     datasets: list[DatasetEntry] | None = None # whose held-out parts are scored; null: those trained on
     max_tokens: Count | None = None # score at most this many tokens per held-out set; null: all
+    window: Count | None = None # tokens of context when text is scored; null: dataset_config.max_seq_length
 
 # %% ../nbs/01_schema.ipynb #c2d0968c
 @dataclass
@@ -167,6 +170,31 @@ class WandbConfig:
     levels: Levels | None = None # {axis: level} of a study, which fills it in; columns beside the curves
     log_model: Literal["checkpoints", "all"] | None = None # upload model files
 
+# %% ../nbs/01_schema.ipynb #299cd461
+def _is_initialization(name: str) -> bool:
+    "Whether peft can begin adapters so from the weights alone"
+    return re.fullmatch(r"default|gaussian|pissa|pissa_niter_[1-9]\d?|olora|orthogonal|mica", name) is not None
+
+Initialization = Annotated[str, Allowed(
+    "default | gaussian | pissa | pissa_niter_N | olora | orthogonal | mica", _is_initialization)]
+Targets = Annotated[list[Text], Allowed("a list with at least one name, pattern or alias", len)]
+
+# %% ../nbs/01_schema.ipynb #1d7610ec
+@dataclass
+class LoraConfig:
+    "Adapters of low rank beside the weights of a pretrained model; leave the section out or null for none"
+    rank: Count = 16 # width of an adapter; at most that of what it adapts
+    alpha: Positive = 32.0 # what an adapter adds is multiplied by alpha/rank
+    dropout: Decay = 0.0 # on what an adapter reads
+    rslora: bool = False # multiply by alpha/√rank instead
+    dora: bool = False # train the magnitude of each weight apart from its direction
+    init: Initialization = "default" # how adapters begin, by peft's names
+    # LoRA+: the learning rate of B is so many times that of A; null: the same
+    lora_plus_ratio: Annotated[float, Allowed("a number, at least 1", lambda x: x >= 1)] | None = None
+    # names of modules, patterns with *, or aliases: qv, attn, mlp, memory, all
+    target_modules: Targets = field(default_factory=lambda: ["all"])
+    merge: bool = False # write the whole model with its adapters merged when the run is over
+
 # %% ../nbs/01_schema.ipynb #4a16114e
 @dataclass
 class Config:
@@ -176,3 +204,8 @@ class Config:
     dataset_config: DatasetConfig = field(default_factory=DatasetConfig) # the data
     eval_config: EvalConfig = field(default_factory=EvalConfig) # the evaluation
     wandb_config: WandbConfig | None = None # tracking
+    lora_config: LoraConfig | None = None # adapters instead of the whole model
+
+    def __post_init__(self):
+        data = self.dataset_config
+        if data.tokenizer_name is None: data.tokenizer_name = self.model_config.pretrained or "gpt2"

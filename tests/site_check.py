@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -137,13 +138,18 @@ def mixes_imports(cell: str) -> bool:
     return any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes) and any(isinstance(n, (ast.Expr, ast.Assign)) for n in nodes)
 
 
-def to_html(page: Path) -> str:
-    "One page as nbconvert draws it"
+@cache
+def exporter():
     from nbconvert import HTMLExporter
+    return HTMLExporter(exclude_raw=True, exclude_input=True)
+
+
+def to_html(page: Path) -> str:
+    "Prose and outputs of a page as nbconvert draws them"
     import nbformat
     notebook = json.loads(page.read_text())
     for cell in notebook["cells"]: cell.pop("has_sd", None)   # nbdev's own mark on the cells it adds
-    return HTMLExporter(exclude_raw=True).from_notebook_node(nbformat.reads(json.dumps(notebook), as_version=4))[0]
+    return exporter().from_notebook_node(nbformat.reads(json.dumps(notebook), as_version=4))[0]
 
 
 def site_address() -> str:

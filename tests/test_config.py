@@ -26,6 +26,7 @@ quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_hea
 
 MODEL, OPTIONS, ROUTER, LOOP, OPTIM, CORPORA = "models/causal_lm.py", "models/options.py", "models/product_keys.py", "training/loop.py", "training/optim.py", "data/corpora.py"
 PACKING, PERPLEXITY, BENCHMARKS, TRACKING = "data/packing.py", "evaluation/perplexity.py", "evaluation/benchmarks.py", "training/tracking.py"
+ADAPTERS = "training/adapters.py"
 HF = "transformers"   # read by the base class of the model; seen by test_every_model_key_changes_the_model
 
 ENTRY = {   # of each of the three lists of sources
@@ -89,6 +90,7 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.peer_config.log_expert_usage": (TRACKING, "whether usage.jsonl is written"),
     "model_config.peer_config.log_freq": (TRACKING, "steps of the lines of usage.jsonl"),
     "model_config.peer_config.usage_threshold": (TRACKING, "which experts usage.jsonl calls hot"),
+    "model_config.pretrained": (LOOP, "the weights and the architecture that training begins with"),
     "train_config.output_dir": (LOOP, "where checkpoints and metrics are written"),
     "train_config.per_device_train_batch_size": (PACKING, "rows of a batch"),
     "train_config.per_device_eval_batch_size": (LOOP, "rows of a forward pass of an evaluation during training"),
@@ -139,6 +141,16 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "eval_config.evals": (BENCHMARKS, "which benchmarks are scored"),
     "eval_config.evals_registry_path": (BENCHMARKS, "where evals that lm-eval does not have are looked for"),
     "eval_config.max_tokens": (PERPLEXITY, "tokens that are scored"),
+    "lora_config.rank": (ADAPTERS, "shape of the adapters"),
+    "lora_config.alpha": (ADAPTERS, "what the adapters add to a logit"),
+    "lora_config.dropout": (ADAPTERS, "logits in training"),
+    "lora_config.rslora": (ADAPTERS, "what the adapters add to a logit"),
+    "lora_config.dora": (ADAPTERS, "whether magnitudes are trained"),
+    "lora_config.init": (ADAPTERS, "adapters before the first step"),
+    "lora_config.lora_plus_ratio": (OPTIM, "learning rate of the B matrices' group"),
+    "lora_config.target_modules": (ADAPTERS, "which modules have adapters"),
+    "lora_config.merge": (LOOP, "whether a merged model is written at the end"),
+    "eval_config.window": (PERPLEXITY, "tokens of context of a scored token"),
     "wandb_config.project": (TRACKING, "project at Weights & Biases"),
     "wandb_config.entity": (TRACKING, "user or team at Weights & Biases"),
     "wandb_config.name": (TRACKING, "name of the run at Weights & Biases"),
@@ -197,8 +209,8 @@ YARN = dict(rope_type="yarn", factor=4, original_max_position_embeddings=256, ms
 SCALING = {name: {f"mla_config.rope_scaling.{name}": value} for name, value in dict(rope_type="linear", factor=8, original_max_position_embeddings=16,
     beta_fast=2, beta_slow=0.1, mscale=2, mscale_all_dim=1).items()}
 CHANGES |= {f"mla_config.rope_scaling.{name}": change for name, change in SCALING.items()}   # of a model that is stretched
-ELSEWHERE = {"max_position_embeddings", "loss_chunk_size", "peer_config.table_gradient", "peer_config.kernel",
-             *(f"peer_config.{name}" for name in ("log_expert_usage", "log_freq", "usage_threshold"))}   # seen in what the model refuses, in what it returns beside logits, in gradients, in the graph, and in usage.jsonl
+ELSEWHERE = {"max_position_embeddings", "pretrained", "loss_chunk_size", "peer_config.table_gradient", "peer_config.kernel",
+             *(f"peer_config.{name}" for name in ("log_expert_usage", "log_freq", "usage_threshold"))}   # seen in what the model refuses, in another model, in what it returns beside logits, in gradients, in the graph, and in usage.jsonl
 
 
 def fingerprint(cfg: Config):
@@ -271,7 +283,7 @@ def test_imports_nothing_heavy():
 # ---- every mistake is a ConfigError that names file and key --------------------------------------------------------------
 
 ENTRIES = [dict(name="a", path="a.txt"), dict(name="b", path="b.txt")]
-FULL = to_dict(config_from_dict(dict(model_config=dict(mla_config=dict(rope_scaling=YARN)), dataset_config=dict(datasets=ENTRIES, tokenizer_corpus=ENTRIES), eval_config=dict(datasets=ENTRIES), wandb_config={})))
+FULL = to_dict(config_from_dict(dict(model_config=dict(mla_config=dict(rope_scaling=YARN)), dataset_config=dict(datasets=ENTRIES, tokenizer_corpus=ENTRIES), eval_config=dict(datasets=ENTRIES), wandb_config={}, lora_config={})))
 
 
 def parent_of(tree: dict, key: str):
@@ -349,18 +361,18 @@ def test_any_wrong_type(key, data):
     assert "is not allowed; allowed: " in str(info.value)
 
 
-FROM_ONE = """hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size max_position_embeddings num_experts num_experts_per_tok
+FROM_ONE = """rank window hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size max_position_embeddings num_experts num_experts_per_tok
     num_heads expert_hidden_size query_dim log_freq q_lora_rank kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim per_device_train_batch_size
     per_device_eval_batch_size gradient_accumulation_steps max_steps max_tokens steps_per_epoch logging_steps save_steps save_total_limit eval_steps
     max_seq_length eval_batch_size original_max_position_embeddings loss_chunk_size""".split()
-ABOVE_ZERO = """initializer_range layer_norm_eps usage_threshold rope_theta learning_rate adam_epsilon max_grad_norm table_max_grad_norm
+ABOVE_ZERO = """alpha initializer_range layer_norm_eps usage_threshold rope_theta learning_rate adam_epsilon max_grad_norm table_max_grad_norm
     num_train_epochs weight beta_fast beta_slow mscale mscale_all_dim""".split()
 below, above = st.floats(max_value=-1e-9, allow_infinity=False), st.floats(min_value=1.001, allow_infinity=False)
 OUT_OF_RANGE = (
     dict.fromkeys(FROM_ONE, st.integers(-2**63, 0)) | dict.fromkeys(ABOVE_ZERO, below | st.just(0)) |
     dict.fromkeys(("weight_decay", "table_learning_rate", "table_weight_decay"), below) | dict.fromkeys(("peer_start_layer", "num_workers", "pretrained_layer_step"), st.integers(-2**63, -1)) |
     dict.fromkeys(("dropout", "adam_beta1", "adam_beta2"), below | above | st.just(1)) |
-    dict(factor=st.floats(max_value=0.999, allow_infinity=False), warmup_ratio=below | above, heldout_fraction=below | above | st.sampled_from([0, 1]), seed=st.integers(-2**63, -1) | st.integers(2**32, 2**63 - 1),
+    dict(factor=st.floats(max_value=0.999, allow_infinity=False), lora_plus_ratio=st.floats(max_value=0.999, allow_infinity=False), warmup_ratio=below | above, heldout_fraction=below | above | st.sampled_from([0, 1]), seed=st.integers(-2**63, -1) | st.integers(2**32, 2**63 - 1),
          product_key_dim=st.just([]), tokenizer_name=st.sampled_from(["corpus:", "corpus:bpe", "corpus:bpe:256", "corpus:bpe:-5", "corpus:wordpiece:500"]),
          text_template=st.sampled_from(["no field", "{", "}", "{}", "{0}", "{a.b}", "{a[0]}", "{a:{b}}"])))
 

@@ -19,7 +19,7 @@ from peer_nb.config import Config, DatasetConfig, DatasetEntry, EvalConfig, Trai
 from peer_nb.files import UserError
 from peer_nb.data import corpora
 from peer_nb.data.corpora import data_fingerprint, data_manifest, documents, load_tokenizer, summary
-from peer_nb.data.packing import Mix, StreamingRows, build_dataloader, tokenised
+from peer_nb.data.packing import Mix, StreamingRows, training_batches, tokenised
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from peer_nb.data.command import main as task_main
 from peer_nb.training.steps import accumulate_gradient
@@ -174,7 +174,7 @@ def test_mixes_by_name(cache, files, tmp_path):
     mixes = dict(insects=dict(name="Insects", datasets=[dict(name=e.name, path=e.path, weight=w) for e, w in zip(files, (.8, .2))]))
     (tmp_path/"datasets.yaml").write_text(json.dumps(dict(data_mixes=mixes)))
     mix = load_data_mixes(tmp_path/"datasets.yaml")["insects"]
-    batches = build_dataloader(*small_run(mix.datasets, 100))
+    batches = training_batches(*small_run(mix.datasets, 100))
     for _ in range(20): next(batches)
     assert batches.proportions() == pytest.approx(dict(ants=.8, bees=.2), abs=.03)
 
@@ -194,7 +194,7 @@ def test_hub_sets_by_configuration_alone(entry, asked, cache, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(corpora, "hub_revision", lambda name, kind: "0123abc")
     cfg, tokenizer = small_run([entry])
-    assert next(build_dataloader(cfg, tokenizer))["input_ids"].shape == (3, 32)
+    assert next(training_batches(cfg, tokenizer))["input_ids"].shape == (3, 32)
     assert seen and all(kw == asked | dict(streaming=True, revision="0123abc") for kw in seen)
     origin = data_manifest(cfg)["sources"][0]["origin"]
     assert origin == dict(revision="0123abc", subset=entry.subset, split=entry.split)
@@ -227,14 +227,14 @@ SETUP = """
 import hashlib, json, sys
 from peer_nb.config import *; from peer_nb.schema import *
 from peer_nb.data.corpora import load_tokenizer
-from peer_nb.data.packing import StreamingRows, build_dataloader
+from peer_nb.data.packing import StreamingRows, training_batches
 StreamingRows.block = 16
 
 def loader(entries, packing, workers):
     "A fresh loader of small batches"
     data = DatasetConfig([DatasetEntry(**e) for e in entries], "corpus:bpe:300", max_seq_length=32, packing=packing)
     cfg = Config(dataset_config=data, train_config=TrainConfig(per_device_train_batch_size=3))
-    return build_dataloader(cfg, load_tokenizer(data), num_workers=workers)
+    return training_batches(cfg, load_tokenizer(data), num_workers=workers)
 
 def take(batches, count):
     "A digest of each of the next batches: every key, every bit"
@@ -312,14 +312,14 @@ def small_run(entries, batch=3, **data):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_changed_data_is_refused(streaming, now, named, cache, files):
     entries, loader, now = [replace(e, streaming=streaming) for e in files], dict(num_workers=2), dict(now)
-    batches = build_dataloader(*small_run(entries), **loader)
+    batches = training_batches(*small_run(entries), **loader)
     next(batches)
     state = json.loads(json.dumps(batches.state_dict()))
     if now.pop("file", None):
         with open(files[0].path, "a") as f: f.write('{"text": "a late document", "n": 7}\n')
     if "weight" in now: entries[0] = replace(entries[0], weight=now.pop("weight"))
     loader |= {k: now.pop(k) for k in ("num_workers", "world_size") if k in now}
-    with pytest.raises(UserError, match=named): build_dataloader(*small_run(entries, **now), **loader).load_state_dict(state)
+    with pytest.raises(UserError, match=named): training_batches(*small_run(entries, **now), **loader).load_state_dict(state)
 
 
 # ---- every document once an epoch ----
@@ -328,7 +328,7 @@ def streams_of(files, streaming, packing, workers, batches=90, rows=3, length=12
     "Two processes read a mix: the tokens of each source, in the order in which it gave them"
     entries = [replace(e, weight=w, streaming=streaming) for e, w in zip(files, (3., 1.))]
     cfg, tokenizer = small_run(entries, rows, max_seq_length=length, packing=packing)
-    loaders, streams, row = [build_dataloader(cfg, tokenizer, rank=r, world_size=ranks, num_workers=workers) for r in range(ranks)], [[] for _ in files], 0
+    loaders, streams, row = [training_batches(cfg, tokenizer, rank=r, world_size=ranks, num_workers=workers) for r in range(ranks)], [[] for _ in files], 0
     mix = Mix([3., 1.], cfg.train_config.seed)
     for _ in range(batches):
         for loader in loaders:
@@ -357,7 +357,7 @@ def test_no_document_is_lost_or_repeated_in_an_epoch():
     "Python's documentation, its own BPE: two epochs of rows, split at the ends of text, decoded, counted."
     data = DatasetConfig(LIBRARY[:1], "corpus:bpe:2048", max_seq_length=128)
     tokenizer = load_tokenizer(data)
-    batches = build_dataloader(Config(dataset_config=data, train_config=TrainConfig(per_device_train_batch_size=64)), tokenizer)
+    batches = training_batches(Config(dataset_config=data, train_config=TrainConfig(per_device_train_batch_size=64)), tokenizer)
     n = batches.tokens_per_epoch
     tokens = np.concatenate([next(batches)["input_ids"].numpy().ravel() for _ in range(2*n//(64*128) + 1)])
     expected = Counter(documents(LIBRARY[0]))
@@ -402,7 +402,7 @@ def test_memory_configurations_train_answers_only(task, cache, tmp_path):
     corpora.task_arguments(cfg.dataset_config.datasets[0])
     cfg = apply_overrides(cfg, made)
     tokenizer = load_tokenizer(cfg.dataset_config)
-    batch = next(build_dataloader(cfg, tokenizer))
+    batch = next(training_batches(cfg, tokenizer))
     ids, labels, cuts = (batch[key].flatten().tolist() for key in ("input_ids", "labels", "cu_seqlens"))
     answers, known = 0, set(documents(cfg.dataset_config.datasets[0]))
     for a, b in zip(cuts, cuts[1:]):
@@ -424,7 +424,7 @@ def test_masked_and_plain_sources_in_one_mix(streaming, packing, cache, files, t
     (tmp_path/"squares.jsonl").write_text("".join(json.dumps(dict(text=p)) + "\n" for p in pairs))
     squares = DatasetEntry("squares", str(tmp_path/"squares.jsonl"), mask="digit_lookup", streaming=streaming)
     cfg, tokenizer = small_run([squares, files[0]], 1, max_seq_length=16, packing=packing, heldout_fraction=0.)
-    batches, mix, stream = build_dataloader(cfg, tokenizer), Mix([1., 1.], cfg.train_config.seed), []
+    batches, mix, stream = training_batches(cfg, tokenizer), Mix([1., 1.], cfg.train_config.seed), []
     for row in range(500):
         batch = next(batches)
         ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
@@ -447,7 +447,7 @@ def test_varlen_batch_trains_as_its_documents_one_by_one(cache, files):
     mla = dict(q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=4, v_head_dim=8, qk_nope_head_dim=4)
     model = PeerMLAForCausalLM(PeerMLAConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=260,
                                              max_position_embeddings=32, peer_start_layer=1, peer_config=peer, mla_config=mla)).eval()
-    batch = next(build_dataloader(cfg, tokenizer))
+    batch = next(training_batches(cfg, tokenizer))
     loss, count = 0.0, 0
     for a, b in zip(batch["cu_seqlens"].tolist(), batch["cu_seqlens"].tolist()[1:]):
         if b - a < 2: continue
@@ -489,9 +489,9 @@ def test_two_processes_that_want_the_same_caches(cache, files):
 import hashlib, sys
 from peer_nb.config import *; from peer_nb.schema import *
 from peer_nb.data.corpora import load_tokenizer
-from peer_nb.data.packing import build_dataloader
+from peer_nb.data.packing import training_batches
 data = DatasetConfig([DatasetEntry("ants", sys.argv[1])], "corpus:bpe:300", max_seq_length=32)
-batches = build_dataloader(Config(dataset_config=data), load_tokenizer(data))
+batches = training_batches(Config(dataset_config=data), load_tokenizer(data))
 print(hashlib.sha256(b"".join(next(batches)["input_ids"].numpy().tobytes() for _ in range(9))).hexdigest())
 """
     start = lambda: subprocess.Popen([sys.executable, "-c", code, files[0].path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -512,6 +512,6 @@ def test_real_files_by_configuration_alone(packing, cache):
                *(DatasetEntry(name, str(root/name/"*.txt")) for name in ("tinyshakespeare", "wikitext2"))]
     cfg, tokenizer = small_run(entries, 16, tokenizer_name="corpus:bpe:1024", max_seq_length=64, packing=packing)
     assert sum(summary(entries[0], .05)[part]["documents"] for part in ("train", "heldout")) == 7473
-    batches = build_dataloader(cfg, tokenizer)
+    batches = training_batches(cfg, tokenizer)
     for _ in range(50): assert next(batches)["input_ids"].numel() == 16*64
     assert all(share > .2 for share in batches.proportions().values())

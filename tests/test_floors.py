@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent/"peer_nb"
 FLOORS = house.floors()
 MODEL_NEEDS = {"torch", "numpy", "transformers", "fastcore"}
 LAB = ("study", "findings", "running")
-LAB_CALLS = {*LAB, *(name for name, floor in FLOORS.items() if floor == 0), "analysis.parameters", "analysis.step_memory", "data.corpora", "models.options", "tasks.registry"}
+LAB_CALLS = {*LAB, *(name for name, floor in FLOORS.items() if floor == 0), "analysis.parameters", "analysis.step_memory", "data.corpora", "models.options", "tasks.registry",
+             "training.bases", "training.loop"}   # a base that is made in a process of its own; peer-train hands a plain configuration on
 
 
 def imports(source: str, module: str) -> list[str]:

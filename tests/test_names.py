@@ -11,13 +11,6 @@ ALIKE = {
     "compare": "a subcommand of peer-analyze is named after what a user types",
     "parameters": "a subcommand of peer-analyze is named after what a user types",
 }
-# Names that still mean two things, with where the second meaning stands. This list only gets shorter.
-STILL = {
-    "Job": "a job of the ablation of keys, a job of a place that runs runs",
-    "build_dataloader": "for a configuration in packing, for padded and varlen rows in collate",
-    "file_hash": "of whole files, of a corpus's file",
-    "verdict": "of a claim, of the answer after a swap",
-}
 
 
 def patched(node: ast.FunctionDef | ast.ClassDef) -> bool:
@@ -38,6 +31,5 @@ def public_names() -> dict[str, list[str]]:
 
 def test_no_public_name_means_two_things():
     twice = {name: modules for name, modules in public_names().items() if len(modules) > 1}
-    new = {name: modules for name, modules in twice.items() if name not in ALIKE and name not in STILL}
+    new = {name: modules for name, modules in twice.items() if name not in ALIKE}
     assert not new, f"defined in several modules; import the one, or give the other a name of its own: {new}"
-    assert not {*ALIKE} & {*STILL}

@@ -13,21 +13,6 @@ SHOWS_LESS = {   # page: why fewer than a third of its visible cells end in some
 }
 LONGER = {"models/04_causal_lm.ipynb": 44}   # the decoder's __init__ and forward stand together
 LARGER = {   # page: median lines of its exported cells: functions of one purpose, with a comment a parameter; only gets shorter
-    "analysis/03_expert_usage.ipynb": 14,
-    "analysis/04_inspection.ipynb": 12.5,
-    "analysis/07_drawings.ipynb": 13,
-    "analysis/09_worked_example.ipynb": 16,
-    "analysis/14_ablation.ipynb": 15,
-    "analysis/16_command.ipynb": 13.5,
-    "evaluation/00_loading.ipynb": 12.5,
-    "evaluation/01_perplexity.ipynb": 16,
-    "evaluation/05_benchmarks.ipynb": 14,
-    "evaluation/06_recall.ipynb": 13,
-    "evaluation/08_score_page.ipynb": 15,
-    "evaluation/10_recall_page.ipynb": 12.5,
-    "evaluation/11_recall_command.ipynb": 16.5,
-    "evaluation/12_command.ipynb": 14,
-    "models/kernels/01_rows.ipynb": 13.5,
 }
 PAGES = sorted(str(p.relative_to(house.ROOT/"nbs")) for p in (house.ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 

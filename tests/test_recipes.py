@@ -55,13 +55,13 @@ def test_a_task_is_trained_masked_and_planned(tmp_path):
 from colours import TASK
 from peer_nb.config import config_from_dict, load_config, to_dict
 from peer_nb.data.corpora import load_tokenizer
-from peer_nb.data.packing import build_dataloader
+from peer_nb.data.packing import training_batches
 from peer_nb.study.plan import measured
 entry = dict(name="things", task="colour_table", mask="colour", task_arguments=dict(num_things=8))
 config = config_from_dict(dict(train_config=dict(max_tokens=512, per_device_train_batch_size=2, gradient_accumulation_steps=1),
                                dataset_config=dict(datasets=[entry], tokenizer_name="bytes", max_seq_length=64)))
 tokenizer = load_tokenizer(config.dataset_config)
-batch = next(iter(build_dataloader(config, tokenizer)))
+batch = next(iter(training_batches(config, tokenizer)))
 trained = "".join(tokenizer.decode([t]) for row, labels in zip(batch["input_ids"], batch["labels"]) for t, l in zip(row, labels) if l != -100)
 print(trained)
 print(measured(config, "things/known/exact_match"), measured(config, "things/test/exact_match"))

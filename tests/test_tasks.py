@@ -17,7 +17,7 @@ import pytest
 from peer_nb.config import DatasetEntry, config_from_dict
 from peer_nb.data.command import main, task_command, tokenization_report
 from peer_nb.data.corpora import load_tokenizer
-from peer_nb.data.packing import build_dataloader
+from peer_nb.data.packing import training_batches
 from peer_nb.evaluation.recall import read_questions
 from peer_nb.files import UserError
 from peer_nb.study.plan import make_plan, measured
@@ -330,7 +330,7 @@ def test_a_task_of_ones_own_needs_no_other_file(made_up, tmp_path, monkeypatch):
                           mla_config=dict(q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=4, v_head_dim=8, qk_nope_head_dim=4)),
         dataset_config=dict(datasets=[entry], tokenizer_name="bytes", max_seq_length=64),
         train_config=dict(max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=1, output_dir=str(tmp_path/"out"))))
-    batch = next(build_dataloader(cfg, tokenizer := load_tokenizer(cfg.dataset_config)))
+    batch = next(training_batches(cfg, tokenizer := load_tokenizer(cfg.dataset_config)))
     said = tokenizer.decode(batch["labels"][batch["labels"] != -100].tolist())
     assert "BÄR" in said and "ÄHRE" not in said and said == re.sub("[^A-ZÄÖÜ]", "", said)
     metrics = {name.removeprefix("eval/"): value for name, value in train(cfg, progress=False).metrics[-1].items()}

@@ -2,6 +2,7 @@
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import resource
@@ -482,6 +483,18 @@ def test_mistakes_are_one_line_and_write_nothing(text, tmp_path, capsys, changes
     message = capsys.readouterr().err
     assert message.startswith("peer-train: error:") and named in message and "Traceback" not in message
     assert not (tmp_path/"run").exists()
+
+
+def test_a_metric_that_is_no_number_ends_the_run_with_its_name(text, tmp_path, monkeypatch):
+    "Also one of an evaluation of somebody's own; the lines before it stay, and a study calls the failure what it is"
+    from peer_nb.running.wrapper import error_kind
+    from peer_nb.training import loop
+    step = lambda trainer: trainer.counters.step
+    monkeypatch.setattr(loop, "EVALUATIONS", [lambda trainer: {"mine/ratio": math.nan if step(trainer) == 4 else 1.0}])
+    with pytest.raises(UserError, match=r"metrics.jsonl: not written, .* not finite: eval/mine/ratio is nan") as error:
+        train(config(text, tmp_path, max_steps=6, eval_steps=2, logging_steps=1))
+    assert [line["step"] for line in read_jsonl(tmp_path/"metrics.jsonl")] == [1, 2, 3]
+    assert error_kind("UserError", str(error.value)) == "not finite"
 
 
 def sizes(checkpoint: Path) -> dict[str, int]:

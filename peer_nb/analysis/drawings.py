@@ -23,8 +23,9 @@ if TYPE_CHECKING: import plotly.graph_objects as go
 __all__ = ['MEMORY_PARTS', 'LAYER_COLUMNS', 'USAGE_COLUMNS', 'DRAW', 'result_heading', 'components_figure', 'layers_figure',
            'memory_figure', 'memory_html', 'draw_parameters', 'checks', 'sizes_html', 'layers_html', 'bytes_html',
            'curves_figure', 'histogram_figure', 'heads_figure', 'classes_figure', 'hot_figure', 'pairs_figure',
-           'usage_rows', 'draw_usage', 'shared_html', 'usage_overview', 'classes_html', 'pairs_html', 'usage_details',
-           'natural', 'tensors_figure', 'row_norms_figure', 'norms_html', 'draw_checkpoint', 'draw_compare']
+           'usage_row', 'usage_rows', 'draw_usage', 'shared_html', 'usage_overview', 'classes_html', 'pairs_html',
+           'usage_details', 'natural', 'tensors_figure', 'row_norms_figure', 'norms_html', 'draw_checkpoint',
+           'unmatched', 'draw_compare']
 
 # %% ../../nbs/analysis/07_drawings.ipynb #26beaa8c
 def result_heading(
@@ -282,25 +283,29 @@ def pairs_figure(
     figure.update_yaxes(type="category", autorange="reversed", tickfont=dict(size=9))
     return figure
 
-# %% ../../nbs/analysis/07_drawings.ipynb #d9013adc
-def usage_rows(
-    result: dict, # of kind usage
-) -> list[dict]: # one per layer
-    "The layers' statistics, for a table"
-    rows = []
-    for layer in result["layers"]:
-        w, c = layer["by_weight"], layer["by_count"]
-        rows.append({"layer": layer["layer"], "used": f"{w['used']:.2%}", "unevenness": w["unevenness"],
-                     "by_count": c["unevenness"], "chance": c["chance_unevenness"], "gini": w["gini"],
-                     "effective": round(w["effective_rows"]), "top50": w["top50"], "top90": w["top90"],
-                     "top99": w["top99"], "hot": w["hot"], "hottest": w["hottest"],
-                     "repeated": f"{layer['repeated']:.1%}"})
-    return rows
-
+# %% ../../nbs/analysis/07_drawings.ipynb #dc2f092b
 USAGE_COLUMNS = {"layer": "layer", "used": "used", "unevenness": "unevenness", "by_count": "by count",
                  "chance": "if even", "gini": "Gini", "effective": "effective rows", "top50": "for 50 %",
                  "top90": "for 90 %", "top99": "for 99 %", "hot": "hot", "hottest": "hottest, times",
                  "repeated": "also by another head"}
+
+# %% ../../nbs/analysis/07_drawings.ipynb #d9013adc
+def usage_row(
+    layer: dict, # of a result of kind usage
+) -> dict: # as USAGE_COLUMNS
+    "The statistics of a layer, for a table"
+    w, c = layer["by_weight"], layer["by_count"]
+    return {"layer": layer["layer"], "used": f"{w['used']:.2%}", "unevenness": w["unevenness"],
+            "by_count": c["unevenness"], "chance": c["chance_unevenness"], "gini": w["gini"],
+            "effective": round(w["effective_rows"]), "top50": w["top50"], "top90": w["top90"], "top99": w["top99"],
+            "hot": w["hot"], "hottest": w["hottest"], "repeated": f"{layer['repeated']:.1%}"}
+
+# %% ../../nbs/analysis/07_drawings.ipynb #12d8b112
+def usage_rows(
+    result: dict, # of kind usage
+) -> list[dict]: # one per layer
+    "The layers' statistics, for a table"
+    return [usage_row(layer) for layer in result["layers"]]
 
 # %% ../../nbs/analysis/07_drawings.ipynb #c86a9923
 def draw_usage(
@@ -459,6 +464,16 @@ def draw_checkpoint(
                            lead) + note_html(result["misfits"][:20] + bad[:20]) + facts_html(facts)
             + sizes + norms + section_html("Tensors", table_html(rows, columns, sort=True)))
 
+# %% ../../nbs/analysis/07_drawings.ipynb #96a2b4f6
+def unmatched(
+    result: dict, # of kind compare
+) -> list[str]: # in words
+    "Tensors that only one of two checkpoints has, or that have another shape"
+    notes = []
+    for which, names in (("the first", result["only_in_first"]), ("the second", result["only_in_second"])):
+        if names: notes.append(f"only in {which}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
+    return notes + [f"{s['name']}: shape {s['shapes'][0]} and {s['shapes'][1]}" for s in result["shapes"][:10]]
+
 # %% ../../nbs/analysis/07_drawings.ipynb #a38407c0
 def draw_compare(
     result: dict, # of kind compare
@@ -466,10 +481,6 @@ def draw_compare(
     "The page of two checkpoints"
     changes = sorted(result["tensors"], key=lambda c: -(c["relative"] or 0))
     moved, differing = [c for c in changes if c["changed"]], result["config"]
-    notes = []
-    for which, names in (("the first", result["only_in_first"]), ("the second", result["only_in_second"])):
-        if names: notes.append(f"only in {which}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
-    notes += [f"{s['name']}: shape {s['shapes'][0]} and {s['shapes'][1]}" for s in result["shapes"][:10]]
     facts = {"tensors in both": number(len(changes)), "of them changed": number(len(moved)),
              "numbers changed": f"{result['changed'] / max(1, result['numbers']):.2%}",
              "configuration keys that differ": number(len(differing))}
@@ -480,8 +491,9 @@ def draw_compare(
     caption = "How far each tensor moved, in parts of its own length; tensors that did not move are left out."
     figure = text_html("Nothing changed.")
     if moved: figure = figure_html(tensors_figure(result["tensors"], "relative", "relative change"), caption)
-    return (result_heading(result, "Two checkpoints", "What moved from the first to the second.") + note_html(notes)
-            + facts_html(facts) + figure + section_html("Tensors", table_html(changes, columns, sort=True))
+    return (result_heading(result, "Two checkpoints", "What moved from the first to the second.")
+            + note_html(unmatched(result)) + facts_html(facts) + figure
+            + section_html("Tensors", table_html(changes, columns, sort=True))
             + section_html("Configuration", config))
 
 # %% ../../nbs/analysis/07_drawings.ipynb #fafcdf01

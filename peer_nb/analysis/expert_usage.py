@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .usage_statistics import TOKEN_TYPES, chance_unevenness, divergence, hot_rows, share_curve
 from .usage_statistics import usage_histogram, usage_statistics, vocabulary_types
+from ..evaluation.loading import document_start
 from ..files import UserError
 from ..models.peer import MemoryLayer
 
@@ -155,7 +156,7 @@ def document_windows(
     limit: int | None = None, # tokens, at most
 ) -> list[tuple[list[int], bool]]: # (tokens, whether the first of them is the one before the document)
     "A document in pieces"
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    first = document_start(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:limit]
     sequence = ids if first is None or not ids else [first, *ids]
     fresh = len(sequence) > len(ids)
@@ -380,6 +381,23 @@ def layer_result(
             "types": class_rows(counter, "types", list(TOKEN_TYPES)),
             "positions": class_rows(counter, "positions", position_names(window))}
 
+# %% ../../nbs/analysis/03_expert_usage.ipynb #29cb166e
+@patch
+def result(self: PairCounter) -> dict: # JSON
+    "The rows, and how often each two of them came together"
+    return {"rows": self.rows, "tokens": self.tokens, "counts": self.pairs.tolist()}
+
+# %% ../../nbs/analysis/03_expert_usage.ipynb #b909814c
+@patch
+def shared_usage(self: UsageRun,
+    threshold: float, # a row is hot beyond so many times the equal share
+) -> dict | None: # None: each layer has its own table
+    "The statistics of a table that several layers read"
+    shared = any(layer.__dict__.get("tables_of") is not None for layer in self.layers.values())
+    if len(self.layers) < 2 or not shared: return None
+    weights = sum(c.weights for c in self.counters.values()).cpu().numpy()
+    return {"by_weight": usage_statistics(weights, threshold), "hot_rows": hot_rows(weights, threshold)}
+
 # %% ../../nbs/analysis/03_expert_usage.ipynb #5f157205
 @patch
 def result(self: UsageRun,
@@ -389,14 +407,7 @@ def result(self: UsageRun,
     "What was counted so far"
     layers = []
     for number, counter in self.counters.items():
-        found = {"layer": number, **layer_result(counter, threshold, self.window)}
-        if pairs:
-            p = pairs[number]
-            found["pairs"] = {"rows": p.rows, "tokens": p.tokens, "counts": p.pairs.tolist()}
-        layers.append(found)
-    shared = None
-    if len(self.layers) > 1 and any(layer.__dict__.get("tables_of") is not None for layer in self.layers.values()):
-        weights = sum(c.weights for c in self.counters.values()).cpu().numpy()
-        shared = {"by_weight": usage_statistics(weights, threshold), "hot_rows": hot_rows(weights, threshold)}
+        together = {"pairs": pairs[number].result()} if pairs else {}
+        layers.append({"layer": number, **layer_result(counter, threshold, self.window), **together})
     return {"documents": self.documents, "tokens": self.tokens, "window": self.window, "threshold": threshold,
-            "layers": layers, "shared_table": shared}
+            "layers": layers, "shared_table": self.shared_usage(threshold)}

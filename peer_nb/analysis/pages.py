@@ -5,7 +5,6 @@
 # %% ../../nbs/analysis/06_pages.ipynb #1f73a815
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -116,6 +115,6 @@ def write_analysis(
 ) -> Path: # the page
     "Write KIND.json and KIND.html into a folder"
     folder, kind = writable_folder(folder), result["schema"].split()[1]
-    write_json(folder/f"{kind}.json", json.loads(json.dumps(result, allow_nan=False)))
+    write_json(folder/f"{kind}.json", result)
     title = f"{kind} · {' , '.join(Path(source).name for source in result['source'])}"
     return write_page(folder/f"{kind}.html", title, draw(result))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..config import DatasetConfig
@@ -24,7 +25,7 @@ from ..tasks.registry import find_task
 from ..tasks.writing import generate, write_task
 
 # %% auto #0
-__all__ = ['TASKS_HERE', 'facts_config', 'training_rows', 'teach', 'Facts', 'learn_facts']
+__all__ = ['TASKS_HERE', 'facts_config', 'training_rows', 'two_rates', 'teach', 'Facts', 'learn_facts']
 
 # %% ../../nbs/analysis/09_worked_example.ipynb #3f82ccbe
 def facts_config(
@@ -59,6 +60,15 @@ def training_rows(
     order = torch.tensor([place[text] for text in texts])
     return ids[order], labels[order]
 
+# %% ../../nbs/analysis/09_worked_example.ipynb #793df48e
+def two_rates(
+    model: PeerMLAForCausalLM, # with a memory
+) -> torch.optim.AdamW: # whose second group has the tables
+    "An optimizer with a group for tables"
+    tables = [p for m in model.modules() if isinstance(m, MemoryTable) for p in m.parameters()]
+    rest = [p for p in model.parameters() if all(p is not t for t in tables)]
+    return torch.optim.AdamW([dict(params=rest), dict(params=tables)], weight_decay=0.0)
+
 # %% ../../nbs/analysis/09_worked_example.ipynb #e09d9088
 def teach(
     model: PeerMLAForCausalLM, # new
@@ -68,10 +78,7 @@ def teach(
     enough: float, # stop when the loss of 16 steps is below, nats a token
 ) -> None:
     "One pass over the rows, in which tables learn twenty times as fast as the rest"
-    tables = [p for m in model.modules() if isinstance(m, MemoryTable) for p in m.parameters()]
-    rest = [p for p in model.parameters() if all(p is not t for t in tables)]
-    optimizer = torch.optim.AdamW([dict(params=rest), dict(params=tables)], weight_decay=0.0)
-    steps, recent = math.ceil(len(ids) / batch), deque(maxlen=16)
+    optimizer, steps, recent = two_rates(model), math.ceil(len(ids) / batch), deque(maxlen=16)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, [2e-3, 4e-2], total_steps=steps, pct_start=.1)
     for part in torch.arange(len(ids)).split(batch):
         loss = model(ids[part], labels=labels[part]).loss
@@ -95,21 +102,25 @@ class Facts:
 
     def encoded(self) -> list[Encoded]: return encode_questions(self.tokenizer, self.questions)
 
-    def save(self,
-        folder: str | Path, # made when missing
-    ) -> tuple[Path, Path]: # checkpoint, data set
-        "Write what the commands need"
-        checkpoint, data = Path(folder)/"checkpoint", Path(folder)/"data"
-        for part in (self.model, self.tokenizer): part.save_pretrained(checkpoint)
-        write_task(self.task, data, force=True, **self.arguments)
-        return checkpoint, data
+# %% ../../nbs/analysis/09_worked_example.ipynb #98a1035f
+@patch
+def save(self: Facts,
+    folder: str | Path, # made when missing
+) -> tuple[Path, Path]: # checkpoint, data set
+    "Write what the commands need"
+    checkpoint, data = Path(folder)/"checkpoint", Path(folder)/"data"
+    for part in (self.model, self.tokenizer): part.save_pretrained(checkpoint)
+    write_task(self.task, data, force=True, **self.arguments)
+    return checkpoint, data
 
-    def _repr_markdown_(self) -> str:
-        right = {}
-        for batch in answer_batches(self.model, self.tokenizer, self.encoded(), "teacher"):
-            for r in batch: right.setdefault(r["split"], []).append(r["forced_exact"])
-        rows = [f"| {split} | {len(found)} | {sum(found)/len(found):.0%} |" for split, found in right.items()]
-        return "| facts | asked | exact match |\n|---|--:|--:|\n" + "\n".join(rows)
+# %% ../../nbs/analysis/09_worked_example.ipynb #1b9e37ce
+@patch
+def _repr_markdown_(self: Facts) -> str:
+    right = {}
+    for batch in answer_batches(self.model, self.tokenizer, self.encoded(), "teacher"):
+        for r in batch: right.setdefault(r["split"], []).append(r["forced_exact"])
+    rows = [f"| {split} | {len(found)} | {sum(found)/len(found):.0%} |" for split, found in right.items()]
+    return "| facts | asked | exact match |\n|---|--:|--:|\n" + "\n".join(rows)
 
 # %% ../../nbs/analysis/09_worked_example.ipynb #38c37951
 def learn_facts(

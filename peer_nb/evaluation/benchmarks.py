@@ -61,6 +61,12 @@ def names_in(
     clean = {word.split(" #")[0].strip().strip("\"'") for word in words}
     return {word for word in clean if word and not re.search(r"[\s,:{\[]", word)}
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #96888736
+def _task_files(home: Path) -> list[Path]:
+    "The files that define tasks, and their templates"
+    files = sorted(p for p in home.rglob("*") if p.is_file() and p.parent != home)
+    return [p for p in files if p.suffix in ("", ".yaml") or p.name.endswith("_yaml")]
+
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #689bdbf8
 def task_folders() -> dict[str, list[str]]: # name of a task, group or tag -> folders of lm-eval's tasks
     "Where each of lm-eval's names occurs"
@@ -68,39 +74,40 @@ def task_folders() -> dict[str, list[str]]: # name of a task, group or tag -> fo
     kept = cache_folder()/f"lm_eval-{version('lm_eval')}-tasks.json"
     if (found := read_json(kept)) is not None: return found
     found = {}
-    for path in sorted(p for p in home.rglob("*") if p.is_file()):
-        if path.parent == home or path.suffix not in ("", ".yaml") and not path.name.endswith("_yaml"): continue
-        place = path.relative_to(home).parts[0]
+    for path in _task_files(home):
         text = path.read_text(encoding="utf-8", errors="replace")
-        for name in names_in(text): found.setdefault(name, set()).add(place)
+        for name in names_in(text): found.setdefault(name, set()).add(path.relative_to(home).parts[0])
     found = {name: sorted(places) for name, places in sorted(found.items())}
     write_json(kept, found)
     return found
 
-# %% ../../nbs/evaluation/05_benchmarks.ipynb #3fcc5376
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #32b33c03
 ALIASES = {"math500": "hendrycks_math500", "math": "hendrycks_math", "minerva": "minerva_math500",
            "truthfulqa": "truthfulqa_mc"}
 PARTS_OF = {"truthfulqa_mc": ["truthfulqa_mc1", "truthfulqa_mc2"]}   # without the tasks that need a judge
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #e585f2b5
+def _engine_names(name: str, known: dict[str, list[str]]) -> list[str]: # empty: it has none
+    "What lm-eval calls a benchmark"
+    alias = ALIASES.get(name.lower(), name)
+    return PARTS_OF.get(alias) or [n for n in (alias, alias.lower()) if n in known][:1]
+
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #3fcc5376
 def resolve_names(
     names: Iterable[str],               # of tasks, groups, tags, or evals of the registry
     registry: str | Path | None = None, # folder of an OpenAI Evals registry
 ) -> tuple[list[str], list[str]]: # (names of lm-eval, evals of the registry)
     "Sort names to their home; an unknown one names the nearest"
-    known, tasks, strange = task_folders(), [], []
-    for name in dict.fromkeys(names):
-        alias = ALIASES.get(name.lower(), name)
-        if alias in PARTS_OF: tasks += PARTS_OF[alias]
-        elif alias in known: tasks.append(alias)
-        elif alias.lower() in known: tasks.append(alias.lower())
-        else: strange.append(name)
+    known = task_folders()
+    found = {name: _engine_names(name, known) for name in names}
+    strange = [name for name, own in found.items() if not own]
     evals = set(read_registry(registry)) if registry and strange else set()
     for name in strange:
         if name in evals: continue
         near = difflib.get_close_matches(name.lower(), [*known, *ALIASES, *evals], 4, 0.5)
         nearest = f"; the nearest are {', '.join(near)}" if near else ""
         raise UserError(f"no benchmark {name!r}{nearest} ({len(known):,} are known)")
-    return list(dict.fromkeys(tasks)), strange
+    return list(dict.fromkeys(n for own in found.values() for n in own)), strange
 
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #eb3385aa
 def family(
@@ -200,22 +207,31 @@ def _drop_members(index: dict, name: str):
         entry.cfg, entry.yaml_path, empty = entry.cfg | {"task": kept}, None, not kept
     if empty: del index[name]
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #a04714c8
+@contextmanager
+def _sandboxed() -> Iterator[None]:
+    "Generated code is run by the sandbox"
+    import evaluate
+    real = evaluate.load
+    evaluate.load = lambda path, *rest, **more: CodeEval() if path == "code_eval" else real(path, *rest, **more)
+    try: yield
+    finally: evaluate.load = real
+
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #7ce7b542
 @contextmanager
 def quiet_engine() -> Iterator[None]:
     "lm-eval without its bars and warnings, and with the sandbox for generated code"
     import datasets
-    import evaluate
     import lm_eval.api.task as engine
-    real_load, real_bar, log = evaluate.load, engine.tqdm, logging.getLogger("lm_eval")
+    real_bar, log = engine.tqdm, logging.getLogger("lm_eval")
     level, bars = log.level, datasets.utils.logging.is_progress_bar_enabled()
-    evaluate.load = lambda path, *rest, **more: CodeEval() if path == "code_eval" else real_load(path, *rest, **more)
     engine.tqdm = lambda items, **_: items
     log.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    try: yield
+    try:
+        with _sandboxed(): yield
     finally:
-        evaluate.load, engine.tqdm = real_load, real_bar
+        engine.tqdm = real_bar
         log.setLevel(level)
         if bars: datasets.enable_progress_bars()
 
@@ -447,9 +463,15 @@ def _answered(task: Task, answers: Answers) -> list[int]: # ids
         whole[request.doc_id] = whole.get(request.doc_id, True) and all(k in answers.known for k in keys)
     return list(takewhile(whole.get, whole))
 
-# %% ../../nbs/evaluation/05_benchmarks.ipynb #f6e43d7e
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #b03a41be
 FEWSHOT_SEED = 1234   # lm-eval's
 
+def _seeded(loaded: LoadedTasks, names: Iterable[str]) -> dict: # lm-eval's {"tasks", "groups", "group_map"}
+    "Some of the tasks, with examples as they are drawn at first"
+    for name in names: loaded.tasks[name].set_fewshot_seed(FEWSHOT_SEED)
+    return loaded.engine | {"tasks": {name: loaded.tasks[name] for name in names}}
+
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #f6e43d7e
 def evaluate_tasks(
     lm: Any,                         # a model as lm-eval wants it
     loaded: LoadedTasks,
@@ -462,17 +484,14 @@ def evaluate_tasks(
     from lm_eval.evaluator import evaluate
     answers = answers or Answers()
     options = dict(bootstrap_iters=1000, log_samples=True, confirm_run_unsafe_code=True)
-    def seeded(names: Iterable[str]) -> dict: # lm-eval's dictionary of tasks, examples drawn from the start again
-        for name in names: loaded.tasks[name].set_fewshot_seed(FEWSHOT_SEED)
-        return loaded.engine | {"tasks": {name: loaded.tasks[name] for name in names}}
     with quiet_engine():
         asked = Remembering(lm, answers, block, progress)
-        try: return Scored(evaluate(asked, seeded(loaded.tasks), limit=limit, **options), False, [])
+        try: return Scored(evaluate(asked, _seeded(loaded, loaded.tasks), limit=limit, **options), False, [])
         except KeyboardInterrupt:
             done = {name: ids for name, task in loaded.tasks.items() if (ids := _answered(task, answers))}
             if not done: return Scored({}, True, [])
             known = Remembering(None, answers)
-            return Scored(evaluate(known, seeded(done), samples=done, **options), True, [])
+            return Scored(evaluate(known, _seeded(loaded, done), samples=done, **options), True, [])
 
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #83428183
 def interval(
@@ -496,6 +515,15 @@ def chance_level(
     for request in task.instances: choices[request.doc_id] = choices.get(request.doc_id, 0) + 1
     return sum(1/n for n in choices.values()) / len(choices)
 
+# %% ../../nbs/evaluation/05_benchmarks.ipynb #574010c9
+def _metric(row: dict, items: list[dict], key: str) -> dict: # value, se, ci
+    "One of lm-eval's numbers with its error"
+    metric, kept = key.split(",", 1)
+    se, value = row.get(f"{metric}_stderr,{kept}"), float(row[key])
+    se = float(se) if isinstance(se, (int, float)) and math.isfinite(se) else None
+    values = [i[metric] for i in items if i["filter"] == kept and isinstance(i.get(metric), (int, float, bool))]
+    return dict(value=value, se=se, ci=interval([float(v) for v in values], value, se))
+
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #65518343
 def _metrics(
     row: dict,               # lm-eval's results of one task
@@ -504,16 +532,10 @@ def _metrics(
 ) -> dict[str, dict]: # name -> value, se, ci, higher_is_better
     "lm-eval's metrics of one task, named without a filter where there is only one"
     keys = [k for k in row if "," in k and not k.split(",")[0].endswith("_stderr")]
-    found = {}
-    for key in keys:
-        metric, kept = key.split(",", 1)
-        alone = sum(k.split(",")[0] == metric for k in keys) == 1
-        se, value = row.get(f"{metric}_stderr,{kept}"), float(row[key])
-        se = float(se) if isinstance(se, (int, float)) and math.isfinite(se) else None
-        values = [i[metric] for i in items if i["filter"] == kept and isinstance(i.get(metric), (int, float, bool))]
-        ci = interval([float(v) for v in values], value, se)
-        found[metric if alone else f"{metric}/{kept}"] = dict(
-            value=value, se=se, ci=ci, higher_is_better=better.get(metric, True))
+    metrics, found = [key.split(",")[0] for key in keys], {}
+    for key, metric in zip(keys, metrics):
+        name = metric if metrics.count(metric) == 1 else key.replace(",", "/", 1)
+        found[name] = _metric(row, items, key) | dict(higher_is_better=better.get(metric, True))
     return found
 
 # %% ../../nbs/evaluation/05_benchmarks.ipynb #65518344

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from string import printable
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ..files import UserError, damages, read_json, sha256_of, write_json
+from ..pretrained import LIMITS, content_hash, pretrained_folder
 
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['LIMITS', 'in_folder', 'read_parts', 'check_weights', 'check_finite', 'check_tokenizer', 'longest_context',
-           'choose_window', 'load_model', 'model_fingerprint', 'claim_answers', 'files_fingerprint']
+__all__ = ['in_folder', 'no_bars', 'read_parts', 'adapted_base', 'read_adapted', 'check_weights', 'check_finite',
+           'check_tokenizer', 'document_start', 'longest_context', 'choose_window', 'load_model', 'load_to_train',
+           'model_fingerprint', 'claim_answers', 'files_fingerprint']
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0008
 def in_folder(
@@ -32,11 +35,22 @@ def in_folder(
     if not folder.is_dir():
         if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(checkpoint)): return False
         raise UserError(f"{checkpoint}: no such folder")
-    if not (folder/"config.json").is_file():
+    if not any((folder/name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"{checkpoint}: not a checkpoint folder (it has no config.json)")
     broken = damages(folder, skip="trainer_state/")
     if broken: raise UserError(f"{checkpoint} is damaged: {'; '.join(broken)}")
     return True
+
+# %% ../../nbs/evaluation/00_loading.ipynb #a5de0043
+@contextmanager
+def no_bars() -> Iterator[None]:
+    "Inside, transformers draws no progress bars"
+    from transformers.utils import logging
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if before: logging.enable_progress_bar()
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0011
 def read_parts(
@@ -45,20 +59,45 @@ def read_parts(
 ) -> tuple[PreTrainedModel, dict, PreTrainedTokenizerBase]: # model on the CPU, what is said of its weights, tokenizer
     "What transformers makes of a checkpoint; no code that came with it is run"
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     import peer_nb.models.causal_lm  # noqa: F401  (registers the model with transformers)
-    options, bars = dict(local_files_only=local, trust_remote_code=False), logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    if (Path(checkpoint)/"adapter_config.json").is_file(): return read_adapted(Path(checkpoint))
+    options = dict(local_files_only=local, trust_remote_code=False)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True, **options)
-        return model, loading, AutoTokenizer.from_pretrained(checkpoint, **options)
+        with no_bars():
+            model, loading = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True, **options)
+            return model, loading, AutoTokenizer.from_pretrained(checkpoint, **options)
     except Exception as error:   # whatever a library finds in a file of unknown origin
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         problem = "cannot be loaded" if local else "no such folder, and no model of this name can be had from the hub"
         raise UserError(f"{checkpoint}: {problem} ({reason})") from error
-    finally:
-        if bars: logging.enable_progress_bar()
+
+# %% ../../nbs/evaluation/00_loading.ipynb #38546bd2
+def adapted_base(
+    checkpoint: Path, # of adapters
+) -> Path: # folder of the model
+    "The model that adapters were made for; `UserError` if it is gone or has changed"
+    about = read_json(checkpoint/"adapter_config.json")
+    if about is None: raise UserError(f"{checkpoint}: no checkpoint of adapters (it has no adapter_config.json)")
+    base, known = about["base_model_name_or_path"], read_json(checkpoint/"trainer_state"/"about.json") or {}
+    if not base: raise UserError(f"{checkpoint}: does not say which model these adapters are for")
+    folder = pretrained_folder(base)
+    if "base" in known and content_hash(folder) != known["base"]:
+        raise UserError(f"{checkpoint}: {base} has other weights than when these adapters were made for it")
+    return folder
+
+# %% ../../nbs/evaluation/00_loading.ipynb #3529f195
+def read_adapted(
+    checkpoint: Path, # of adapters
+) -> tuple[PreTrainedModel, dict, PreTrainedTokenizerBase]: # as `read_parts`
+    "A model with its adapters merged into its weights"
+    from peft import PeftModel   # seconds to import
+    model, loading, tokenizer = read_parts(str(adapted_base(checkpoint)), True)
+    try: merged = PeftModel.from_pretrained(model.float(), str(checkpoint)).merge_and_unload()
+    except Exception as error:   # whatever a library finds in a file of unknown origin
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise UserError(f"{checkpoint}: cannot be loaded ({reason})") from error
+    return merged, loading, tokenizer
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0014
 def check_weights(
@@ -99,15 +138,21 @@ def check_tokenizer(
     if not known - set(tokenizer.all_special_ids):
         raise UserError("there is no tokenizer that knows any text: its files are missing, or empty")
 
-# %% ../../nbs/evaluation/00_loading.ipynb #1d0a0021
-LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "context_length")
+# %% ../../nbs/evaluation/00_loading.ipynb #e0d067dd
+def document_start(
+    tokenizer: PreTrainedTokenizerBase, # any
+) -> int | None: # None: it has neither
+    "The token before a document: beginning of text, or else end of text"
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
+# %% ../../nbs/evaluation/00_loading.ipynb #1d0a0021
 def longest_context(
     model: nn.Module, # a model of transformers
 ) -> int | None: # tokens; None: it names no limit
     "How many tokens a model reads"
     config = getattr(model.config, "text_config", None) or model.config
-    return next((found for name in LIMITS if (found := getattr(config, name, None))), None)
+    limits = (getattr(config, name, None) for name in LIMITS)
+    return next((limit for limit in limits if limit and limit > 0), None)
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0022
 def choose_window(
@@ -137,6 +182,20 @@ def load_model(
         check_tokenizer(model, tokenizer)
     except UserError as error: raise UserError(f"{checkpoint}: {error}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+# %% ../../nbs/evaluation/00_loading.ipynb #65cce5da
+def load_to_train(
+    name: str | Path, # folder, or name on the hub
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # on the CPU
+    "A causal language model to go on with, and its tokenizer"
+    folder = pretrained_folder(name)
+    in_folder(folder)
+    model, loading, tokenizer = read_parts(str(folder), True)
+    try:
+        check_weights(model, loading)
+        check_tokenizer(model, tokenizer)
+    except UserError as error: raise UserError(f"model_config.pretrained: {name}: {error}") from error
+    return model if model.config.model_type == "peer_mla" else model.float(), tokenizer
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0029
 def model_fingerprint(

@@ -14,18 +14,19 @@ from hashlib import sha256
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..config import Config, DatasetEntry, TrainConfig
 from ..data.corpora import documents, eval_entries
-from .loading import check_finite, check_tokenizer
+from .loading import check_finite, check_tokenizer, document_start
 from ..files import UserError
 from ..stats import ratio_interval
 
 # %% auto #0
-__all__ = ['BATCHES', 'STREAM_TOKENS', 'TextScore', 'DocumentScore', 'total_score', 'score_windows', 'encode_within',
-           'window_losses', 'text_hash', 'document_scores', 'score_documents', 'heldout_texts', 'autocast_for',
-           'evaluate_heldout']
+__all__ = ['BATCHES', 'STREAM_TOKENS', 'TextScore', 'DocumentScore', 'bits_per_byte', 'total_score', 'halves', 'score_windows',
+           'text_within', 'encode_within', 'window_losses', 'text_hash', 'document_scores', 'score_documents',
+           'heldout_texts', 'autocast_for', 'evaluate_heldout']
 
 # %% ../../nbs/evaluation/01_perplexity.ipynb #2499dd79
 @dataclass(frozen=True)
@@ -48,13 +49,14 @@ class TextScore:
         "Plain data, for result files"
         return asdict(self)
 
-    def _repr_markdown_(self) -> str:
-        def shown(value) -> str:
-            if isinstance(value, tuple): return f"{value[0]:.4f} – {value[1]:.4f}"
-            return f"{value:,.4f}" if isinstance(value, float) else str(value)
+# %% ../../nbs/evaluation/01_perplexity.ipynb #e27e5c2c
+@patch
+def _repr_markdown_(self: TextScore) -> str:
+    def shown(value) -> str:
+        if isinstance(value, tuple): return f"{value[0]:.4f} – {value[1]:.4f}"
+        return f"{value:,.4f}" if isinstance(value, float) else str(value)
 
-        rows = [f"| {key} | {shown(value)} |" for key, value in asdict(self).items()]
-        return "\n".join(["| | |", "|---|---:|", *rows])
+    return "\n".join(["| | |", "|---|---:|", *(f"| {key} | {shown(v)} |" for key, v in self.to_dict().items())])
 
 # %% ../../nbs/evaluation/01_perplexity.ipynb #82faff0c
 @dataclass(frozen=True)
@@ -66,6 +68,16 @@ class DocumentScore:
     bytes: int     # in UTF-8
     words: int     # cut at white space
 
+# %% ../../nbs/evaluation/01_perplexity.ipynb #bf49d22e
+def bits_per_byte(
+    scores: list[DocumentScore], # at least one
+) -> tuple[float, float | None]: # the ratio, its standard error over documents; None for a single one
+    "How many bits the text needs, and how sure that is"
+    n, total = len(scores), sum(s.bytes for s in scores)
+    ratio = math.fsum(s.nats / math.log(2) for s in scores) / total
+    spread = math.fsum((s.nats / math.log(2) - ratio*s.bytes)**2 for s in scores)
+    return ratio, math.sqrt(spread * n / (n - 1)) / total if n > 1 else None
+
 # %% ../../nbs/evaluation/01_perplexity.ipynb #830e18de
 def total_score(
     scores: list[DocumentScore],
@@ -74,17 +86,21 @@ def total_score(
     resamples: int = 0, # of the bootstrap; 0: no interval
 ) -> TextScore: # over all documents together
     "Totals, ratios and their error"
-    n, nats, tokens = len(scores), math.fsum(s.nats for s in scores), sum(s.tokens for s in scores)
+    nats, tokens = math.fsum(s.nats for s in scores), sum(s.tokens for s in scores)
     sizes, words = [s.bytes for s in scores], sum(s.words for s in scores)
-    bits = [s.nats / math.log(2) for s in scores]
-    total = sum(sizes)
-    ratio = math.fsum(bits) / total
-    spread = math.fsum((b - ratio*s)**2 for b, s in zip(bits, sizes))
+    ratio, error = bits_per_byte(scores)
     exp = lambda x: math.exp(min(x, 700))
-    error = math.sqrt(spread * n / (n - 1)) / total if n > 1 else None
-    interval = ratio_interval(bits, sizes, resamples) if resamples else None
-    return TextScore(nats / tokens, exp(nats / tokens), ratio, error, tokens, total, n, window, stride,
+    interval = ratio_interval([s.nats / math.log(2) for s in scores], sizes, resamples) if resamples else None
+    return TextScore(nats / tokens, exp(nats / tokens), ratio, error, tokens, sum(sizes), len(scores), window, stride,
                      words, exp(nats / words), interval)
+
+# %% ../../nbs/evaluation/01_perplexity.ipynb #6c3d95d9
+def halves(
+    scores: list[DocumentScore], # of one set
+) -> tuple[list[DocumentScore], list[DocumentScore]]: # to choose on, to report
+    "Two halves of a set, every other document in the order of their hashes; of one document, one is empty"
+    ordered = sorted(scores, key=lambda s: s.doc_hash)
+    return ordered[::2], ordered[1::2]
 
 # %% ../../nbs/evaluation/01_perplexity.ipynb #32731e91
 def score_windows(
@@ -105,6 +121,18 @@ def score_windows(
         yield sequence[begin:end + 1], start - begin
         start = end
 
+# %% ../../nbs/evaluation/01_perplexity.ipynb #fc0c5f83
+def text_within(
+    tokenizer,         # from transformers
+    text: str,         # a document
+    limit: int | None, # tokens; None: all of it
+) -> tuple[list[int], str]: # tokens, and the text that they are
+    "As much of a text's beginning as a limit allows"
+    def encode(text): return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = encode(text)
+    while limit and len(ids) > limit: ids = encode(text := text[:len(text) * limit // len(ids)])
+    return ids, text
+
 # %% ../../nbs/evaluation/01_perplexity.ipynb #db28b032
 def encode_within(
     tokenizer,              # from transformers
@@ -112,13 +140,9 @@ def encode_within(
     max_tokens: int | None, # limit for all together; None for all
 ) -> Iterator[tuple[list[int], str]]: # (tokens, text) of a document; empty ones are left out
     "Encode documents up to a number of tokens"
-    def encode(text): return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     total = 0
     for text in texts:
-        ids = encode(text)
-        while max_tokens and not total and len(ids) > max_tokens:
-            text = text[:len(text) * max_tokens // len(ids)]
-            ids = encode(text)
+        ids, text = text_within(tokenizer, text, None if total else max_tokens)
         if max_tokens and total + len(ids) > max_tokens: return
         total += len(ids)
         if ids: yield ids, text
@@ -147,6 +171,13 @@ def text_hash(text: str) -> str: # 16 hexadecimal digits
     "Stands for a document's text"
     return sha256(text.encode()).hexdigest()[:16]
 
+# %% ../../nbs/evaluation/01_perplexity.ipynb #87f94288
+def _batches(block: list[tuple[list[int], str, list]], batch_size: int) -> list[list[tuple[int, tuple]]]:
+    "The windows of a block, those of like length together, each with the number of its document"
+    jobs = [(d, w) for d, (_, _, windows) in enumerate(block) for w in windows]
+    jobs.sort(key=lambda job: len(job[1][0]), reverse=True)
+    return [jobs[i:i + batch_size] for i in range(0, len(jobs), batch_size)]
+
 # %% ../../nbs/evaluation/01_perplexity.ipynb #b980b674
 def _score_block(
     model: nn.Module,                           # a causal language model
@@ -155,9 +186,7 @@ def _score_block(
     spread: Callable = map,                     # shares batches among ranks
 ) -> list[DocumentScore]:
     "The documents of one block"
-    jobs = [(d, w) for d, (_, _, windows) in enumerate(block) for w in windows]
-    jobs.sort(key=lambda job: len(job[1][0]), reverse=True)
-    batches = [jobs[i:i + batch_size] for i in range(0, len(jobs), batch_size)]
+    batches = _batches(block, batch_size)
     device, nats = next(model.parameters()).device, torch.zeros(len(block), dtype=torch.float64)
     sums = spread(lambda batch: window_losses(model, [window for _, window in batch], device).tolist(), batches)
     for batch, losses in zip(batches, sums):
@@ -165,9 +194,10 @@ def _score_block(
     return [DocumentScore(text_hash(text), loss, len(ids), len(text.encode()), len(re.split(r"\s+", text)))
             for (ids, text, _), loss in zip(block, nats.tolist())]
 
-# %% ../../nbs/evaluation/01_perplexity.ipynb #901c497b
+# %% ../../nbs/evaluation/01_perplexity.ipynb #278db507
 BATCHES = 16 # of a block
 
+# %% ../../nbs/evaluation/01_perplexity.ipynb #901c497b
 def document_scores(
     model: nn.Module,               # a causal language model; evaluated as it is, its mode restored
     tokenizer,                      # from transformers; its bos (or else eos) token comes before a document
@@ -181,7 +211,7 @@ def document_scores(
     spread: Callable = map,         # (function, batches) → what it gives for each; several ranks may share them
 ) -> Iterator[DocumentScore]: # in the order of the documents, block by block
     "The sums of each document"
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    first = document_start(tokenizer)
     if first is None: raise UserError("the tokenizer has neither a bos nor an eos token to put before a document")
     check_tokenizer(model, tokenizer)
     block, known, training = [], known or {}, model.training
@@ -216,9 +246,10 @@ def score_documents(
     if not scores: raise UserError("no text to score: the documents hold no tokens")
     return total_score(scores, window, stride or window, resamples)
 
-# %% ../../nbs/evaluation/01_perplexity.ipynb #86a18165
+# %% ../../nbs/evaluation/01_perplexity.ipynb #88f7a64e
 STREAM_TOKENS = 1_000_000 # scored of a stream when eval_config.max_tokens is null
 
+# %% ../../nbs/evaluation/01_perplexity.ipynb #86a18165
 def heldout_texts(
     entry: DatasetEntry, # the set
     cfg: Config,         # heldout_fraction, max_tokens
@@ -245,13 +276,14 @@ def autocast_for(
 def evaluate_heldout(
     model: nn.Module, # a causal language model
     tokenizer,        # the one it was trained with
-    cfg: Config,      # which sets, how much of them, window = max_seq_length
+    cfg: Config,      # which sets, how much of them, in which window
     kept: dict[str, list[DocumentScore]] | None = None, # filled with each set's documents, where single ones are wanted
     spread: Callable = map, # shares batches among ranks, as `Processes.spread` does
 ) -> dict[str, TextScore]: # set's name → score
     "Score the held-out part of every evaluation set"
     scores, device = {}, next(model.parameters()).device
-    settings = dict(window=cfg.dataset_config.max_seq_length, batch_size=cfg.eval_config.eval_batch_size, spread=spread)
+    window = cfg.eval_config.window or cfg.dataset_config.max_seq_length
+    settings = dict(window=window, batch_size=cfg.eval_config.eval_batch_size, spread=spread)
     for entry in eval_entries(cfg):
         texts, limit = heldout_texts(entry, cfg)
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -19,17 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .loading import check_finite, check_tokenizer, longest_context
+from .loading import check_finite, check_tokenizer, document_start, longest_context
 from ..files import UserError, read_json
 from ..stats import wilson
 from ..tasks.registry import TASKS, find_task
 from ..tasks.task import METRICS, Task
 
 # %% auto #0
-__all__ = ['LOGITS', 'Mode', 'Z', 'Question', 'questions_of', 'file_rows', 'read_questions', 'Encoded', 'encoded_one',
-           'encode_questions', 'start_of', 'TokenTexts', 'Forced', 'split_places', 'keeps_last_logits',
+__all__ = ['LOGITS', 'Mode', 'Z', 'Question', 'questions_of', 'file_rows', 'read_manifest', 'read_questions', 'Encoded',
+           'encoded_one', 'encode_questions', 'start_of', 'TokenTexts', 'Forced', 'split_places', 'keeps_last_logits',
            'teacher_forced', 'cut_cache', 'Speech', 'speak', 'generate_after', 'batches_of', 'check_fit', 'forced_text',
-           'places_of', 'record_of', 'answer_batches', 'share', 'mean', 'answer_metrics', 'bucket_names',
+           'places_of', 'record_of', 'answer_batches', 'share', 'mean', 'answer_metrics', 'bucket_names', 'by_bucket',
            'questions_in', 'recall_of', 'Walk', 'walk']
 
 # %% ../../nbs/evaluation/06_recall.ipynb #470ae94b
@@ -69,6 +69,16 @@ def file_rows(file: Path) -> list[dict]:
     except (OSError, ValueError) as e:
         raise UserError(f"{file}: cannot be read as rows ({e}); make the data set again") from e
 
+# %% ../../nbs/evaluation/06_recall.ipynb #350fbff4
+def read_manifest(
+    folder: Path, # written by `peer-data TASK`
+) -> dict[str, Any]:
+    "What a data set says of itself; `UserError` where it is none of a memory task"
+    manifest = read_json(Path(folder)/"manifest.json")
+    if isinstance(manifest, dict) and manifest.get("task") in TASKS: return manifest
+    raise UserError(f"{folder}: holds no data set of a memory task (manifest.json is missing or not ours); "
+        f"make one with peer-data TASK --output_dir {folder}")
+
 # %% ../../nbs/evaluation/06_recall.ipynb #b455caca
 def read_questions(
     folder: Path, # written by `peer-data TASK`
@@ -76,10 +86,7 @@ def read_questions(
     limit: int | None = None, # of rows from the beginning of each split
 ) -> tuple[str, list[Question]]: # name of the task, questions in order
     "The questions of a data set"
-    manifest = read_json(Path(folder)/"manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("task") not in TASKS:
-        raise UserError(f"{folder}: holds no data set of a memory task (manifest.json is missing or not ours); "
-            f"make one with peer-data TASK --output_dir {folder}")
+    manifest = read_manifest(folder)
     task = find_task(manifest["task"])
     there = {name: info for name, info in manifest["splits"].items() if {"answer", "answers"} & set(info["columns"])}
     for name in splits or ():
@@ -135,7 +142,7 @@ def encode_questions(
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("recall needs a tokenizer that says where its tokens end; "
             f"{type(tokenizer).__name__} is not a fast one")
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    first = document_start(tokenizer)
     if start == "separator" and first is None:
         raise UserError("the tokenizer has neither a bos nor an eos token to put before a question; "
             "use --start nothing")
@@ -462,6 +469,16 @@ def bucket_names(record: dict) -> list[str]: # most general first
     split, groups = record["split"], record["groups"]
     return ["", f"{split}/", *(f"{split}/{name}={value}/" for name, value in groups.items())]
 
+# %% ../../nbs/evaluation/06_recall.ipynb #8f15cb7a
+def by_bucket(
+    records: Iterable[dict], # of `record_of`
+) -> dict[str, list[dict]]: # name -> those that are counted under it
+    "Answers under each of their names"
+    found: dict[str, list[dict]] = {}
+    for record in records:
+        for name in bucket_names(record): found.setdefault(name, []).append(record)
+    return found
+
 # %% ../../nbs/evaluation/06_recall.ipynb #921c2159
 def questions_in(
     task: Task, # whose rows these are
@@ -489,13 +506,10 @@ def recall_of(
     "Recall of a task's questions as flat metrics"
     questions = questions_in(task, splits, limit)
     if not questions: raise UserError(f"{task.name}: no questions in {', '.join(splits) or 'no split'}")
-    found: dict[str, list[dict]] = {}
-    for batch in answer_batches(model, tokenizer, encode_questions(tokenizer, questions, start), mode, batch_tokens):
-        for record in batch:
-            for name in bucket_names(record): found.setdefault(name, []).append(record)
+    batches = answer_batches(model, tokenizer, encode_questions(tokenizer, questions, start), mode, batch_tokens)
     flat = {}
-    for name in sorted(found):
-        numbers = answer_metrics(found[name])
+    for name, own in sorted(by_bucket(record for batch in batches for record in batch).items()):
+        numbers = answer_metrics(own)
         flat |= {f"{task.name}/{name}{metric}": numbers[metric]["value"] for metric in task.metrics}
     return flat
 

@@ -56,6 +56,8 @@ _MEAN = dict(
     type="object", required=["value", "se", "n"],
     properties=dict(value=_NUMBER, se=dict(type=["number", "null"]), n=dict(type="integer")))
 _COUNTS = dict(type="object", additionalProperties=dict(type="integer", minimum=0))
+
+# %% ../../nbs/evaluation/11_recall_command.ipynb #20526167
 _GROUP = dict(
     type="object",
     required=["split", "by", "count", "errors", "exact_match", "first_digit_accuracy", "digit_accuracy",

@@ -26,9 +26,9 @@ if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
 __all__ = ['ERROR_KINDS', 'words', 'form_of', 'wrong_kind', 'answer_pool', 'chances', 'add_kinds', 'count_kinds', 'by_group',
-           'calibration', 'uncertain_text', 'share_dot', 'errors_figure', 'spread_figure', 'group_figures',
-           'group_table', 'marked', 'mono', 'error_examples', 'error_section', 'confidence_section', 'facts_of',
-           'head_of', 'recall_page']
+           'reliability', 'calibration', 'uncertain_text', 'share_dot', 'errors_figure', 'spread_figure',
+           'group_figures', 'group_table', 'marked', 'mono', 'error_examples', 'error_section', 'confidence_section',
+           'facts_of', 'head_of', 'recall_page']
 
 # %% ../../nbs/evaluation/10_recall_page.ipynb #5c53005c
 ERROR_KINDS = ("near miss", "another fact's answer", "malformed", "other")
@@ -127,6 +127,17 @@ def by_group(
         rows.append(dict(split=split, by=by, count=len(own), errors=count_kinds(own), **answer_metrics(own)))
     return rows
 
+# %% ../../nbs/evaluation/10_recall_page.ipynb #14f0a8b4
+def reliability(
+    places: Sequence[dict], # of answers
+    bins: int = 10, # of equal width
+) -> list[dict]: # of bins that hold some: low, high, confidence, right
+    "How sure the model was, and how often rightly"
+    table: dict[int, list[dict]] = {}
+    for p in places: table.setdefault(min(int(p["confidence"]*bins), bins - 1), []).append(p)
+    return [dict(low=i/bins, high=(i + 1)/bins, confidence=sum(p["confidence"] for p in own)/len(own),
+                 right=share([p["rank"] == 0 for p in own])) for i, own in sorted(table.items())]
+
 # %% ../../nbs/evaluation/10_recall_page.ipynb #5b71abe7
 def calibration(
     records: Sequence[dict], # answers with `places`
@@ -135,13 +146,7 @@ def calibration(
     "How often the likeliest token is right, by how sure the model was"
     places = [p for r in records for p in r.get("places", ())]
     if not places: return None
-    table: list[list[tuple[float, bool]]] = [[] for _ in range(bins)]
-    for p in places: table[min(int(p["confidence"]*bins), bins - 1)].append((p["confidence"], p["rank"] == 0))
-    rows = []
-    for i, cell in enumerate(table):
-        if not cell: continue
-        sure, right = zip(*cell)
-        rows.append(dict(low=i/bins, high=(i + 1)/bins, confidence=sum(sure)/len(sure), right=share(right)))
+    rows = reliability(places, bins)
 
     def mean(key: str, ok: bool) -> float | None:
         found = [p[key] for p in places if (p["rank"] == 0) == ok]

@@ -14,7 +14,7 @@ from ..formats import decimals
 from ..page import Shown, figure_html, heading, note_html, section_html, table_html, write_page
 
 # %% auto #0
-__all__ = ['score_cell', 'write_scores', 'benchmark_page', 'perplexity_page']
+__all__ = ['score_cell', 'write_scores', 'metric_dot', 'metric_row', 'benchmark_page', 'perplexity_page']
 
 # %% ../../nbs/evaluation/08_score_page.ipynb #5c0a0001
 def score_cell(
@@ -40,6 +40,30 @@ def write_scores(
         body += section_html("Numbers", table_html(cells, {name: name for name in rows[0]}, sort=True))
     return write_page(path, title, body)
 
+# %% ../../nbs/evaluation/08_score_page.ipynb #39a6d762
+def metric_dot(
+    name: str,   # of a task or group
+    row: dict,   # its part of the result
+    metric: str, # one of its metrics
+) -> Dot:
+    "A metric on its interval"
+    m = row["metrics"][metric]
+    low, high = m["ci"] or (None, None)
+    chance = row.get("chance") if metric in ("acc", "acc_norm") else None
+    return Dot(f"{name} {metric}", m["value"], low, high, chance, f"{m['value']:.4f} on {row['items']:,} items")
+
+# %% ../../nbs/evaluation/08_score_page.ipynb #0fdd94ce
+def metric_row(
+    name: str,   # of a task or group
+    row: dict,   # its part of the result
+    metric: str, # one of its metrics
+) -> dict[str, Any]: # column -> value
+    "A metric with all that is known about it"
+    dot = metric_dot(name, row, metric)
+    return {"task": name, "metric": metric, "score": dot.value, "s.e.": row["metrics"][metric]["se"],
+            "95 % low": dot.low, "high": dot.high, "guessing": dot.chance, "items": row["items"],
+            "of": row.get("items_in_set"), "examples": row.get("num_fewshot"), "version": row.get("version")}
+
 # %% ../../nbs/evaluation/08_score_page.ipynb #e2c284ce
 def benchmark_page(
     result: dict,   # of `peer_nb.evaluation.benchmarks`
@@ -47,17 +71,9 @@ def benchmark_page(
     title: str,     # the model
 ) -> Path: # the file
     "Draw the result of benchmarks"
-    dots, rows = [], []
-    for name, row in [*result["groups"].items(), *result["tasks"].items()]:
-        for metric, m in row["metrics"].items():
-            low, high = m["ci"] or (None, None)
-            chance = row.get("chance") if metric in ("acc", "acc_norm") else None
-            note = f"{m['value']:.4f} on {row['items']:,} items"
-            dots.append(Dot(f"{name} {metric}", m["value"], low, high, chance, note))
-            rows.append({
-                "task": name, "metric": metric, "score": m["value"], "s.e.": m["se"], "95 % low": low, "high": high,
-                "guessing": chance, "items": row["items"], "of": row.get("items_in_set"),
-                "examples": row.get("num_fewshot"), "version": row.get("version")})
+    named = [*result["groups"].items(), *result["tasks"].items()]
+    metrics = [(name, row, metric) for name, row in named for metric in row["metrics"]]
+    dots, rows = [metric_dot(*m) for m in metrics], [metric_row(*m) for m in metrics]
     first = ["Interrupted: these are the items that were done."] if result["partial"] else []
     skipped = [f"{name} was left out: {why}" for name, why in result["skipped"].items()]
     lead = f"lm-eval {result.get('lm_eval', '')}, window {result.get('window')} tokens, 95 % intervals"

@@ -14,10 +14,12 @@ from torch import nn
 
 from ..config import Config, DatasetEntry
 from ..files import UserError
+from ..pretrained import model_sizes
 from ..data.corpora import eval_entries, task_arguments
 from .perplexity import DocumentScore, autocast_for
-from .recall import (
-    Z, Encoded, Question, answer_batches, answer_metrics, bucket_names, encode_questions, questions_of, start_of)
+from peer_nb.evaluation.recall import (
+    Z, Encoded, Question, answer_batches, answer_metrics, bucket_names, by_bucket, encode_questions, questions_of,
+    start_of)
 from ..tasks.registry import find_task
 from ..tasks.task import METRICS, Columns
 
@@ -81,7 +83,7 @@ def check_tasks(
     tokenizer,       # of the run
 ) -> None:
     "Refuse questions that could not be asked"
-    room = cfg.model_config.max_position_embeddings
+    room = model_sizes(cfg.model_config)[1] or math.inf   # some models name no limit
     for entry in task_entries(cfg):
         longest = max(encoded_questions(entry, cfg, tokenizer), key=lambda e: len(e.context) + len(e.answer))
         size = len(longest.context) + len(longest.answer)
@@ -113,10 +115,8 @@ def recall_metrics(
     "What the answers show, split by split and, where rows have one, by frequency or difficulty"
     values, errors = {}, {}
     for entry, records in answers.items():
-        groups: dict[str, list[dict]] = {}
-        for record in records:
-            for name in bucket_names(record)[1:]: groups.setdefault(name, []).append(record)
-        for name, group in groups.items():
+        for name, group in by_bucket(records).items():
+            if not name: continue   # all splits together
             numbers = answer_metrics(group)
             for metric in METRICS:
                 number = numbers[metric]

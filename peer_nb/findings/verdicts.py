@@ -22,8 +22,8 @@ from ..files import UserError
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['ALPHA', 'Verdict', 'Evidence', 'against_number', 'item_evidence', 'Finding', 'verdict', 'evaluate_claims', 'judge',
-           'study_findings']
+__all__ = ['ALPHA', 'Verdict', 'Evidence', 'against_number', 'item_evidence', 'Finding', 'claim_status', 'evaluate_claims',
+           'judge', 'study_findings']
 
 # %% ../../nbs/findings/02_verdicts.ipynb #86da6357
 def against_number(
@@ -97,7 +97,7 @@ def _words(found: Comparison, c: Contrast, unit: str) -> str:
     return text + lost
 
 # %% ../../nbs/findings/02_verdicts.ipynb #e00196cf
-def verdict(
+def claim_status(
     found: Comparison, # improvements against min_effect
     p: float | None, # after Holm
     done: int, # pairs
@@ -138,7 +138,7 @@ def evaluate_claims(
     rows = rows if isinstance(rows, list) else table_rows(rows)
     found = [_evidence(c, rows, axes, runs) for c in claims]
     decided = [f.p if len(c.pairs) == c.planned and c.pairs else None for f, c, _, _ in found]
-    return [Finding(claim, verdict(f, p, len(c.pairs), c.planned), f, p, len(c.pairs), c.planned, said, apart)
+    return [Finding(claim, claim_status(f, p, len(c.pairs), c.planned), f, p, len(c.pairs), c.planned, said, apart)
             for claim, (f, c, apart, said), p in zip(claims, found, holm(decided))]
 
 # %% ../../nbs/findings/02_verdicts.ipynb #d15152b6

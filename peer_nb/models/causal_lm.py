@@ -124,6 +124,7 @@ class PeerMLAConfig(PreTrainedConfig, ModelConfig):
     def __post_init__(self, **kwargs):
         "Fill in the nested defaults and check"
         kwargs.pop("package", None)
+        if given := kwargs.pop("pretrained", None): raise ValueError(f"pretrained={given!r}: it is loaded, not built")
         self.refuse_others(kwargs, strict=True)
         for name, section in SECTIONS.items(): setattr(self, name, filled(getattr(self, name), section, name))
         mla = self.mla_config

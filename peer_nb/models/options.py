@@ -142,3 +142,5 @@ class ModelConfig:
     tie_word_embeddings: bool = False # the output head is the embedding
     dropout: Decay = 0.0 # on the residual branches
     loss_chunk_size: Count | None = None # tokens whose logits exist at once when a loss is computed; null: all
+    # start from a causal model instead: a folder or a hub name; every key above stays at its default then
+    pretrained: Annotated[str, Allowed("text, not empty", lambda x: bool(x.strip()))] | None = None

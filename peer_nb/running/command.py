@@ -27,6 +27,8 @@ from .slurm import Slurm, check_cluster, slurm_options
 from .speed import Speeds, clocked_plan
 from .estimates import finished_runs, measured_rate, outlook, plan_text
 from ..study.claims import better
+from ..study.one_axis import as_study, is_one_axis, pinned_value, read_one_axis, starting_config
+from ..training.bases import base_folder
 from ..study.places import at, read_place
 from ..study.plan import Cell, Plan, code_differences, load_plan, make_plan, plan_differences, save_plan
 from ..children import on_signals
@@ -35,14 +37,14 @@ from ..study.study import BUILTIN_AXES, Budget, Primary, Study, builtin_axes, lo
 from ..formats import clock
 from .watch import Screen, follow, live_lines, look_at, status_line, table_text
 from ..cli import make_main
-from ..config import Config, convert, load_config, load_data_mixes, save_config
+from ..config import Config, convert, load_config, load_data_mixes, parse_overrides, save_config
 from ..files import UserError, folder_lock, writable_folder, write_atomic
 
 # %% auto #0
-__all__ = ['main', 'Request', 'read_request', 'git_state', 'make_folder', 'newest_study', 'wait_for_orphans', 'left_to_do',
-           'set_aside', 'check_same', 'Place', 'check_place', 'place_devices', 'launcher_for', 'finished_line',
-           'Throttled', 'run_cells', 'interruptible', 'finish', 'ReuseOptions', 'run', 'plan', 'status', 'watch',
-           'report']
+__all__ = ['main', 'Request', 'request_of_one_axis', 'read_request', 'git_state', 'make_folder', 'newest_study',
+           'wait_for_orphans', 'left_to_do', 'set_aside', 'check_same', 'Place', 'check_place', 'place_devices',
+           'launcher_for', 'finished_line', 'Throttled', 'run_cells', 'interruptible', 'finish', 'ReuseOptions',
+           'begin_or_resume', 'run', 'plan', 'status', 'watch', 'report']
 
 # %% ../../nbs/running/09_command.ipynb #15cc23af
 @dataclass
@@ -53,6 +55,21 @@ class Request:
     where: str # for messages
     left_out: dict[str, str] | None # of built-in axes; None for a study file
 
+# %% ../../nbs/running/09_command.ipynb #4597e8b4
+def request_of_one_axis(
+    path: Path, # a file of one axis
+    overrides: list[str], # of the configuration; base=… changes the model
+    pin: str | None = None, # a value of the axis, as a person types it
+) -> Request:
+    "A request that names a file of one axis"
+    file, changes = read_one_axis(path), dict(parse_overrides(overrides))
+    value, remark = (None, "") if pin is None else pinned_value(file, pin, str(path))
+    if remark: print(remark)
+    base = base_folder(str(changes.pop("base", file.base)))
+    config = starting_config(file, str(path), base, changes)
+    study = as_study(file, config, file.axis["values"] if pin is None else [value], pin is not None)
+    return Request(study, config, str(path), None)
+
 # %% ../../nbs/running/09_command.ipynb #4e941206
 def _from_file(study: Path, base_config: Path | None, axes: list[str] | None, mixes: Path | None,
                overrides: list[str]) -> Request:
@@ -60,6 +77,7 @@ def _from_file(study: Path, base_config: Path | None, axes: list[str] | None, mi
     if axes or mixes:
         raise UserError(f"{'--axes' if axes else '--custom-datasets'} belongs to --base-config; a study file has its "
                         f"own axes")
+    if is_one_axis(study) and base_config is None: return request_of_one_axis(study, overrides)
     read, place = load_study(study), read_place(study)
     if base_config is not None: return Request(read, load_config(base_config, overrides), place, None)
     try: return Request(read, load_config(read.base_config, overrides), place, None)
@@ -514,6 +532,20 @@ def _show(request: Request, place: Place, output_dir: Path, use: ReuseOptions) -
     if there: print("", *taken_lines(there, len(made.cells)), sep="\n")
     return 0
 
+# %% ../../nbs/running/09_command.ipynb #9a9e7dc3
+def begin_or_resume(
+    request: Request | None, # what is asked for; None with resume: the newest study
+    place: Place, # where runs run
+    output_dir: Path, # where the study's folder is, or is made
+    use: ReuseOptions, # of earlier work
+    resume: bool = False, # continue the newest study
+    retry_failed: bool = False, # failed runs too
+    rerun: Iterable[str] = (), # these anew
+) -> int: # 0 when every run is done
+    "Start a study, or go on with one"
+    folder = _continued(output_dir, request) if resume else None
+    return _resume(folder, request, place, retry_failed, rerun) if folder else _begin(request, place, output_dir, use)
+
 # %% ../../nbs/running/09_command.ipynb #cf0dd4ac
 def run(
     base_config: Path | None = None, # configuration that every run starts from
@@ -550,8 +582,7 @@ def run(
     _check_use(use, request, place, resume)
     if not resume: check_place(place)
     if dry_run: return _show(request, place, output_dir, use)
-    folder = _continued(output_dir, request) if resume else None
-    return _resume(folder, request, place, retry_failed, rerun) if folder else _begin(request, place, output_dir, use)
+    return begin_or_resume(request, place, output_dir, use, resume, retry_failed, rerun)
 
 # %% ../../nbs/running/09_command.ipynb #9d8c899e
 def plan(

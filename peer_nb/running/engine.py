@@ -57,14 +57,14 @@ class CellOutputs:
         output = nbformat.from_dict(dict(output_type=kind, **content))
         self.cell.outputs.append(output)
         if display_id: self.displays.setdefault(display_id, []).append(output)
-        self.changed()
+        if kind != "stream": self.changed()
 
     def write(self, name: str, text: str):
         "Append text to what the same stream has just said, or begin with it"
         last = self.cell.outputs[-1] if self.cell and self.cell.outputs and not self.clearing else {}
-        if last.get("name") != name: return self.add("stream", name=name, text=text)
-        last.text += text
-        self.changed()
+        if last.get("name") == name: last.text += text
+        else: self.add("stream", name=name, text=text)
+        if "\n" in text or "\r" in text: self.changed()   # `print` writes a line's end by itself: whole lines are saved
 
     def update(self, display_id: str, **content):
         "Change all outputs that have a display id"

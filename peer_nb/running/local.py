@@ -23,8 +23,8 @@ from ..study.run import Run
 from ..files import UserError
 
 # %% auto #0
-__all__ = ['EACH', 'AGAIN', 'PAUSE', 'GRACE', 'gpu_devices', 'Devices', 'choose_devices', 'cpu_processes', 'environment', 'Job',
-           'start', 'stop', 'Event', 'Local']
+__all__ = ['EACH', 'AGAIN', 'PAUSE', 'GRACE', 'gpu_devices', 'Devices', 'choose_devices', 'cpu_processes', 'environment',
+           'LocalJob', 'start', 'stop', 'Event', 'Local']
 
 # %% ../../nbs/running/02_local.ipynb #4039112b
 def gpu_devices() -> list[str]: # as CUDA_VISIBLE_DEVICES names them
@@ -121,7 +121,7 @@ def environment(
 
 # %% ../../nbs/running/02_local.ipynb #8518f74f
 @dataclass
-class Job:
+class LocalJob:
     "A run under way"
     cell: Cell
     process: subprocess.Popen
@@ -135,14 +135,14 @@ def start(
     cell: Cell, # what to run
     devices: Devices, # for the threads
     visible: list[str], # devices of its slot
-) -> Job:
+) -> LocalJob:
     "Start a run"
     own = environment(devices.threads, visible, devices.processes)
-    return Job(cell, start_run(Run.of(folder, cell.id), own, start_new_session=True))
+    return LocalJob(cell, start_run(Run.of(folder, cell.id), own, start_new_session=True))
 
 # %% ../../nbs/running/02_local.ipynb #26225a12
 def stop(
-    jobs: list[Job], # to end
+    jobs: list[LocalJob], # to end
     patience: float = 30, # seconds to save
 ):
     "Ask runs to end, and insist after a while"
@@ -171,7 +171,7 @@ class Local:
     devices: Devices # slots
     limit: float | None = None # seconds that a run may take
     queue: list[Cell] = field(default_factory=list) # not started
-    jobs: dict[int, Job] = field(default_factory=dict) # slot: what runs in it
+    jobs: dict[int, LocalJob] = field(default_factory=dict) # slot: what runs in it
     again: dict[str, list[float]] = field(default_factory=dict) # run: when it was queued again, monotonic seconds
     farewell: str = "" # for a person who stops the runner
 
@@ -193,7 +193,7 @@ AGAIN, PAUSE = 3, 5.0   # times that a run is queued again; seconds that it then
 
 @patch
 def requeue(self: Local,
-    job: Job, # that has ended
+    job: LocalJob, # that has ended
 ) -> Event | None: # None: the run does not ask for it, or has had it too often
     "Queue a run again that has saved and asks to go on"
     cell, run = job.cell, Run.of(self.folder, job.cell.id)
@@ -217,7 +217,7 @@ GRACE = 60.0 # seconds to save after the time limit
 
 @patch
 def hurry(self: Local,
-    job: Job, # under way
+    job: LocalJob, # under way
 ):
     "Stop a run that takes too long"
     over = time.monotonic() - job.began - (self.limit or float("inf"))

@@ -15,6 +15,7 @@ from pathlib import Path
 import peer_nb
 from ..config import Config, flatten
 from ..files import UserError, sha256_of
+from ..pretrained import content_hash, pretrained_folder
 
 # %% auto #0
 __all__ = ['NOT_IDENTITY', 'TEMPLATE_PARAMETERS', 'section_hashes', 'identity', 'find_template', 'code_cells', 'parsed',
@@ -31,11 +32,14 @@ NOT_IDENTITY = (
 def section_hashes(
     config: Config, # resolved
 ) -> dict[str, str]: # section: hash of what matters in it
-    "What a configuration is, by section; settings of memory layers don't matter in a model that has none"
+    "What a configuration is, by section; memory layers that a model lacks don't matter, nor where a base lies"
     sections = {f.name: {} for f in fields(Config)}
     bare = not config.model_config.use_peer or config.model_config.memory_layers == []
     ignored = (*NOT_IDENTITY, "train_config.seed", *(["model_config.peer_config"] if bare else []))
+    begun = config.model_config.pretrained
+    known = {begun: content_hash(pretrained_folder(begun))} if begun else {}
     for key, value in flatten(config).items():
+        if key in ("model_config.pretrained", "dataset_config.tokenizer_name"): value = known.get(value, value)
         if key.startswith(ignored) and any(key == n or key.startswith(n + ".") for n in ignored): continue
         sections[key.partition(".")[0]][key] = value
     return {name: sha256_of(values) for name, values in sections.items()}

@@ -258,9 +258,11 @@ class _Planner:
     speed: Callable[[Config], float | None] = lambda config: None
 
     def count(self, config: Config) -> tuple[dict, float]: # parameters, training FLOPs per token
-        from peer_nb.analysis.parameters import count_parameters
-        counted = count_parameters(config.model_config, config.dataset_config.max_seq_length).to_dict()
-        return counted, 3.0*counted["flops_per_token"]
+        from peer_nb.analysis.parameters import count_run, training_cost
+        counted = count_run(config)
+        trained, each = training_cost(config, counted)
+        window = config.eval_config.window
+        return counted.to_dict() | trained | ({"window": window} if window else {}), each
 
     def steps(self, config: Config) -> dict[str, int]: # of the optimizer; unknown where only the data can tell
         tokens = planned_tokens(config, self.plan.world_size)
@@ -365,10 +367,11 @@ def make_plan(
 # %% ../../nbs/study/05_plan.ipynb #bd4f1461
 THRESHOLD = 0.05
 
-COUNTED = ("optimizer steps", "held-out window") # not in plans of earlier versions
+COUNTED = ("optimizer steps", "held-out window", "trained parameters") # not in every plan
 QUANTITIES = {
     "tokens": lambda c: c.tokens, "optimizer steps": lambda c: c.parameters.get("steps"),
-    "held-out window": lambda c: c.parameters.get("context"), "total parameters": lambda c: c.parameters["total"],
+    "held-out window": lambda c: c.parameters.get("window", c.parameters.get("context")),
+    "trained parameters": lambda c: c.parameters.get("trainable"), "total parameters": lambda c: c.parameters["total"],
     "active parameters": lambda c: c.parameters["active"],
     "active experts per token": lambda c: c.parameters.get("active_experts_per_token"),
     "training FLOPs": lambda c: c.flops}

@@ -23,7 +23,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastcore.basics import patch
 
-from ..files import UserError, read_json, read_jsonl, sha256_of, write_atomic, write_json
+from ..files import UserError, read_json, read_jsonl, sha256_of, write_json, write_jsonl
 
 # %% auto #0
 __all__ = ['PLAN', 'STUDY', 'BASE', 'RUNS', 'EARLIER', 'FILES', 'State', 'FINISHED', 'PULSE', 'LOST', 'Losses', 'Items',
@@ -381,7 +381,7 @@ def write_lines(self: Run,
     records: Iterable[dict], # one a line
 ) -> Path:
     "Write a file of records, whole or not at all"
-    return write_atomic(self.path(what), "".join(json.dumps(_finite(r), ensure_ascii=False) + "\n" for r in records))
+    return write_jsonl(self.path(what), map(_finite, records))
 
 # %% ../../nbs/study/04_run.ipynb #612ea840
 @patch

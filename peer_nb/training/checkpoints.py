@@ -24,6 +24,7 @@ from torch import nn
 from ..config import Config, config_hash, diff_configs, load_config, save_config
 from ..files import SEAL, UserError, damages, read_json, seal_folder, write_atomic, write_json
 from ..models.product_keys import name_in_files
+from ..pretrained import content_hash, pretrained_folder
 from ..processes import ALONE, Processes
 from .parallel import empty_sharded, read_sharded, sharded, split_sharded
 from .parallel import whole_weights, write_sharded
@@ -33,8 +34,9 @@ if TYPE_CHECKING: from transformers import PreTrainedModel
 # %% auto #0
 __all__ = ['NAME', 'KEPT', 'FREE', 'FREE_SECTIONS', 'rng_state', 'set_rng_state', 'publish_folder', 'remove_folder',
            'checkpoints', 'latest_checkpoint', 'check_seal', 'no_progress_bars', 'tell_generation',
-           'tokenizer_for_generation', 'write_files', 'save_checkpoint', 'keep_weights', 'weights_only',
-           'refuse_other_config', 'refuse_other_world', 'in_files', 'stored_names', 'load_weights', 'load_checkpoint']
+           'tokenizer_for_generation', 'write_files', 'save_checkpoint', 'keep_weights', 'weights_only', 'same_base',
+           'refuse_other_config', 'refuse_other_world', 'has_adapters', 'in_files', 'kept_tensors', 'stored_names',
+           'load_weights', 'load_checkpoint']
 
 # %% ../../nbs/training/03_checkpoints.ipynb #029b9256
 def rng_state() -> dict: # lists and tensors only
@@ -172,6 +174,7 @@ def write_files(
     torch.save(state, inside/"state.pt")
     save_config(cfg, inside/"config.yaml")
     about = dict(step=step, world_size=world_size, config_hash=config_hash(cfg), torch=torch.__version__)
+    if cfg.model_config.pretrained: about["base"] = content_hash(pretrained_folder(cfg.model_config.pretrained))
     write_json(inside/"about.json", about)
 
 # %% ../../nbs/training/03_checkpoints.ipynb #0c6bdd62
@@ -223,6 +226,19 @@ def weights_only(
             f"rest), so no step can follow this checkpoint: train longer from the beginning, or take its weights into "
             f"a new run (train_config.pretrained_layer_path)")
 
+# %% ../../nbs/training/03_checkpoints.ipynb #ef1fadbf
+def same_base(
+    checkpoint: Path, # of a run that began with a pretrained model
+    cfg: Config,      # the one to continue under
+) -> set[str]: # keys that may differ, since it is the same model at another place
+    "Refuse another pretrained model than the checkpoint began with"
+    known, name = read_json(checkpoint/"trainer_state"/"about.json").get("base"), cfg.model_config.pretrained
+    if known is None or name is None: return set()
+    if content_hash(pretrained_folder(name)) != known:
+        raise UserError(f"{checkpoint} began with another model: {name} has other weights than model_config.pretrained "
+                        "had then. Name that one, or train into another output_dir")
+    return {"model_config.pretrained", "dataset_config.tokenizer_name"}   # the loader knows its tokenizer by its hash
+
 # %% ../../nbs/training/03_checkpoints.ipynb #7a906ace
 FREE = {f"train_config.{key}" for key in (
     "output_dir", "log_level", "logging_steps", "save_steps", "save_total_limit", "keep_optimizer_state", "eval_steps",
@@ -236,8 +252,8 @@ def refuse_other_config(
 ) -> None:
     "Raise a `UserError` that names the differences, if there are any that matter"
     saved = load_config(checkpoint/"trainer_state"/"config.yaml")
-    changed = diff_configs(saved, cfg)
-    different = {key: v for key, v in changed.items() if key not in FREE and not key.startswith(FREE_SECTIONS)}
+    changed, free = diff_configs(saved, cfg), FREE | same_base(checkpoint, cfg)
+    different = {key: v for key, v in changed.items() if key not in free and not key.startswith(FREE_SECTIONS)}
     if not different: return
     lines = [f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in different.items()]
     advice = ("Put these back to continue it, train into another output_dir, or accept a run that belongs to neither "
@@ -258,11 +274,27 @@ def refuse_other_world(
                     "(--allow-approximate-resume)")
 
 # %% ../../nbs/training/03_checkpoints.ipynb #6621d356
+def has_adapters(
+    model: nn.Module, # any
+) -> bool:
+    "Whether only a model's adapters are trained and kept"
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
 def in_files(
     state: dict[str, Any], # by the model's names
 ) -> dict[str, Any]:
     "The same by the names that files have"
     return {name_in_files(name): value for name, value in state.items()}
+
+# %% ../../nbs/training/03_checkpoints.ipynb #7c4d84d9
+def kept_tensors(
+    model: nn.Module, # parameters themselves, so that a tied one is seen to be the same
+) -> dict[str, Any]: # name in files -> tensor
+    "What a checkpoint has of a model: all, or its adapters"
+    if not has_adapters(model): return in_files(model.state_dict(keep_vars=True))
+    from peft import get_peft_model_state_dict   # only where there are any: seconds to import
+    found = get_peft_model_state_dict(model, model.state_dict(keep_vars=True), adapter_name="default")
+    return {f"base_model.model.{name}": value for name, value in found.items()}
 
 # %% ../../nbs/training/03_checkpoints.ipynb #3bacd54c
 def stored_names(
@@ -270,8 +302,7 @@ def stored_names(
     folder: Path,     # with one or several .safetensors files
 ) -> list[str]: # of weights and buffers
     "What a folder holds, if it is exactly what a model needs"
-    # parameters themselves: a tied one is the same twice
-    here, stored = in_files(model.state_dict(keep_vars=True)), set()
+    here, stored = kept_tensors(model), set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as inside: stored |= set(inside.keys())
     filled = {id(here[name]) for name in stored & here.keys()}
@@ -287,10 +318,12 @@ def load_weights(
     folder: Path,     # with one or several .safetensors files
 ) -> None:
     "Fill a model with a checkpoint's weights and buffers, exactly"
-    names, here = stored_names(model, folder), in_files(model.state_dict())
+    names, here = stored_names(model, folder), {name: value.detach() for name, value in kept_tensors(model).items()}
     if any(map(sharded, here.values())): return read_sharded({name: here[name] for name in names}, folder)
     weights = {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
-    model.load_state_dict(weights, strict=False)
+    if not has_adapters(model): model.load_state_dict(weights, strict=False)
+    else:
+        for name in names: here[name].copy_(weights[name])
 
 # %% ../../nbs/training/03_checkpoints.ipynb #4ff0eedf
 def load_checkpoint(

@@ -17,16 +17,16 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..config import Config, TrainConfig
+from ..config import Config, LoraConfig, TrainConfig
 from ..files import UserError
 from ..processes import ALONE, Processes
 from .parallel import whole
 from .table_optim import TableAdamW
 
 # %% auto #0
-__all__ = ['TABLE', 'KEYS', 'DECAY_PART', 'tokens_per_step', 'check_duration', 'planned_steps', 'group_of', 'parameter_groups',
-           'build_optimizer', 'check_table_gradient', 'gradient_values', 'length', 'clip_gradients', 'consuming_tables',
-           'lower_scale', 'build_schedule']
+__all__ = ['TABLE', 'LORA_OUTPUT', 'KEYS', 'DECAY_PART', 'tokens_per_step', 'check_duration', 'planned_steps', 'group_of',
+           'parameter_groups', 'build_optimizer', 'check_table_gradient', 'gradient_values', 'length', 'clip_gradients',
+           'consuming_tables', 'lower_scale', 'build_schedule']
 
 # %% ../../nbs/training/02_optim.ipynb #7f37266f
 def tokens_per_step(
@@ -70,16 +70,20 @@ def planned_steps(
                         "set train_config.steps_per_epoch")
     return max(1, math.ceil(train.num_train_epochs * (train.steps_per_epoch or tokens_per_epoch / per_step)))
 
-# %% ../../nbs/training/02_optim.ipynb #5db8a734
+# %% ../../nbs/training/02_optim.ipynb #da0faaa4
 TABLE = re.compile(r"(^|\.)memory\.(values|expert_down|expert_up)(\.|$)")
+LORA_OUTPUT = re.compile(r"\.lora_(embedding_)?B\.")
 KEYS = re.compile(r"(^|\.)memory\.(sub_)?keys$")
 
+# %% ../../nbs/training/02_optim.ipynb #5db8a734
 def group_of(
     name: str,         # of the parameter in its model
     p: nn.Parameter,
     embedding: bool,   # whether an `nn.Embedding` holds it
-) -> str: # matrices, vectors, keys or tables
+) -> str: # matrices, vectors, outputs, keys or tables
     "How a parameter is to be updated"
+    if LORA_OUTPUT.search(name): return "outputs"
+    if ".lora_" in name: return "vectors" if p.ndim < 2 else "matrices"
     if TABLE.search(name): return "tables"
     if KEYS.search(name): return "keys"
     return "vectors" if p.ndim < 2 or embedding else "matrices"
@@ -89,12 +93,16 @@ def parameter_groups(
     model: nn.Module,               # its parameters that need a gradient
     train: TrainConfig,             # learning rates and decays
     table_gradient: str = "dense",  # what the tables get: dense, sparse or consumed
-) -> list[dict]: # optimiser groups with a `name`: matrices, vectors, keys, tables; empty ones left out
+    lora: LoraConfig | None = None, # lora_plus_ratio
+) -> list[dict]: # optimiser groups with a `name`: matrices, vectors, outputs, keys, tables; empty ones left out
     "Sort parameters by how they are to be updated"
     train_memory = train.learning_rate if train.table_learning_rate is None else train.table_learning_rate
     memory = dict(lr=train_memory, weight_decay=train.table_weight_decay)
+    ratio = lora.lora_plus_ratio or 1 if lora else 1
     rates = {"matrices": dict(lr=train.learning_rate, weight_decay=train.weight_decay),
-             "vectors": dict(lr=train.learning_rate, weight_decay=0.0), "keys": memory, "tables": memory}
+             "vectors": dict(lr=train.learning_rate, weight_decay=0.0),
+             "outputs": dict(lr=train.learning_rate*ratio, weight_decay=train.weight_decay),
+             "keys": memory, "tables": memory}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     sorted_in = {group: [] for group in rates}
     for name, p in model.named_parameters():
@@ -110,9 +118,10 @@ def build_optimizer(
     model: nn.Module,               # on its final device
     train: TrainConfig,             # betas, rates, decays
     table_gradient: str = "dense",  # what the tables get: dense, sparse or consumed
+    lora: LoraConfig | None = None, # lora_plus_ratio
 ) -> TableAdamW: # fused: one pass over each parameter
     "AdamW over `parameter_groups`"
-    groups = parameter_groups(model, train, table_gradient)
+    groups = parameter_groups(model, train, table_gradient, lora)
     if not groups: raise UserError("nothing to train: no parameter of the model needs a gradient")
     return TableAdamW(groups, lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2),
                       eps=train.adam_epsilon, fused=True)

@@ -27,13 +27,14 @@ __all__ = ['SHARDED', 'shard_model', 'ignored_by_ddp', 'wrapped', 'no_sync', 'sh
 
 # %% ../../nbs/training/01_parallel.ipynb #f0d09ff9
 def shard_model(
-    model: nn.Module, # a causal language model with `.model.layers`; changed in place
+    model: nn.Module, # a causal language model of transformers; changed in place
     mesh,             # torch's DeviceMesh of all ranks
 ) -> None:
     "Keep one slice of every parameter, and gather layer by layer"
     from torch.distributed.fsdp import fully_shard   # only where it is asked for
-    for layer in model.model.layers:
-        fully_shard(layer.self_attn if model.config.share_memory else layer, mesh=mesh)
+    shared = getattr(model.config, "share_memory", False)
+    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    for layer in layers: fully_shard(layer.self_attn if shared else layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 # %% ../../nbs/training/01_parallel.ipynb #17327ca6

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..analysis.usage_statistics import EDGES, hot_rows, usage_histogram, usage_statistics
 from ..config import Config, PeerConfig, flatten
-from ..files import UserError, append_jsonl, read_json, read_jsonl, write_atomic, write_json
+from ..files import UserError, append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from ..progress import Progress
 from ..models.peer import ExpertUsage, MemoryLayer
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 
 # %% auto #0
 __all__ = ['log', 'SAMPLE', 'BUSIEST', 'CURVES', 'finite', 'keep_metrics', 'token_bytes', 'Heartbeat', 'memory_in_use',
-           'usage_record', 'UsageRecorder', 'check_wandb', 'start_wandb', 'log_checkpoint', 'usage_curves', 'Tracker',
-           'with_turnover']
+           'usage_record', 'UsageRecorder', 'check_wandb', 'has_wandb_key', 'start_wandb', 'log_checkpoint',
+           'usage_curves', 'Tracker', 'with_turnover']
 
 # %% ../../nbs/training/05_tracking.ipynb #543a17d7
 log = logging.getLogger("peer_nb")
@@ -54,7 +54,7 @@ def keep_metrics(
     "Drop the lines after a step"
     found = read_jsonl(path)
     kept = [line for line in found if line["step"] <= step]
-    if len(kept) < len(found) or path.exists(): write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+    if len(kept) < len(found) or path.exists(): write_jsonl(path, kept)
     return kept
 
 # %% ../../nbs/training/05_tracking.ipynb #8d840d7d
@@ -215,6 +215,12 @@ def check_wandb(
         raise UserError("wandb_config is given, but the package wandb is not installed: pip install 'peer_nb[wandb]', "
                         "or leave the section out (wandb_config=null)")
 
+# %% ../../nbs/training/05_tracking.ipynb #ddf1d75d
+def has_wandb_key() -> bool:
+    "Whether Weights & Biases knows who this is"
+    import wandb
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+
 # %% ../../nbs/training/05_tracking.ipynb #78fd2f88
 def start_wandb(
     cfg: Config, # wandb_config, and all keys, which are shown beside the curves
@@ -226,9 +232,11 @@ def start_wandb(
     identity = known.get("id") or uuid.uuid4().hex[:12]
     project = section.project or os.environ.get("WANDB_PROJECT") or "peer_nb"
     levels = {f"levels.{axis}": level for axis, level in json.loads(section.levels or "{}").items()}
+    mode = None if os.environ.get("WANDB_MODE") or has_wandb_key() else "offline"
+    if mode: log.info("Weights & Biases: no key is known here, so the run is kept in %s (wandb sync uploads it)", out)
     try:
         run = wandb.init(project=project, entity=section.entity, name=section.name, group=section.group, id=identity,
-                         resume="allow", dir=str(out), config=flatten(cfg) | levels,
+                         resume="allow", mode=mode, dir=str(out), config=flatten(cfg) | levels,
                          settings=wandb.Settings(console="off", silent=True))
     except wandb.Error as error:
         raise UserError(f"wandb_config: Weights & Biases cannot be reached as asked: {error}. Log in (wandb login), "

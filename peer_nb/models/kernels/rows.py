@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['WIDEST', 'BLOCK_NUMBERS', 'ACTIVATIONS', 'LONG', 'sum_rows_kernel', 'blocks', 'sum_rows', 'sum_rows_reference',
            'activated', 'slope', 'experts_kernel', 'run_experts', 'run_experts_reference', 'Segments', 'segments',
-           'by_row_kernel', 'join_pieces_kernel', 'RowGradients', 'launch_by_row', 'row_gradients', 'join_pieces',
-           'dot_rows_kernel', 'dot_rows', 'pair_numbers_kernel', 'by_token', 'dot_by_row_kernel', 'run_experts_by_row']
+           'by_row_kernel', 'join_pieces_kernel', 'RowGradients', 'launch_by_row', 'row_blocks', 'row_gradients',
+           'join_pieces', 'dot_rows_kernel', 'dot_rows', 'pair_numbers_kernel', 'by_token', 'dot_by_row_kernel',
+           'run_experts_by_row']
 
 # %% ../../../nbs/models/kernels/01_rows.ipynb #72a357b8
 from typing import NamedTuple
@@ -34,10 +35,11 @@ def sum_rows_kernel(table, index, weights, out, P, D, PARTS: tl.constexpr, ROWS:
             total += tl.sum(w[:, None] * r, 0)
     tl.store(out + t * D + d, total, mask=d < D)
 
-# %% ../../../nbs/models/kernels/01_rows.ipynb #211d9dde
+# %% ../../../nbs/models/kernels/01_rows.ipynb #aba35435
 WIDEST = 16384 # numbers of a row that a program holds at once
 BLOCK_NUMBERS = 8192 # of a [ROWS, WIDTH] block
 
+# %% ../../../nbs/models/kernels/01_rows.ipynb #211d9dde
 def blocks(
     width: int, # of a row
     items: int, # rows that a program goes over, at most
@@ -139,9 +141,10 @@ def run_experts(
         experts_kernel[(tokens,)](*tensors, out, pre, P, width, KIND=activation, PARTS=parts, **blocks(width, P))
     return out, pre
 
-# %% ../../../nbs/models/kernels/01_rows.ipynb #b643e588
+# %% ../../../nbs/models/kernels/01_rows.ipynb #8c106c1a
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
+# %% ../../../nbs/models/kernels/01_rows.ipynb #b643e588
 def run_experts_reference(
     down: Tensor, # [N, h*width]
     up: Tensor, # [N, h*width]
@@ -157,9 +160,10 @@ def run_experts_reference(
     hidden = ACTIVATIONS[activation](torch.einsum('tphd,td->tph', u, x))
     return torch.einsum('tph,tp,tphd->td', hidden, weights, v)
 
-# %% ../../../nbs/models/kernels/01_rows.ipynb #a8e64641
+# %% ../../../nbs/models/kernels/01_rows.ipynb #59238190
 LONG = 512 # pairs of one row that one program adds up
 
+# %% ../../../nbs/models/kernels/01_rows.ipynb #a8e64641
 class Segments(NamedTuple):
     "Pairs sorted by row, and who adds up which of them"
     order: Tensor # [pairs] which pair of [tokens, P] comes next
@@ -253,11 +257,19 @@ def launch_by_row(
     P: int, # rows of a token
     options: dict, # of the kernel
 ):
-    "The kernel over rows or pieces"
-    grad, nothing = inputs[2], inputs[2]
-    if not len(items[0]): return
-    out = [nothing if v is None else v for v in found]
-    by_row_kernel[(len(items[0]), options["PARTS"])](*inputs, *items, *rest, *out, P, grad.shape[1], **options)
+    "The kernel over rows or pieces; for what is not wanted any tensor will do"
+    grad, grid = inputs[2], (len(items[0]), options["PARTS"])
+    out = [grad if v is None else v for v in found]
+    if grid[0]: by_row_kernel[grid](*inputs, *items, *rest, *out, P, grad.shape[1], **options)
+
+# %% ../../../nbs/models/kernels/01_rows.ipynb #5b815314
+def row_blocks(
+    width: int, # of a row
+    items: int, # tokens of a row that a program goes over, at most
+) -> dict[str, int]: # ROWS, WIDTH, num_warps
+    "Block sizes of a kernel that holds one row and goes over its tokens"
+    sizes = blocks(width, items)
+    return sizes | dict(ROWS=min(sizes["ROWS"], 4))
 
 # %% ../../../nbs/models/kernels/01_rows.ipynb #e912a0ab
 def row_gradients(
@@ -284,8 +296,7 @@ def row_gradients(
                      t in ((len(s.rows), dtype or grad.dtype), (len(s.piece_row), torch.float32)))
     inputs = (grad if table is None else table.contiguous(), grad if x is None else x.contiguous(), grad, s.order)
     options = dict(KIND=activation, EXPERTS=experts, SUMS=sums, DOTS=table is not None, PARTS=parts,
-                   **blocks(width, LONG))
-    options["ROWS"] = min(options["ROWS"], 4)                                # a row has few tokens as a rule
+                   **row_blocks(width, LONG))
     rest = weights, grad if pre is None else pre.contiguous()
     launch_by_row(found, inputs, (s.rows, s.begin, s.end), rest, P, options)
     if len(s.piece_row):
@@ -398,8 +409,7 @@ def run_experts_by_row(
     (tokens, P), width, s = index.shape, x.shape[1], segments(index, len(down), long=long)
     parts = down.shape[1] // width
     pre = torch.empty(tokens, P * parts, dtype=torch.float32, device=x.device)
-    options = dict(PARTS=parts, **blocks(width, long))
-    options["ROWS"] = min(options["ROWS"], 4)
+    options = dict(PARTS=parts, **row_blocks(width, long))
     for rows, begin, end in ((s.rows, s.begin, s.end), (s.rows[s.piece_row], s.piece_begin, s.piece_end)):
         if len(rows) and pre.numel():
             dot_by_row_kernel[(len(rows), parts)](down.contiguous(), x.contiguous(), s.order, rows, begin, end, pre, P,
