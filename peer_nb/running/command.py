@@ -658,7 +658,8 @@ from peer_nb.running.engine import execute_notebook
 execute_notebook(sys.argv[1], sys.argv[2], dict(folder=sys.argv[3]))
 """, *told, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     _, said = child.communicate()
-    if child.returncode: raise UserError(f"{folder/ANALYSED}: the analysis failed: {(said.strip().splitlines() or ['?'])[-1]}")
+    last = (said.strip().splitlines() or ["it says nothing"])[-1]
+    if child.returncode: raise UserError(f"{folder/ANALYSED}: the analysis failed: {last}")
     from peer_nb.findings.run_page import notebook_page
     return [folder/ANALYSED, notebook_page(folder/ANALYSED, folder/"analysis.html", "Ablation analysis")]
 
@@ -670,7 +671,8 @@ def report(
     "Write the table, the figures and the page again"
     from peer_nb.findings.study_page import write_report
     runs = load_runs(_study_folder(folder))
-    print(runs.write_csv(), runs.write_parquet(), write_report(runs), *(analyse(runs.folder) if notebook else []), sep="\n")
+    print(runs.write_csv(), runs.write_parquet(), write_report(runs), sep="\n")
+    if notebook: print(*analyse(runs.folder), sep="\n")
 
 # %% ../../nbs/running/09_command.ipynb #a0b00af2
 main = make_main("peer-ablate", dict(run=run, plan=plan, status=status, watch=watch, report=report), default="run",
