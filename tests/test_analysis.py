@@ -1,6 +1,7 @@
 "What the analyses claim, against models that are run, processes that are killed, and files that are broken."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from peer_nb.analysis.parameters import count_parameters, layer_rows
 from peer_nb.analysis.step_memory import BLOCK, TABLE_STATES, StepMemory, estimate_memory
 from peer_nb.analysis.usage_statistics import TOKEN_TYPES, divergence, usage_statistics
 from peer_nb.config import DatasetConfig, apply_overrides, load_config
-from peer_nb.files import UserError
+from peer_nb.files import UserError, seal_folder
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 
@@ -217,6 +218,40 @@ def test_two_measurements_do_not_share_a_folder(folder, tmp_path, capsys):
         assert not (tmp_path/"usage.json").exists()
         other.stdin.close()
     assert main(words) == 0 and (tmp_path/"usage.json").exists()
+
+
+@pytest.mark.parametrize("kind, config, cache", [
+    ("bloom", dict(hidden_size=16, n_layer=2, n_head=2), 64), ("mpt", dict(d_model=16, n_layers=2, n_heads=2, max_seq_len=64), 64), ("gpt2", dict(n_embd=16, n_layer=2, n_head=2, n_positions=64), 64),
+    ("mamba", dict(hidden_size=16, num_hidden_layers=2, state_size=4), None), ("mamba2", dict(hidden_size=16, num_hidden_layers=2, num_heads=4, head_dim=8, n_groups=1), None),
+    ("mixtral", dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64), None)])
+def test_models_of_others_are_counted_and_inspected(kind, config, cache, tmp_path, capsys):
+    "As transformers writes them; parameters as torch counts them; no context beyond what the model reads"
+    from transformers import AutoConfig, AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=257, **config))
+    model.save_pretrained(tmp_path/"model")
+    assert main(["parameters", str(tmp_path/"model"), "--output", str(tmp_path)]) == 0
+    found = read_analysis(tmp_path/"parameters.json")[1]
+    assert (found["total"], found["cache_numbers_per_token"]) == (model.num_parameters(), cache)
+    assert main(["checkpoint", str(tmp_path/"model"), "--output", str(tmp_path)]) == 0
+    assert read_analysis(tmp_path/"checkpoint.json")[1]["misfits"] == []
+    if kind in ("gpt2", "mpt", "mixtral"): assert main(["parameters", str(tmp_path/"model"), "--context", "65"]) == 2 and "reads 64 tokens" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_told(folder, tmp_path, capsys):
+    "By the seal that a checkpoint of ours has, in every command that reads weights"
+    shutil.copytree(folder/"ours", tmp_path/"ours")
+    (tmp_path/"ours"/"trainer_state").mkdir(exist_ok=True)
+    seal_folder(tmp_path/"ours")
+    assert main(["checkpoint", str(tmp_path/"ours")]) == 0
+    weights = next((tmp_path/"ours").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    capsys.readouterr()
+    assert main(["checkpoint", str(tmp_path/"ours"), "--output", str(tmp_path)]) == 2 and f"{weights.name} was changed" in capsys.readouterr().err
+    assert not read_analysis(tmp_path/"checkpoint.json")[1]["complete"]
+    assert main(["compare", str(folder/"ours"), str(tmp_path/"ours")]) == 0 and f"{weights.name} was changed" in capsys.readouterr().out
+    assert main(["usage", str(tmp_path/"ours"), "--files", str(folder/"text0.txt")]) == 2 and f"{weights.name} was changed" in capsys.readouterr().err
 
 
 def test_a_llama_is_counted_and_inspected_but_has_no_usage(folder, tmp_path, capsys):

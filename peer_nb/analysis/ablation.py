@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .edits import (
@@ -29,10 +30,10 @@ from ..evaluation.recall_command import trained_start
 from ..files import UserError, append_jsonl, folder_lock, read_jsonl, sha256_of, writable_folder, write_json
 
 # %% auto #0
-__all__ = ['FIELDS', 'jsonl_questions', 'text_questions', 'asked_of', 'records_of', 'slot_ranks', 'keys_until_loss',
-           'layer_answers', 'all_parts', 'part_records', 'Job', 'losses_of', 'append_all', 'example_lines',
-           'run_batches', 'layer_groups', 'finish_ablation', 'run_ablation', 'setting_for', 'run_swap', 'wanted_tokens',
-           'run_intervene']
+__all__ = ['FIELDS', 'jsonl_questions', 'text_questions', 'asked_of', 'fitting_questions', 'records_of', 'slot_ranks',
+           'keys_until_loss', 'layer_answers', 'all_parts', 'answers_without', 'part_records', 'Job', 'losses_of',
+           'append_all', 'example_lines', 'run_batches', 'layer_groups', 'finish_ablation', 'run_ablation',
+           'setting_for', 'run_swap', 'wanted_tokens', 'curve_lines', 'run_intervene']
 
 # %% ../../nbs/analysis/14_ablation.ipynb #2d263b4f
 def jsonl_questions(
@@ -83,6 +84,19 @@ def asked_of(
     else: task, questions = "questions", jsonl_questions(data)[:limit]
     if not questions: raise UserError(f"{data}: holds nothing to ask")
     return task, questions if task == "text" else encode_questions(tokenizer, questions, start)
+
+# %% ../../nbs/analysis/14_ablation.ipynb #d79d3516
+def fitting_questions(
+    checkpoint: Path, # of the model
+    loaded: tuple[nn.Module, Any], # model and tokenizer
+    data: Path, # folder of peer-data, .jsonl, or a text
+    asked: dict, # splits, limit, start and window
+) -> tuple[str, list[Encoded]]: # kind of data, questions
+    "What is asked; refused where it does not fit into the model"
+    if asked["start"] == "auto": asked = asked | dict(start=trained_start(checkpoint))
+    task, encoded = asked_of(data, loaded[1], **asked)
+    check_fit(*loaded, encoded)
+    return task, encoded
 
 # %% ../../nbs/analysis/14_ablation.ipynb #a0e9e0a8
 FIELDS = ("id", "what", "layer", "key", "position", "weight", "delta_logprob", "exact_before", "exact_after")
@@ -173,8 +187,19 @@ def all_parts(
             def silent(x, head=head): return x.index_fill(2, torch.tensor([head], device=x.device), 0)
             yield n, f"attention {head}", head_outputs(model, {n: silent})
 
-# %% ../../nbs/analysis/14_ablation.ipynb #64b3de98
+# %% ../../nbs/analysis/14_ablation.ipynb #084baa81
 @torch.no_grad()
+def answers_without(
+    model: nn.Module, # in evaluation mode
+    clean: Clean, # a batch
+    context: Any, # in which a part is left out
+) -> tuple[Tensor, Tensor]: # log-probability and whether it is right, of each token of each answer
+    "A batch without a part of the model"
+    a = clean.answers
+    with context: hidden = model.get_decoder()(input_ids=a.ids, use_cache=False).last_hidden_state
+    return answer_logprobs(model, at_places(hidden, a.place), a.target, a.real)
+
+# %% ../../nbs/analysis/14_ablation.ipynb #64b3de98
 def part_records(
     model: nn.Module, # in evaluation mode
     clean: Clean, # a batch
@@ -184,11 +209,9 @@ def part_records(
     seed: int, # of what is random
 ) -> list[dict]: # lines of effects.jsonl
     "What whole parts do to a batch"
-    a, found = clean.answers, []
-    before, exact = clean.logprob.double().sum(-1), clean.right.all(-1).tolist()
+    found, before, exact = [], clean.logprob.double().sum(-1), clean.right.all(-1).tolist()
     for layer, part, context in all_parts(model, layers, what, seed):
-        with context: hidden = model.get_decoder()(input_ids=a.ids, use_cache=False).last_hidden_state
-        logprob, right = answer_logprobs(model, at_places(hidden, a.place), a.target, a.real)
+        logprob, right = answers_without(model, clean, context)
         delta, after = (logprob.double().sum(-1) - before).tolist(), right.all(-1).tolist()
         for name, d, b, e in zip(names, delta, exact, after):
             found.append(dict(zip(FIELDS, (name, what, layer, part, None, None, d, b, e))))
@@ -208,20 +231,40 @@ class Job:
     @property
     def layers(self) -> list[int]: return [n for group in self.groups for n in group]
 
-    def effects(self,
-        clean: Clean, # a batch
-        names: list[str], # of its questions
-    ) -> Iterator[dict]: # lines of effects.jsonl
-        "All effects on a batch"
-        for what in self.what:
-            if what in ("layers", "heads"):
-                yield from part_records(self.model, clean, names, self.layers, what, self.setting.seed)
-            if what == "layers": continue
-            keys = what in ("keys", "sub-keys")
-            for group in self.groups if keys else [(n,) for n in self.layers]:
-                layer = "+".join(map(str, group)) if len(group) > 1 else group[0]
-                for part in effects_of(self.model, clean, group, what, self.mode if keys else "drop", self.setting):
-                    yield from records_of(names, clean, part, what, layer)
+# %% ../../nbs/analysis/14_ablation.ipynb #4807ee90
+@patch
+def unit_effects(self: Job,
+    clean: Clean, # a batch
+    names: list[str], # of its questions
+    what: str, # keys, sub-keys, heads or positions
+) -> Iterator[dict]: # lines of effects.jsonl
+    "Effects of the units of memories"
+    keys = what in ("keys", "sub-keys")
+    for group in self.groups if keys else [(n,) for n in self.layers]:
+        layer = "+".join(map(str, group)) if len(group) > 1 else group[0]
+        for part in effects_of(self.model, clean, group, what, self.mode if keys else "drop", self.setting):
+            yield from records_of(names, clean, part, what, layer)
+
+# %% ../../nbs/analysis/14_ablation.ipynb #679d6539
+@patch
+def effects(self: Job,
+    clean: Clean, # a batch
+    names: list[str], # of its questions
+) -> Iterator[dict]: # lines of effects.jsonl
+    "All effects on a batch"
+    for what in self.what:
+        if what in ("layers", "heads"):
+            yield from part_records(self.model, clean, names, self.layers, what, self.setting.seed)
+        if what != "layers": yield from self.unit_effects(clean, names, what)
+
+# %% ../../nbs/analysis/14_ablation.ipynb #dbc36250
+def _turns(own: list[dict], rank: list[float], place: dict[str, int]) -> dict[int, int]: # code -> turn
+    "When each row of each example is left out, by its code: the lowest rank goes first"
+    order, seen = {}, {}
+    for i in sorted(range(len(own)), key=rank.__getitem__):
+        row = place[own[i]["id"]]
+        order[row * SPAN + own[i]["key"]] = seen[row] = seen.get(row, -1) + 1
+    return order
 
 # %% ../../nbs/analysis/14_ablation.ipynb #33a82e33
 def losses_of(
@@ -234,15 +277,10 @@ def losses_of(
     found = {}
     for number in job.layers:
         if "keys" not in job.what or (number,) not in job.groups: continue
-        orders = [{}, {}]
         place, rng = {name: i for i, name in enumerate(names)}, torch.Generator().manual_seed(job.setting.seed)
         own = [r for r in records if r["what"] == "keys" and r["layer"] == number and r["weight"]]
         chance = torch.rand(len(own), generator=rng).tolist()
-        for order, rank in zip(orders, ([r["delta_logprob"] for r in own], chance)):
-            seen = {}
-            for i in sorted(range(len(own)), key=rank.__getitem__):
-                row = place[own[i]["id"]]
-                order[row * SPAN + own[i]["key"]] = seen[row] = seen.get(row, -1) + 1
+        orders = [_turns(own, rank, place) for rank in ([r["delta_logprob"] for r in own], chance)]
         ranks = [slot_ranks(clean, number, order) for order in orders]
         lost = [keys_until_loss(job.model, clean, number, each).tolist() for each in ranks]
         found[str(number)] = dict(zip(names, zip(*lost)))
@@ -328,9 +366,7 @@ def run_ablation(
     "Load, ablate, summarise"
     model, tokenizer = load_model(checkpoint)
     groups = layer_groups(model, layers, settings["mode"])
-    if asked["start"] == "auto": asked = asked | dict(start=trained_start(checkpoint))
-    task, encoded = asked_of(data, tokenizer, **asked)
-    check_fit(model, tokenizer, encoded)
+    task, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked)
     texts = [[e.question.id, e.context, e.answer] for e in encoded]
     settings = settings | dict(groups=[list(g) for g in groups])
     identity = dict(weights=files_fingerprint(checkpoint), questions=sha256_of(texts), **settings)
@@ -371,9 +407,7 @@ def run_swap(
     "Exchange rows, and say whose answers are given"
     model, tokenizer = load_model(checkpoint)
     layer = layer if layer is not None else max(chosen_layers(model))
-    if asked["start"] == "auto": asked = asked | dict(start=trained_start(checkpoint))
-    _, encoded = asked_of(data, tokenizer, **asked, window=2)
-    check_fit(model, tokenizer, encoded)
+    _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
     found = swap_matrix(model.double(), encoded, layer, facts)
     folder = writable_folder(output or f"swap-{checkpoint.resolve().name}-{data.resolve().name}")
     about = dict(schema="peer-analyze swap 1", checkpoint=str(checkpoint), data=str(data))
@@ -393,6 +427,15 @@ def wanted_tokens(
     same = next((e.answer for e in encoded if e.question.answer == text), None)
     return same or tokenizer(text, add_special_tokens=False)["input_ids"]
 
+# %% ../../nbs/analysis/14_ablation.ipynb #b61d8770
+def curve_lines(
+    curve: list[dict], # of `sweep`
+) -> list[str]: # for a terminal
+    "What an edit does and what else it does, a line for each of its weights"
+    weights = ["" if c["weight"] is None else f"weight {c['weight']:g}: " for c in curve]
+    shares = [", ".join(f"{name} {share_text(c[name])}" for name in ("efficacy", "collateral")) for c in curve]
+    return [weight + share for weight, share in zip(weights, shares)]
+
 # %% ../../nbs/analysis/14_ablation.ipynb #8e27ae80
 def run_intervene(
     checkpoint: Path, # folder of a model with memory layers
@@ -408,16 +451,12 @@ def run_intervene(
     edits = parse_edits(chain.get("edits"), max(chosen_layers(model)) if default is None else default)
     check_edits(model, edits)
     if save is not None: check_for_good(model, edits)
-    if asked["start"] == "auto": asked = asked | dict(start=trained_start(checkpoint))
-    _, encoded = asked_of(data, tokenizer, **asked, window=2)
-    check_fit(model, tokenizer, encoded)
+    _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
     found = sweep(copy.deepcopy(model).double(), encoded, edits, aim, wanted_tokens(want, encoded, tokenizer))
     if save is not None: print(save_edited(model, tokenizer, edits, save, checkpoint))
     folder = writable_folder(output or f"intervene-{checkpoint.resolve().name}-{data.resolve().name}")
     about = dict(schema="peer-analyze intervene 1", checkpoint=str(checkpoint), data=str(data), want=want)
     write_json(folder/"intervene.json", about | found)
-    for c in found["curve"]:
-        weight = "" if c["weight"] is None else f"weight {c['weight']:g}: "
-        print(weight + ", ".join(f"{name} {share_text(c[name])}" for name in ("efficacy", "collateral")))
+    for line in curve_lines(found["curve"]): print(line)
     print(f"\n{edits_page(folder/'index.html', found)}")
     return 0

@@ -9,11 +9,13 @@ import re
 from typing import TYPE_CHECKING
 
 from .inspection import meta_model
+from ..files import UserError
 
 if TYPE_CHECKING: from torch import nn
 
 # %% auto #0
-__all__ = ['COMPONENTS', 'component', 'layer_number', 'parameter_rows', 'measured_pass', 'count_any', 'check_closed_form']
+__all__ = ['COMPONENTS', 'component', 'layer_number', 'parameter_rows', 'measured_pass', 'chosen_context', 'tried_pass',
+           'count_any', 'check_closed_form']
 
 # %% ../../nbs/analysis/05_any_model.ipynb #74fdf778
 COMPONENTS = (("embedding", r"embed|wte|wpe|lm_head|embed_out"),
@@ -53,28 +55,50 @@ def parameter_rows(
 def measured_pass(
     model: nn.Module, # on the meta device
     context: int, # tokens
-) -> tuple[int, int | None]: # FLOPs of a forward pass and numbers of the cache, per token; None: there is no cache
+) -> tuple[int, int | None]: # FLOPs of a forward pass and numbers of the cache, per token; None: none grows with tokens
     "Run one text through a model without values, and look"
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     if hasattr(model, "set_attn_implementation"): model.set_attn_implementation("eager")
     ids = torch.zeros(1, context, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad(): out = model.eval()(input_ids=ids, use_cache=True)
-    layers = getattr(getattr(out, "past_key_values", None), "layers", None)
-    tensors = [t for layer in layers or () for t in (layer.keys, layer.values)]
-    cached = sum(t.numel() for t in tensors) // context if layers else None
+    layers = getattr(getattr(out, "past_key_values", None), "layers", None) or ()
+    tensors = [t for layer in layers if hasattr(layer, "keys") for t in (layer.keys, layer.values)]
+    cached = sum(t.numel() for t in tensors) // context if tensors else None
     return counter.get_total_flops() // context, cached
+
+# %% ../../nbs/analysis/05_any_model.ipynb #78cafdce
+def chosen_context(
+    model: nn.Module, # of transformers
+    asked: int | None, # tokens; None: the model's longest, at most 2,048
+    where: str = "", # for the error
+) -> int: # tokens
+    "The context that was asked for, if the model can read it"
+    from peer_nb.evaluation.loading import longest_context
+    longest = longest_context(model)
+    if asked and longest and asked > longest:
+        raise UserError(f"{where}: the model reads {longest:,} tokens; give --context {longest} or less, not {asked}")
+    return asked or min(longest or 2048, 2048)
+
+# %% ../../nbs/analysis/05_any_model.ipynb #c1eb97a5
+def tried_pass(
+    model: nn.Module, # on the meta device
+    context: int, # tokens
+) -> tuple[int | None, int | None, str | None]: # as `measured_pass`; why nothing was measured
+    "A measured pass, for models that may not run without values"
+    try: return *measured_pass(model, context), None
+    except Exception as e:   # each architecture fails with exceptions of its own
+        return None, None, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
 
 # %% ../../nbs/analysis/05_any_model.ipynb #8723f010
 def count_any(
     config: dict, # config.json
     where: str = "", # for errors
     context: int | None = None, # tokens that are run; None: the longest that the configuration names, at most 2,048
-) -> dict: # total, active, embedding, by component, layers, flops_per_token, cache_numbers, context
+) -> dict: # total, active, embedding, components, layers, flops_per_token, cache_numbers, context, unmeasured
     "Parameters, operations and cache of any causal language model of transformers"
     model = meta_model(config, where)
-    longest = getattr(model.config, "max_position_embeddings", None) or 2048
-    context, rows = context or min(longest, 2048), parameter_rows(model)
+    context, rows = chosen_context(model, context, where), parameter_rows(model)
     parts: dict[str, int] = {}
     for row in rows:
         for kind, number in row.items():
@@ -83,9 +107,10 @@ def count_any(
     tied = head is not None and head.weight is table
     unread = 0 if tied else table.numel() - table.shape[1] # a token reads one row of the input embedding
     mixture = any("expert" in name for name, _ in model.named_parameters())
-    flops, cached = (None, None) if mixture else measured_pass(model, context)
+    flops, cached, failed = (None, None, None) if mixture else tried_pass(model, context)
     return dict(total=total, active=None if mixture else total - unread, embedding=parts.get("embedding", 0),
-                components=parts, layers=rows, flops_per_token=flops, cache_numbers=cached, context=context)
+                components=parts, layers=rows, flops_per_token=flops, cache_numbers=cached, context=context,
+                unmeasured=failed)
 
 # %% ../../nbs/analysis/05_any_model.ipynb #7cf69fdc
 def check_closed_form(

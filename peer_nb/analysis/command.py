@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .interventions_command import COMMANDS as INTERVENTIONS
 from .any_model import check_closed_form, count_any
-from .inspection import Checkpoint, compare_checkpoints, inspect_checkpoint, misfits, open_checkpoint
+from .inspection import (
+    Checkpoint, compare_checkpoints, damages_of, inspect_checkpoint, misfits, open_checkpoint)
 from .pages import analysis_result, read_analysis, write_analysis
 from .parameters import cache_numbers, count_parameters, layer_rows, weight_bytes
 from .step_memory import memory_table, memory_text
@@ -30,10 +31,11 @@ from ..files import UserError, folder_lock, read_json, sha256_of, writable_folde
 if TYPE_CHECKING: from peer_nb.analysis.expert_usage import UsageRun
 
 # %% auto #0
-__all__ = ['PARTS', 'STATE', 'SAVE_SECONDS', 'COMMANDS', 'main', 'say', 'report_result', 'own_config', 'has_training',
-           'own_parameters', 'foreign_parameters', 'parameters_text', 'parameters', 'file_text', 'in_turn',
-           'chosen_entries', 'save_state', 'load_state', 'Stop', 'load_for_usage', 'count_texts', 'usage_text',
-           'measure', 'usage', 'checkpoint_text', 'checkpoint', 'compare_text', 'compare', 'page']
+__all__ = ['PARTS', 'STATE', 'SAVE_SECONDS', 'COMMANDS', 'main', 'say', 'report_result', 'config_of_model', 'own_config',
+           'has_training', 'training_step', 'own_parameters', 'foreign_parameters', 'parameters_text', 'parameters',
+           'file_text', 'in_turn', 'chosen_entries', 'save_state', 'load_state', 'Stop', 'check_for_usage',
+           'load_for_usage', 'count_texts', 'hottest_text', 'usage_text', 'measure', 'usage', 'checkpoint_text',
+           'checkpoint', 'compare_text', 'compare', 'page']
 
 # %% ../../nbs/analysis/16_command.ipynb #80f1d3ef
 def say(
@@ -54,6 +56,17 @@ def report_result(
     page = write_analysis(output, result, DRAW[kind])
     say(f"\n{page}\n{page.with_suffix('.json')}")
 
+# %% ../../nbs/analysis/16_command.ipynb #3117886e
+def config_of_model(
+    config: dict, # config.json of one of our models
+    file: Path, # it, for errors
+) -> Config:
+    "What a bare model folder says: the model, and its longest text"
+    known = {f.name for f in fields(ModelConfig)}
+    own = {key: value for key, value in config.items() if key in known}
+    length = {"max_seq_length": config.get("max_position_embeddings", 2048)}
+    return config_from_dict({"model_config": own, "dataset_config": length}, str(file))
+
 # %% ../../nbs/analysis/16_command.ipynb #d38a5711
 def own_config(
     source: Path, # YAML file or folder
@@ -68,11 +81,7 @@ def own_config(
     config = read_json(source/"config.json") if source.is_dir() else None
     if not isinstance(config, dict):
         raise UserError(f"{source}: neither a configuration file (.yaml) nor a folder with config.json")
-    if config.get("model_type") != "peer_mla": return None
-    known = {f.name for f in fields(ModelConfig)}
-    own = {key: value for key, value in config.items() if key in known}
-    length = {"max_seq_length": config.get("max_position_embeddings", 2048)}
-    return config_from_dict({"model_config": own, "dataset_config": length}, str(source/"config.json"))
+    return config_of_model(config, source/"config.json") if config.get("model_type") == "peer_mla" else None
 
 # %% ../../nbs/analysis/16_command.ipynb #d8919168
 def has_training(source: Path) -> bool: # whether it says how the model is trained
@@ -82,19 +91,27 @@ def has_training(source: Path) -> bool: # whether it says how the model is train
 # %% ../../nbs/analysis/16_command.ipynb #87059051
 PARTS = ("embedding", "attention", "dense_mlp", "norms", "memory_router", "memory_tables")
 
+# %% ../../nbs/analysis/16_command.ipynb #010ac1d9
+def training_step(
+    cfg: Config, # of a run
+) -> dict: # batch, length, batches, recomputed, precision
+    "What a step of the training is"
+    train = cfg.train_config
+    precision = "bfloat16" if train.bf16 else "float16" if train.fp16 else "float8" if train.fp8 else "float32"
+    return dict(batch=train.per_device_train_batch_size, length=cfg.dataset_config.max_seq_length,
+                batches=train.gradient_accumulation_steps, recomputed=train.gradient_checkpointing, precision=precision)
+
 # %% ../../nbs/analysis/16_command.ipynb #b3614ec9
 def own_parameters(
     cfg: Config, # of a run or a model
     context: int | None, # tokens that a query attends to; None: the longest
     training: bool, # whether the configuration says how it is trained
 ) -> dict: # fields of a result
-    c, train, count = cfg.model_config, cfg.train_config, count_parameters(cfg.model_config, context)
+    "The numbers of a model of ours, in closed form"
+    c, count = cfg.model_config, count_parameters(cfg.model_config, context)
     components, cache = {part: getattr(count, part) for part in PARTS}, cache_numbers(c)[0]
     whole = sum(components[part] for part in PARTS[1:5]) + count.active_memory
     read = components | {"memory_tables": count.active_memory, "embedding": count.active - whole}
-    precision = "bfloat16" if train.bf16 else "float16" if train.fp16 else "float8" if train.fp8 else "float32"
-    step = dict(batch=train.per_device_train_batch_size, length=cfg.dataset_config.max_seq_length,
-                batches=train.gradient_accumulation_steps, recomputed=train.gradient_checkpointing, precision=precision)
     memory = {gradient: found.to_dict() for gradient, found in memory_table(cfg).items()} if training else None
     return dict(model_type="peer_mla", total=count.total, active=count.active, sparsity=1 - count.active / count.total,
                 embedding=count.embedding, without_embedding=count.total - count.embedding, components=components,
@@ -102,7 +119,7 @@ def own_parameters(
                 context=count.context, flops_per_token=count.flops_per_token,
                 training_flops_per_token=count.training_flops_per_token, cache_numbers_per_token=cache,
                 cache_bytes_per_token=weight_bytes(cache), stored=None, checked=None, step_memory=memory,
-                step=step if training else None)
+                step=training_step(cfg) if training else None)
 
 # %% ../../nbs/analysis/16_command.ipynb #1d8c1108
 def foreign_parameters(
@@ -112,6 +129,7 @@ def foreign_parameters(
 ) -> dict: # fields of a result
     "The same numbers about a model that is not ours"
     found = count_any(config, str(source), context)
+    if why := found["unmeasured"]: say(f"note: operations and cache stay open; no pass runs without values ({why})\n")
     total, active, flops, cache = (found[k] for k in ("total", "active", "flops_per_token", "cache_numbers"))
     return dict(model_type=str(config.get("model_type")), total=total, active=active,
                 sparsity=None if active is None else 1 - active / total, embedding=found["embedding"],
@@ -126,20 +144,24 @@ def _columns(first: Any, *cells: Any, width: int = 16) -> str:
     "A line of a table: a name, then numbers or words in columns of twenty characters"
     return f"{first:<{width}}" + "".join(f"{number(cell):>20}" for cell in cells)
 
-# %% ../../nbs/analysis/16_command.ipynb #cf0e3685
-def parameters_text(
-    result: dict, # of kind parameters
-) -> str: # for a terminal
-    "The numbers in lines"
-    cache, read, layers = result["cache_bytes_per_token"], result["active_components"] or {}, result["layers"]
-    sizes = ", ".join(f"{k} {size_text(v)}" for k, v in result["bytes"].items() if k in ("float32", "bfloat16", "int8"))
+# %% ../../nbs/analysis/16_command.ipynb #c03b4b10
+def _headline(result: dict) -> dict[str, Any]: # what: number or words
+    "The few numbers that stand first"
+    cache, formats = result["cache_bytes_per_token"], ("float32", "bfloat16", "int8")
     head = {"parameters": result["total"], "without embeddings": result["without_embedding"],
             "a token reads": result["active"], "FLOPs a token, forward": result["flops_per_token"],
             "FLOPs a token, training": result["training_flops_per_token"]}
     if result["sparsity"] is not None: head["sparsity"] = f"{result['sparsity']:.4%}"
     if cache: head["cache a token, bfloat16"] = size_text(cache["bfloat16"])
-    head["weights"] = sizes
-    lines = [_columns(name, value, width=34) for name, value in head.items()]
+    return head | {"weights": ", ".join(f"{k} {size_text(v)}" for k, v in result["bytes"].items() if k in formats)}
+
+# %% ../../nbs/analysis/16_command.ipynb #cf0e3685
+def parameters_text(
+    result: dict, # of kind parameters
+) -> str: # for a terminal
+    "The numbers in lines"
+    read, layers = result["active_components"] or {}, result["layers"]
+    lines = [_columns(name, value, width=34) for name, value in _headline(result).items()]
     lines += ["", _columns("component", "held", "a token reads")]
     lines += [_columns(kind.replace("_", " "), held, read.get(kind)) for kind, held in result["components"].items()]
     keys = [k for k in ("total", "active", "flops") if any(k in row for row in layers)]
@@ -271,11 +293,11 @@ class Stop:
 
     def __exit__(self, *error): self.listening.__exit__(*error)
 
-# %% ../../nbs/analysis/16_command.ipynb #55fee49d
-def load_for_usage(
+# %% ../../nbs/analysis/16_command.ipynb #b36ac22f
+def check_for_usage(
     checkpoint: Path, # folder
-) -> tuple[Any, Any]: # model, tokenizer
-    "A model whose usage can be counted; `UserError` before anything is loaded"
+) -> None:
+    "Refuse what has no memory, no tokenizer, or other weights than its configuration says"
     opened = open_checkpoint(checkpoint)
     if opened.config is None:
         raise UserError(f"{checkpoint}: usage needs a whole checkpoint folder, with its tokenizer")
@@ -284,6 +306,13 @@ def load_for_usage(
                         "usage to measure. peer-analyze parameters and checkpoint work on it")
     if wrong := misfits(opened):
         raise UserError(f"{checkpoint}: the weights do not fit config.json: {'; '.join(wrong[:3])}")
+
+# %% ../../nbs/analysis/16_command.ipynb #55fee49d
+def load_for_usage(
+    checkpoint: Path, # folder
+) -> tuple[Any, Any]: # model, tokenizer
+    "A model whose usage can be counted"
+    check_for_usage(checkpoint)
     from peer_nb.evaluation.loading import load_model
     return load_model(checkpoint)
 
@@ -305,6 +334,17 @@ def count_texts(
             if stop.asked: return False
     return True
 
+# %% ../../nbs/analysis/16_command.ipynb #ce292ec5
+def hottest_text(
+    result: dict, # of kind usage
+) -> list[str]: # lines; none where no row is hot
+    "The hottest rows of each layer"
+    lines = []
+    for layer in result["layers"]:
+        rows = [f"{h['row']:,} ({h['times']:.1f} ×)" for h in layer["hot_rows"][:6]]
+        if rows: lines.append(f"layer {layer['layer']}: {', '.join(rows)}")
+    return ["", "hottest rows", *lines] if lines else []
+
 # %% ../../nbs/analysis/16_command.ipynb #a9a7dfe8
 def usage_text(
     result: dict, # of kind usage
@@ -314,11 +354,7 @@ def usage_text(
     rows = [USAGE_COLUMNS] + [{k: number(v) for k, v in row.items()} for row in usage_rows(result)]
     widths = {k: max(len(row[k]) for row in rows) for k in USAGE_COLUMNS}
     lines = ["  ".join(f"{row[k]:>{widths[k]}}" for k in USAGE_COLUMNS) for row in rows]
-    hot = []
-    for layer in result["layers"]:
-        rows = [f"{h['row']:,} ({h['times']:.1f} ×)" for h in layer["hot_rows"][:6]]
-        if rows: hot.append(f"layer {layer['layer']}: {', '.join(rows)}")
-    return "\n".join([*lines, *(["", "hottest rows", *hot] if hot else [])])
+    return "\n".join(lines + hottest_text(result))
 
 # %% ../../nbs/analysis/16_command.ipynb #b90c50f5
 def measure(
@@ -426,8 +462,17 @@ def checkpoint(
     say(checkpoint_text(found))
     report_result("checkpoint", analysis_result("checkpoint", [path], found, complete=not found["misfits"]), output)
     if found["misfits"]:
-        raise UserError(f"{path}: the weights do not fit config.json: {'; '.join(found['misfits'][:5])}")
+        raise UserError(f"{path}: damaged, or not what config.json describes: {'; '.join(found['misfits'][:5])}")
     return 0
+
+# %% ../../nbs/analysis/16_command.ipynb #cde08b14
+def _elsewhere(result: dict) -> list[str]: # lines
+    "What two checkpoints do not have in common"
+    lines = []
+    for which, names in (("first", result["only_in_first"]), ("second", result["only_in_second"])):
+        if names: lines.append(f"only in the {which}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
+    lines += [f"{s['name']}: shape {s['shapes'][0]} and {s['shapes'][1]}" for s in result["shapes"]]
+    return lines + [f"config {c['key']}: {c['values'][0]!r:.60} and {c['values'][1]!r:.60}" for c in result["config"]]
 
 # %% ../../nbs/analysis/16_command.ipynb #ade7d70f
 def compare_text(
@@ -443,11 +488,7 @@ def compare_text(
     if not moved: lines.append("nothing changed")
     numbers = f"{result['changed']:,} of {result['numbers']:,} numbers"
     lines += ["", f"{len(moved)} of {len(result['tensors'])} tensors changed, {numbers}"]
-    for which, names in (("first", result["only_in_first"]), ("second", result["only_in_second"])):
-        if names: lines.append(f"only in the {which}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
-    lines += [f"{s['name']}: shape {s['shapes'][0]} and {s['shapes'][1]}" for s in result["shapes"]]
-    lines += [f"config {c['key']}: {c['values'][0]!r:.60} and {c['values'][1]!r:.60}" for c in result["config"]]
-    return "\n".join(lines)
+    return "\n".join(lines + _elsewhere(result))
 
 # %% ../../nbs/analysis/16_command.ipynb #0afd08b6
 def compare(
@@ -459,7 +500,10 @@ def compare(
 
     peer-analyze compare output/checkpoint-1000 output/checkpoint-2000 --output report
     """
-    found = compare_checkpoints(open_checkpoint(first), open_checkpoint(second), Progress("tensors"))
+    both = open_checkpoint(first), open_checkpoint(second)
+    for opened in both:
+        if broken := damages_of(opened): say(f"note: {opened.path} is damaged: {'; '.join(broken)}")
+    found = compare_checkpoints(*both, Progress("tensors"))
     if not found["tensors"]: raise UserError(f"{first} and {second} have no tensor of one name and shape in common")
     say(compare_text(found))
     report_result("compare", analysis_result("compare", [first, second], found), output)

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import UserError, read_json
+from ..files import UserError, damages, read_json
 
 if TYPE_CHECKING: from torch import Tensor
 
 # %% auto #0
-__all__ = ['WIDTH', 'PIECE', 'TABLE', 'StoredTensor', 'read_header', 'Checkpoint', 'open_checkpoint', 'pieces', 'row_norm_facts',
-           'tensor_facts', 'meta_model', 'stored_name', 'misfits', 'inspect_checkpoint', 'tensor_change',
-           'compare_checkpoints']
+__all__ = ['WIDTH', 'INDEX', 'PIECE', 'TABLE', 'StoredTensor', 'read_header', 'Checkpoint', 'open_checkpoint', 'pieces',
+           'row_norm_facts', 'tensor_facts', 'meta_model', 'stored_name', 'misfits', 'damages_of', 'inspect_checkpoint',
+           'tensor_change', 'compare_checkpoints']
 
 # %% ../../nbs/analysis/04_inspection.ipynb #167a9cdd
 WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "U16": 2, "U32": 4,
@@ -84,16 +84,23 @@ class Checkpoint:
     def model_type(self) -> str: return (self.config or {}).get("model_type", "unknown")
 
 # %% ../../nbs/analysis/04_inspection.ipynb #3b215369
+INDEX = "model.safetensors.index.json"
+
+def _index(folder: Path) -> dict[str, str] | None: # tensor -> file; None: there is no index, or a whole file before it
+    "What the index of a folder says"
+    index = None if (folder/"model.safetensors").is_file() else read_json(folder/INDEX)
+    if index is None: return None
+    said = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(said, dict): raise UserError(f"{folder/INDEX}: has no weight_map; it was edited")
+    return said
+
+# %% ../../nbs/analysis/04_inspection.ipynb #2305e07d
 def _check_index(
     folder: Path, # of the checkpoint
     tensors: dict[str, StoredTensor], # that its files hold
+    said: dict[str, str], # by the index
 ) -> None:
     "Refuse an index that says something else than the files"
-    file = folder/"model.safetensors.index.json"
-    index = read_json(file)
-    if index is None: return
-    said = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(said, dict): raise UserError(f"{file}: has no weight_map; it was edited")
     there = {name: stored.file.name for name, stored in tensors.items()}
     wrong = [name for name in sorted(said.keys() | there.keys()) if name not in there or said.get(name) != there[name]]
     if not wrong: return
@@ -102,9 +109,13 @@ def _check_index(
                     f"{there.get(name, 'no file')} ({len(wrong)} such tensors): a file is missing or was exchanged")
 
 # %% ../../nbs/analysis/04_inspection.ipynb #efa57e2d
-def _weight_files(folder: Path) -> list[Path]:
-    "The files of a folder with weights; `UserError` where there is none"
-    files = sorted(folder.glob("*.safetensors"))
+def _weight_files(
+    folder: Path, # of the checkpoint
+    said: dict[str, str] | None, # by the index
+) -> list[Path]:
+    "What a model is read from: the whole file, else those that the index names, else all; `UserError` for none"
+    whole, named = folder/"model.safetensors", sorted({folder/name for name in (said or {}).values()})
+    files = [whole] if whole.is_file() else [f for f in named if f.is_file()] or sorted(folder.glob("*.safetensors"))
     if files: return files
     pickled = [f.name for f in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))]
     why = f"; {pickled[0]} is pickled, and such files are not read: they can run code" if pickled else ""
@@ -113,12 +124,12 @@ def _weight_files(folder: Path) -> list[Path]:
 # %% ../../nbs/analysis/04_inspection.ipynb #a95bc631
 def _all_tensors(folder: Path) -> dict[str, StoredTensor]:
     "The tensors of all files of a folder; `UserError` when a file is missing, or two hold the same one"
-    tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(folder):
+    said, tensors = _index(folder), {}
+    for file in _weight_files(folder, said):
         for name, stored in read_header(file).items():
             if name in tensors: raise UserError(f"{folder}: {name} is in {tensors[name].file.name} and in {file.name}")
             tensors[name] = stored
-    _check_index(folder, tensors)
+    if said is not None: _check_index(folder, tensors, said)
     return tensors
 
 # %% ../../nbs/analysis/04_inspection.ipynb #6b0df3d2
@@ -198,6 +209,11 @@ def tensor_facts(
     if norms: facts["row_norms"] = row_norm_facts(torch.cat(norms).numpy())
     return facts
 
+# %% ../../nbs/analysis/04_inspection.ipynb #0e202111
+def _numbers(pairs: dict) -> Any:
+    "What transformers writes for a number that JSON has no name for, such as {'__float__': 'Infinity'}, as the number"
+    return float(pairs["__float__"]) if pairs.keys() == {"__float__"} else pairs
+
 # %% ../../nbs/analysis/04_inspection.ipynb #43f7d8a0
 def meta_model(
     config: dict, # config.json
@@ -209,7 +225,7 @@ def meta_model(
 
     import peer_nb.models.causal_lm  # noqa: F401  (registers the model with transformers)
     try:
-        kind = AutoConfig.for_model(**config)
+        kind = AutoConfig.for_model(**json.loads(json.dumps(config), object_hook=_numbers))
         with torch.device("meta"): return AutoModelForCausalLM.from_config(kind)
     except Exception as e:   # each configuration class fails with exceptions of its own
         raise UserError(f"{where}: config.json describes no causal language model that transformers knows "
@@ -232,10 +248,10 @@ def stored_name(
     return name_in_files(name) if checkpoint.model_type == "peer_mla" else name
 
 # %% ../../nbs/analysis/04_inspection.ipynb #f8f20b4b
-def misfits(
+def _differences(
     checkpoint: Checkpoint, # of a folder
 ) -> list[str]: # in words; empty when everything fits
-    "Tensors that are missing, unknown, or of another shape than the configuration asks for"
+    "What files hold beside what the model holds, tensor by tensor"
     model = meta_model(checkpoint.config, checkpoint.path)
     wanted = {stored_name(name, checkpoint): list(t.shape) for name, t in model.state_dict().items()}
     held, tied = checkpoint.tensors, _tied(model)
@@ -245,13 +261,47 @@ def misfits(
     wrong = [n for n, t in held.items() if n in wanted and t.shape != wanted[n]]
     return found + [f"{n} has shape {held[n].shape}, the configuration asks for {wanted[n]}" for n in wrong]
 
+# %% ../../nbs/analysis/04_inspection.ipynb #4f0eb6ff
+def _read_problems(
+    folder: Path, # of a model of transformers
+) -> list[str]: # in words; empty when everything fits
+    "What transformers says is wrong when it reads the weights"
+    from transformers import AutoModelForCausalLM
+    from peer_nb.evaluation.loading import no_bars
+    options = dict(local_files_only=True, trust_remote_code=False, device_map="meta", ignore_mismatched_sizes=True)
+    try:
+        with no_bars(): _, said = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    except Exception as e:   # whatever a library finds in files of unknown origin
+        return [f"transformers cannot put the weights together: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"]
+    wrong = [f"{name} has shape {list(held)}, the configuration asks for {list(wanted)}"
+             for name, held, wanted in said["mismatched_keys"]]
+    return [f"missing: {name}" for name in sorted(said["missing_keys"])] + [
+        f"unknown: {name}" for name in sorted(said["unexpected_keys"])] + wrong
+
+# %% ../../nbs/analysis/04_inspection.ipynb #402fd77e
+def misfits(
+    checkpoint: Checkpoint, # of a folder
+) -> list[str]: # in words; empty when everything fits
+    "Tensors that are missing, unknown, or of another shape than the configuration asks for"
+    found = _differences(checkpoint)
+    foreign = checkpoint.model_type != "peer_mla" and checkpoint.path.is_dir()
+    return _read_problems(checkpoint.path) if found and foreign else found
+
+# %% ../../nbs/analysis/04_inspection.ipynb #5c9cdb8a
+def damages_of(
+    checkpoint: Checkpoint, # opened
+) -> list[str]: # a file each; empty without a seal too
+    "What the seal of a checkpoint says of its weights"
+    return damages(checkpoint.path, "trainer_state/") or [] if checkpoint.path.is_dir() else []
+
 # %% ../../nbs/analysis/04_inspection.ipynb #a2b6ed20
 def inspect_checkpoint(
     checkpoint: Checkpoint, # opened
     seen: Any = None, # called with (tensors done, of how many), after each
 ) -> dict: # JSON
-    "Facts of every tensor, and of the checkpoint as a whole"
-    tensors, found = [], misfits(checkpoint) if checkpoint.config is not None else []
+    "Facts of every tensor, of the checkpoint as a whole, and what of it is not as it was written"
+    tensors, found = [], []
+    if checkpoint.config is not None: found = [*damages_of(checkpoint), *misfits(checkpoint)]
     for stored in checkpoint.tensors.values():
         tensors.append(tensor_facts(stored))
         if seen: seen(len(tensors), len(checkpoint.tensors))

@@ -13,14 +13,26 @@ from ..cli import check_least, make_main
 from .benchmarks import Answers, LoadedTasks, Scored, causal_lm, load_tasks, run_tasks, sample_lines
 from .items import data_root as items_root
 from .loading import choose_window, claim_answers, load_model, model_fingerprint
-from .score_page import benchmark_page
+from .score_page import benchmark_page, metric_dot
 from .perplexity_command import perplexity
 from .recall_command import recall
 from ..files import folder_lock, writable_folder, write_json, write_jsonl
 from ..progress import Progress
 
 # %% auto #0
-__all__ = ['main', 'write_results', 'scores_lines', 'benchmark']
+__all__ = ['main', 'write_samples', 'write_results', 'scores_lines', 'benchmark']
+
+# %% ../../nbs/evaluation/12_command.ipynb #d514579d
+def write_samples(
+    folder: Path, # made when missing
+    samples: dict[str, list[dict]], # lm-eval's, by task
+):
+    "A file for each task, with a line for each item and filter"
+    folder.mkdir(exist_ok=True)
+    for name, items in samples.items():
+        texts = [json.dumps(line, default=str) for line in sample_lines(items)]
+        lines = [json.loads(text, parse_constant=lambda word: None) for text in texts]   # what is no number is nothing
+        write_jsonl(folder/f"{name.replace('/', '_')}.jsonl", lines)
 
 # %% ../../nbs/evaluation/12_command.ipynb #36a07309
 def write_results(
@@ -30,13 +42,18 @@ def write_results(
     title: str,           # the model
 ):
     "Results, samples and page"
-    (folder/"samples").mkdir(exist_ok=True)
-    for name, items in scored.engine.get("samples", {}).items():
-        texts = [json.dumps(line, default=str) for line in sample_lines(items)]
-        lines = [json.loads(text, parse_constant=lambda word: None) for text in texts]   # what is no number is nothing
-        write_jsonl(folder/"samples"/f"{name.replace('/', '_')}.jsonl", lines)
+    write_samples(folder/"samples", scored.engine.get("samples", {}))
     write_json(folder/"results.json", result)
     benchmark_page(result, folder/"index.html", title)
+
+# %% ../../nbs/evaluation/12_command.ipynb #a2b5acff
+def _score_line(name: str, metric: str, row: dict, width: int, wide: int) -> str:
+    "A metric in columns"
+    dot, error = metric_dot(name, row, metric), row["metrics"][metric]["se"]
+    ci = "–" if dot.low is None else f"{dot.low:.4f} – {dot.high:.4f}"
+    se, guess = ("–" if v is None else f"{v:.4f}" for v in (error, dot.chance))
+    return (f"{name:<{width}}  {metric:<{wide}}  {dot.value:.4f}  {se:>6}  {ci:>17}  {guess:>8}"
+            f"  {row['items']:>6,}")
 
 # %% ../../nbs/evaluation/12_command.ipynb #baf28e59
 def scores_lines(
@@ -44,16 +61,10 @@ def scores_lines(
 ) -> str: # for a terminal
     "Scores as a table"
     named = [*result["groups"].items(), *result["tasks"].items()]
-    rows = [(name, metric, m, row) for name, row in named for metric, m in row["metrics"].items()]
+    rows = [(name, metric, row) for name, row in named for metric in row["metrics"]]
     width, wide = (max([len(r[i]) for r in rows] + [6]) for i in (0, 1))
-    lines = [f"{'task':<{width}}  {'metric':<{wide}}   score    s.e.      95 % interval    chance   items"]
-    for name, metric, m, row in rows:
-        ci = f"{m['ci'][0]:.4f} – {m['ci'][1]:.4f}" if m["ci"] else "–"
-        chance = row.get("chance") if metric in ("acc", "acc_norm") else None
-        se, guess = ("–" if v is None else f"{v:.4f}" for v in (m["se"], chance))
-        lines.append(f"{name:<{width}}  {metric:<{wide}}  {m['value']:.4f}  {se:>6}  {ci:>17}  {guess:>8}"
-                     f"  {row['items']:>6,}")
-    return "\n".join(lines)
+    head = f"{'task':<{width}}  {'metric':<{wide}}   score    s.e.      95 % interval    chance   items"
+    return "\n".join([head, *(_score_line(*r, width, wide) for r in rows)])
 
 # %% ../../nbs/evaluation/12_command.ipynb #33f7de7d
 def _benchmark(

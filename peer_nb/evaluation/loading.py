@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from string import printable
@@ -21,9 +22,9 @@ from ..pretrained import LIMITS, content_hash, pretrained_folder
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['in_folder', 'read_parts', 'adapted_base', 'read_adapted', 'check_weights', 'check_finite', 'check_tokenizer',
-           'document_start', 'longest_context', 'choose_window', 'load_model', 'load_to_train', 'model_fingerprint',
-           'claim_answers', 'files_fingerprint']
+__all__ = ['in_folder', 'no_bars', 'read_parts', 'adapted_base', 'read_adapted', 'check_weights', 'check_finite',
+           'check_tokenizer', 'document_start', 'longest_context', 'choose_window', 'load_model', 'load_to_train',
+           'model_fingerprint', 'claim_answers', 'files_fingerprint']
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0008
 def in_folder(
@@ -40,6 +41,17 @@ def in_folder(
     if broken: raise UserError(f"{checkpoint} is damaged: {'; '.join(broken)}")
     return True
 
+# %% ../../nbs/evaluation/00_loading.ipynb #a5de0043
+@contextmanager
+def no_bars() -> Iterator[None]:
+    "Inside, transformers draws no progress bars"
+    from transformers.utils import logging
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if before: logging.enable_progress_bar()
+
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0011
 def read_parts(
     checkpoint: str, # folder, or name on the hub
@@ -47,21 +59,18 @@ def read_parts(
 ) -> tuple[PreTrainedModel, dict, PreTrainedTokenizerBase]: # model on the CPU, what is said of its weights, tokenizer
     "What transformers makes of a checkpoint; no code that came with it is run"
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     import peer_nb.models.causal_lm  # noqa: F401  (registers the model with transformers)
     if (Path(checkpoint)/"adapter_config.json").is_file(): return read_adapted(Path(checkpoint))
-    options, bars = dict(local_files_only=local, trust_remote_code=False), logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    options = dict(local_files_only=local, trust_remote_code=False)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True, **options)
-        return model, loading, AutoTokenizer.from_pretrained(checkpoint, **options)
+        with no_bars():
+            model, loading = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True, **options)
+            return model, loading, AutoTokenizer.from_pretrained(checkpoint, **options)
     except Exception as error:   # whatever a library finds in a file of unknown origin
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         problem = "cannot be loaded" if local else "no such folder, and no model of this name can be had from the hub"
         raise UserError(f"{checkpoint}: {problem} ({reason})") from error
-    finally:
-        if bars: logging.enable_progress_bar()
 
 # %% ../../nbs/evaluation/00_loading.ipynb #38546bd2
 def adapted_base(
@@ -142,7 +151,8 @@ def longest_context(
 ) -> int | None: # tokens; None: it names no limit
     "How many tokens a model reads"
     config = getattr(model.config, "text_config", None) or model.config
-    return next((found for name in LIMITS if (found := getattr(config, name, None))), None)
+    limits = (getattr(config, name, None) for name in LIMITS)
+    return next((limit for limit in limits if limit and limit > 0), None)
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0022
 def choose_window(
