@@ -1,7 +1,8 @@
 """From files to batches: our data room against `datasets` with a plain packer, and the time a training waits for batches.
 
-    python benchmarks/data.py                     prints both
+    python benchmarks/data.py                     prints all
     python benchmarks/data.py --json data.json    also writes every sample
+    python benchmarks/data.py --reading --json data.json    only the reading, in place of what the file said of it
 
 *Pipeline.* Both read the same JSON Lines files (Python's documentation and source, a few megabytes) with the same tokenizer,
 first with empty caches, then a second time with what the first left there, and give one epoch of batches to a loop that only
@@ -10,6 +11,10 @@ DataLoader; it may use the tokenizer's own threads or two processes, and the fas
 anew each epoch and can resume at any batch; nothing of that is left out. The peer's packer drops the rest of each thousand
 documents, so its tokens are fewer by less than 0.2 %, which is checked. Rounds alternate; what counts is the wall clock,
 since both use all processors.
+
+*Reading.* The same paragraphs in each format, read row by row to their texts, ours and `datasets` streaming in blocks of a
+thousand rows, in turn; processor time of the process, since that is what tokenising has to share. Both must give equally many
+characters. `datasets` decides a type for each column; ours keeps what is written and checks each line.
 
 *Waiting.* The small model of the demo is trained; what is counted is the time between asking for a batch and having it, as
 a part of the whole step, after the first steps. A streamed set is tokenised while the model trains.
@@ -117,6 +122,56 @@ def pipeline(files: Path, rounds: int) -> list[dict]:
     return samples
 
 
+FORMATS = {"jsonl": "json", "jsonl.gz": "json", "json": "json", "csv": "csv", "txt": "text", "parquet": "parquet"}   # ending: what `datasets` calls it
+
+
+def write_formats(folder: Path) -> None:
+    "The paragraphs of the documentation and the source, with a number and an address each, in every format"
+    import csv, gzip
+    import pyarrow as pa, pyarrow.parquet as pq
+    from peer_nb.config import DatasetEntry
+    from peer_nb.data.corpora import documents
+    texts = [p for name in ("docs", "stdlib") for t in documents(DatasetEntry(name, f"python:{name}")) for p in t.split("\n\n") if p.strip()]*2
+    rows = [dict(text=t, id=i, url=f"https://example.org/{i}") for i, t in enumerate(texts)]
+    lines = "".join(json.dumps(r) + "\n" for r in rows).encode()
+    for ending, data in {"jsonl": lines, "jsonl.gz": gzip.compress(lines), "json": json.dumps(rows).encode(), "txt": "\n\n".join(texts).encode()}.items(): (folder/f"x.{ending}").write_bytes(data)
+    with open(folder/"x.csv", "w", newline="") as file: csv.writer(file).writerows([rows[0], *(r.values() for r in rows)])
+    pq.write_table(pa.Table.from_pylist(rows), folder/"x.parquet")
+
+
+def texts_of_ours(path: Path, kind: str):
+    from peer_nb.config import DatasetEntry
+    from peer_nb.data.corpora import texts_of
+    return texts_of(DatasetEntry("x", str(path)))
+
+
+def texts_of_theirs(path: Path, kind: str):
+    import datasets
+    options = dict(sample_by="paragraph") if kind == "text" else {}
+    rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
+    return (text for batch in rows.iter(1000) for text in batch["text"])
+
+
+def reading(rounds: int) -> dict:
+    "Million characters per second of processor time, by format"
+    readers, found = {"peer_nb": texts_of_ours, "datasets": texts_of_theirs}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_formats(Path(folder))
+        for ending, kind in FORMATS.items():
+            path, speeds, sizes = Path(folder)/f"x.{ending}", {name: [] for name in readers}, set()
+            for _ in range(rounds):
+                for name, texts in readers.items():
+                    start = time.process_time()
+                    size = sum(map(len, texts(path, kind)))
+                    speeds[name].append(size/1e6/(time.process_time() - start))
+                    sizes.add(size)
+            if len(sizes) > 1: raise SystemExit(f"{ending}: the readers gave different texts: nothing to compare")
+            speed = {name: round(statistics.median(s), 1) for name, s in speeds.items()}
+            found[ending] = speed | dict(ratio=round(speed["peer_nb"]/speed["datasets"], 2))
+            print(f"{ending:9}", found[ending], flush=True)
+    return found
+
+
 def compare(samples: list[dict]) -> dict:
     "Median tokens per second of each way, and ours over the best of the others"
     out = {}
@@ -163,12 +218,17 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="alternations of the pipelines")
     parser.add_argument("--steps", type=int, default=220, help="steps of training, of which the first 20 are not counted")
     parser.add_argument("--json", type=Path, help="write every sample to this file")
+    parser.add_argument("--reading", action="store_true", help="only the reading of each format")
     for name in ("--one", "--files", "--cache"): parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one(options.one, Path(options.files), Path(options.cache))))
         return
     load = [os.getloadavg()[0]]
+    read = reading(options.rounds)
+    if options.reading:
+        if options.json: options.json.write_text(json.dumps(json.loads(options.json.read_text()) | dict(reading=read), indent=1) + "\n")
+        return
     with tempfile.TemporaryDirectory() as folder:
         sizes = write_files(files := Path(folder))
         samples = pipeline(files, options.rounds)
@@ -181,7 +241,7 @@ def main():
         import datasets, tokenizers, torch, transformers
         about = dict(machine=machine(), python=platform.python_version(), clock="wall clock", vocabulary=VOCABULARY, max_seq_length=LENGTH, batch_size=BATCH, files=sizes,
                      load_average_before_and_after=[*load, os.getloadavg()[0]], threads=torch.get_num_threads()) | {m.__name__: m.__version__ for m in (datasets, tokenizers, torch, transformers)}
-        options.json.write_text(json.dumps(about | dict(pipeline=ratios, waiting=waits, samples=samples), indent=1) + "\n")
+        options.json.write_text(json.dumps(about | dict(reading=read, pipeline=ratios, waiting=waits, samples=samples), indent=1) + "\n")
 
 
 if __name__ == "__main__": main()

@@ -122,7 +122,7 @@ class TrainConfig(OptimizationConfig):
 @dataclass
 class DatasetEntry:
     "One source of text"
-    name: Text # unique within its list
+    name: Text # unique within its list; with the seed it says in which order the documents come
     path: Text | None = None # hub name, local file, folder or glob, or python:docs / python:stdlib
     subset: Text | None = None # the hub set's configuration
     format: Literal["json", "csv", "text", "parquet"] | None = None # of local files; null: from the file's ending

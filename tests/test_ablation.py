@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,18 +180,19 @@ def test_no_page_asks_for_anything_outside_its_folder(tiny):
         for link in (w for w in wanted if not w.startswith(("#", "data:"))): assert (page.parent/link).exists(), f"{page}: {link}"
 
 
-def test_continuing_repeats_nothing_and_retries_on_request(tiny, capsys, monkeypatch):
+def test_continuing_repeats_nothing_and_retries_on_request(tiny, tmp_path, capsys, monkeypatch):
     work, folder, _ = tiny
+    folder = shutil.copytree(work/"out", tmp_path/"out")/folder.name   # others look at the failed run as well
     before = statuses(folder)
-    code, out, err = call(capsys, "--resume", "--output-dir", work/"out")
+    code, out, err = call(capsys, "--resume", "--output-dir", tmp_path/"out")
     assert code == 1 and "0 of 4 runs to do" in out and statuses(folder) == before, out + err
     monkeypatch.setenv("FAKE_MENDED", "1")
-    code, out, err = call(capsys, "--resume", "--retry-failed", "--study", work/"study.yaml", "--output-dir", work/"out")
+    code, out, err = call(capsys, "--resume", "--retry-failed", "--study", work/"study.yaml", "--output-dir", tmp_path/"out")
     assert code == 0 and "4 of 4 runs done" in out, out + err
     after = statuses(folder)
     assert [k for k in before if before[k] != after[k]] == [k for k in before if before[k]["state"] == "FAILED"]
     assert pd.read_csv(folder/"ablation_results.csv").state.tolist() == ["DONE"]*4
-    assert len(list((work/"out").iterdir())) == 1
+    assert len(list((tmp_path/"out").iterdir())) == 1
 
 
 def test_another_study_is_refused_with_the_difference(tiny, capsys):

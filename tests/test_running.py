@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,16 +200,17 @@ def test_a_run_that_takes_too_long(tmp_path):
     assert code == 0, out
 
 
-def test_what_is_taken_up_by_itself_and_what_on_request(endings):
+def test_what_is_taken_up_by_itself_and_what_on_request(endings, tmp_path):
     "--resume takes up what was killed; --retry-failed the rest; --rerun makes anew; DONE is left alone"
     work, folder, _ = endings
-    code, out = ended(launch("--resume", "--output-dir", work/"out"))
+    folder = shutil.copytree(work/"out", tmp_path/"out")/folder.name   # the other test looks at how they ended
+    code, out = ended(launch("--resume", "--output-dir", tmp_path/"out"))
     assert code == 1 and "1 of 5 runs to do" in out and look_at(load_runs(folder)).counts == {"DONE": 3, "FAILED": 2}, out
-    code, out = ended(launch("--resume", "--retry-failed", "--output-dir", work/"out"))
+    code, out = ended(launch("--resume", "--retry-failed", "--output-dir", tmp_path/"out"))
     assert code == 0 and "2 of 5 runs to do" in out, out
     before = {p.parent.name: read_json(p) for p in folder.glob("runs/*/status.json")}
     assert {s["attempt"] for s in before.values()} == {2}
-    code, out = ended(launch("--resume", "--rerun", 3, "--output-dir", work/"out"))
+    code, out = ended(launch("--resume", "--rerun", 3, "--output-dir", tmp_path/"out"))
     after = {p.parent.name: read_json(p) for p in folder.glob("runs/*/status.json")}
     assert "1 of 5 runs to do" in out and [r for r in before if before[r] != after[r]] == [load_plan(folder).cells[2].id], out
     assert len([*(folder/"earlier").iterdir()]) == 1 and after[load_plan(folder).cells[2].id]["error"]["kind"] == "out of memory"
