@@ -243,7 +243,8 @@ def cache_folder() -> Path: # made when missing
     "Where what can be computed again is kept: $PEER_NB_CACHE, else $XDG_CACHE_HOME/peer_nb, else ~/.cache/peer_nb"
     if own := os.environ.get("PEER_NB_CACHE"): return writable_folder(own)
     shared = os.environ.get("XDG_CACHE_HOME", "")
-    return writable_folder(Path(shared if os.path.isabs(shared) else "~/.cache")/"peer_nb")
+    try: return writable_folder(Path(shared if os.path.isabs(shared) else "~/.cache")/"peer_nb")
+    except UserError as e: raise UserError(f"{e}; name another one by PEER_NB_CACHE") from e
 
 # %% ../nbs/00_files.ipynb #03db2859
 def sha256_of(
