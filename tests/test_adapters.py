@@ -233,3 +233,19 @@ def test_mistakes_are_one_line(bases, text, tmp_path, capsys):
     assert "is an adapter, and no model of its own; put it into its base first: peer-train --merge" in said(cfg=run_of(result.checkpoint, text, tmp_path/"x"))
     assert main(["--merge", str(bases["opt"]), str(tmp_path/"out")]) == 2 and "no checkpoint of adapters" in capsys.readouterr().err
     assert main(["--merge", str(result.checkpoint)]) == 2 and "OUT is missing" in capsys.readouterr().err
+
+
+def test_two_processes_train_the_same_adapters_replicated_or_sharded(bases, text, tmp_path):
+    "DDP and FSDP2 on the same rows; what either leaves is what peft reads"
+    from safetensors.torch import load_file
+
+    from peer_nb.training.launch import launch
+    weights = {}
+    for kind in ("ddp", "fsdp2"):
+        cfg = apply_overrides(adapter_run(bases["opt"], text, tmp_path/kind, target_modules=["attn"]), {"train_config.parallel": kind})
+        done = launch(cfg, processes=2, progress=False)
+        assert done.exit_code == 0 and done.checkpoint.name == "checkpoint-6"
+        weights[kind] = load_file(done.checkpoint/"adapter_model.safetensors")
+        assert load_model(done.checkpoint)[0].config.model_type == "opt"
+    assert weights["ddp"].keys() == weights["fsdp2"].keys()
+    for name, value in weights["ddp"].items(): torch.testing.assert_close(value, weights["fsdp2"][name], atol=1e-5, rtol=1e-4)

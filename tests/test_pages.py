@@ -13,7 +13,6 @@ SHOWS_LESS = {   # page: why fewer than a third of its visible cells end in some
 }
 LONGER = {"models/04_causal_lm.ipynb": 44}   # the decoder's __init__ and forward stand together
 LARGER = {   # page: median lines of its exported cells: functions of one purpose, with a comment a parameter; only gets shorter
-    "analysis/12_swaps.ipynb": 14,
 }
 PAGES = sorted(str(p.relative_to(house.ROOT/"nbs")) for p in (house.ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 

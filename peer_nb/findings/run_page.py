@@ -17,7 +17,8 @@ from ..study.plan import Cell
 from ..study.run import FILES, Run, Status
 
 # %% auto #0
-__all__ = ['FOLDED', 'PLOTLY_MIME', 'TAGS', 'PLAIN', 'NOTEBOOK', 'RUN', 'notebook_html', 'code_style', 'run_report']
+__all__ = ['FOLDED', 'PLOTLY_MIME', 'TAGS', 'PLAIN', 'NOTEBOOK', 'RUN', 'notebook_html', 'code_style', 'notebook_page',
+           'run_report']
 
 # %% ../../nbs/findings/05_run_page.ipynb #08b1a411
 FOLDED = """{% extends 'basic/index.html.j2' %}
@@ -126,6 +127,16 @@ RUN = """
 </details>
 {% endif %}
 """
+
+# %% ../../nbs/findings/05_run_page.ipynb #61f48885
+def notebook_page(
+    notebook: Path, # executed, in a study's folder
+    page: Path, # HTML file to be written beside it
+    title: str, # of the page
+) -> Path: # the page
+    "An executed notebook as a page of a study"
+    back = Markup('<p class="soft"><a href="index.html">the study</a></p>')
+    return write_page(page, title, back + notebook_html(notebook), page.parent, NOTEBOOK + code_style())
 
 # %% ../../nbs/findings/05_run_page.ipynb #4f9fcd18
 def run_report(

@@ -31,7 +31,7 @@ from ..study.one_axis import as_study, is_one_axis, pinned_value, read_one_axis,
 from ..training.bases import base_folder
 from ..study.places import at, read_place
 from ..study.plan import Cell, Plan, code_differences, load_plan, make_plan, plan_differences, save_plan
-from ..children import on_signals
+from ..children import on_signals, start_child
 from ..study.identity import find_template
 from ..study.study import BUILTIN_AXES, Budget, Primary, Study, builtin_axes, load_study
 from ..formats import clock
@@ -41,10 +41,10 @@ from ..config import Config, convert, load_config, load_data_mixes, parse_overri
 from ..files import UserError, folder_lock, writable_folder, write_atomic
 
 # %% auto #0
-__all__ = ['main', 'Request', 'request_of_one_axis', 'read_request', 'git_state', 'make_folder', 'newest_study',
-           'wait_for_orphans', 'left_to_do', 'set_aside', 'check_same', 'Place', 'check_place', 'place_devices',
-           'launcher_for', 'finished_line', 'Throttled', 'run_cells', 'interruptible', 'finish', 'ReuseOptions',
-           'begin_or_resume', 'run', 'plan', 'status', 'watch', 'report']
+__all__ = ['ANALYSIS', 'ANALYSED', 'main', 'Request', 'request_of_one_axis', 'read_request', 'git_state', 'make_folder',
+           'newest_study', 'wait_for_orphans', 'left_to_do', 'set_aside', 'check_same', 'Place', 'check_place',
+           'place_devices', 'launcher_for', 'finished_line', 'Throttled', 'run_cells', 'interruptible', 'finish',
+           'ReuseOptions', 'begin_or_resume', 'run', 'plan', 'status', 'watch', 'analyse', 'report']
 
 # %% ../../nbs/running/09_command.ipynb #15cc23af
 @dataclass
@@ -637,19 +637,43 @@ def watch(
     every: float = 2.0, # seconds between two looks
 ):
     "Show a study while it runs, from another shell or another machine"
+    if every <= 0: raise UserError(f"--every {every:g}: some seconds must lie between two looks")
     folder = _study_folder(folder)
     print(folder)
     table = follow(folder, every)
     print(table_text(table, [s for s in table.counts if s != "TODO"]), status_line(table), sep="\n")
 
+# %% ../../nbs/running/09_command.ipynb #426f6cc3
+ANALYSIS, ANALYSED = "02_ablation_analysis", "analysis.ipynb"
+
+def analyse(
+    folder: Path, # of a study
+) -> list[Path]: # the notebook, and the page made of it
+    "Execute the analysis notebook on a study, in a process of its own"
+    told = [find_template(ANALYSIS), folder/ANALYSED, folder.resolve()]
+    child = start_child("""
+from peer_nb.running.engine import start_shell
+start_shell()
+import sys
+from peer_nb.running.engine import execute_notebook
+execute_notebook(sys.argv[1], sys.argv[2], dict(folder=sys.argv[3]))
+""", *told, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    _, said = child.communicate()
+    last = (said.strip().splitlines() or ["it says nothing"])[-1]
+    if child.returncode: raise UserError(f"{folder/ANALYSED}: the analysis failed: {last}")
+    from peer_nb.findings.run_page import notebook_page
+    return [folder/ANALYSED, notebook_page(folder/ANALYSED, folder/"analysis.html", "Ablation analysis")]
+
 # %% ../../nbs/running/09_command.ipynb #4569aa97
 def report(
     folder: Path, # of a study, or of studies: then the newest
+    notebook: bool = False, # execute the analysis notebook on it, too
 ):
     "Write the table, the figures and the page again"
     from peer_nb.findings.study_page import write_report
     runs = load_runs(_study_folder(folder))
     print(runs.write_csv(), runs.write_parquet(), write_report(runs), sep="\n")
+    if notebook: print(*analyse(runs.folder), sep="\n")
 
 # %% ../../nbs/running/09_command.ipynb #a0b00af2
 main = make_main("peer-ablate", dict(run=run, plan=plan, status=status, watch=watch, report=report), default="run",
