@@ -23,7 +23,7 @@ from .step_memory import memory_table, memory_text
 from ..formats import number, size_text
 from ..children import on_signals
 from ..progress import Progress
-from ..cli import make_main
+from ..cli import check_least, make_main
 from ..config import Config, DatasetEntry, ModelConfig, config_from_dict, load_config, load_data_mixes
 from ..data.corpora import documents, eval_entries
 from ..data.reading import whole_text
@@ -406,8 +406,8 @@ def usage(
     peer-analyze usage output/checkpoint-1000 --mix science_mix --custom-datasets configs/datasets.yaml --part train
     """
     if files and (config or mix): raise UserError("give --files, or --config or --mix, not both")
-    if min(max_tokens, batch_size, 1 if window is None else window) < 1 or pairs < 0:
-        raise UserError("--max-tokens, --window and --batch-size must be at least 1, --pairs at least 0")
+    check_least(1, max_tokens=max_tokens, batch_size=batch_size, window=window, pair_tokens=pair_tokens)
+    check_least(0, pairs=pairs, threshold=threshold)
     lock = folder_lock(writable_folder(output), name=".usage.lock") if output else nullcontext()
     with lock:
         model, tokenizer = load_for_usage(checkpoint)
@@ -421,10 +421,10 @@ def usage(
         window = min(window or (cfg.dataset_config.max_seq_length if cfg else longest), longest)
         options = dict(window=window, batch_size=batch_size, max_tokens=max_tokens)
         identity = sha256_of([options, _stamps(checkpoint, files or []), [asdict(e) for e in entries], part, fraction])
-        data, where = list(files or [e.name for e in entries]), "files" if files else part
-        about = dict(model_type="peer_mla", data=data, part=where)
+        data = list(files or [e.name for e in entries])
+        about = dict(model_type="peer_mla", data=data, part="files" if files else part)
         return measure(checkpoint, (model, tokenizer), sources, options, identity, output, about, (pairs, pair_tokens),
-                       threshold or model.config.peer_config["usage_threshold"])
+                       model.config.peer_config["usage_threshold"] if threshold is None else threshold)
 
 # %% ../../nbs/analysis/16_command.ipynb #92b25a06
 def checkpoint_text(
