@@ -4,6 +4,7 @@
 
 Both sides run in float64 and in turns. The naive side zeroes a key's value and asks all questions again; it is timed on a sample
 of keys, half of them retrieved by some question, and multiplied up. Every sampled key's effects are compared.
+Seconds are those that the processor spent on this one thread, so that what runs beside it does not count; the load is noted.
 """
 import json
 import os
@@ -21,6 +22,7 @@ from peer_nb.config import DatasetConfig
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.evaluation.recall import encode_questions, questions_in
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
+from peer_nb.tasks.registry import find_task
 from peer_nb.tasks.writing import generate
 
 PAIRS, SAMPLE, QUESTIONS = 3, 8, 64
@@ -51,21 +53,21 @@ def evaluate(model, answers) -> torch.Tensor:
 @torch.no_grad()
 def naive(model, answers, memory: int, keys: list[int]) -> tuple[float, list[torch.Tensor]]:
     "Seconds per key, and the results"
-    table, found, start = model.model.layers[memory].memory.values.weight, [], time.perf_counter()
+    table, found, start = model.model.layers[memory].memory.values.weight, [], time.process_time()
     for key in keys:
         kept = table[key].clone()
         table[key] = 0
         found.append(evaluate(model, answers))
         table[key] = kept
-    return (time.perf_counter() - start) / len(keys), found
+    return (time.process_time() - start) / len(keys), found
 
 
 def exact(model, answers, memory: int):
     "Seconds for all keys, and the results"
-    start = time.perf_counter()
+    start = time.process_time()
     clean = clean_pass(model, answers, [memory])
     parts = list(effects_of(model, clean, [memory]))
-    return time.perf_counter() - start, clean, parts
+    return time.process_time() - start, clean, parts
 
 
 def compare(clean, parts, keys: list[int], naive_results) -> tuple[float, int, float]:
@@ -117,10 +119,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(DatasetConfig(tokenizer_name="bytes"))
     data = generate("digit_lookup", num_pairs=QUESTIONS, num_known=QUESTIONS, num_novel=1)
-    answers = answers_of(encode_questions(tokenizer, questions_in({"test_known": data["test_known"]})))
+    answers = answers_of(encode_questions(tokenizer, questions_in(find_task("digit_lookup"), {"test_known": data["test_known"]})))
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_suffix(".json")
-    result = dict(benchmark="ablate", threads=1, dtype="float64", torch=torch.__version__, python=platform.python_version(), cpu=platform.processor() or platform.machine(), pairs=PAIRS, cases=[])
-    for side, layers, memory in ((64, 2, 1), (64, 3, 1), (1024, 2, 1)):
+    result = dict(benchmark="ablate", threads=1, dtype="float64", torch=torch.__version__, python=platform.python_version(), cpu=platform.processor() or platform.machine(), pairs=PAIRS,
+                  clock="process_time: CPU seconds of the one thread", load_average=os.getloadavg()[0], cases=[])
+    for side, layers, memory in ((64, 2, 1), (64, 3, 1), (1024, 2, 1), (1024, 3, 1)):
         case = measure(side, layers, memory, answers)
         result["cases"].append(case)
         print(f"{case['rows']:>9,} rows, memory in layer {memory} of {layers}: {case['median_ratio']:,.0f} times as fast, difference {case['largest_logprob_difference']:.1e} at effects up to {case['largest_effect_compared']:.2g}, "

@@ -279,6 +279,8 @@ def study_with(**changes) -> dict: return {**STUDY, **changes}
 
 HEADS = STUDY["axes"]["heads"]
 BAD_STUDIES = [
+    (study_with(axes={"heads": {"a": {}, "b": {1: 2}}}), "axes.heads.b.1: 1 is no name of a key"), (study_with(axes={"heads": {"a": {}, "b": {None: 2}}}), "line 10: axes.heads.b.None: None is no name"),
+    (study_with(reuse_from=["~nosuchuser/runs"]), "'~nosuchuser/runs'"), (study_with(axes={None: HEADS}), "axes.None"),
     (study_with(desing="full"), "unknown key; did you mean design?"),
     (study_with(base_config="missing.yaml"), "missing.yaml: cannot be read"),
     (study_with(axes={"heads": {**HEADS, "odd": {"model_config.peer_config.num_head": 3}}}), "axis 'heads', level 'odd'"),

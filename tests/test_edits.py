@@ -222,3 +222,103 @@ def test_swaps_from_the_shell(sure, tmp_path, capsys):
     assert main(["swap", str(checkpoint), str(data), "--layer", "0", "--output", str(tmp_path/"x")]) == 2
     err = capsys.readouterr().err
     assert "none of the memory layers: 1, 2" in err and err.count("\n") == 1 and not (tmp_path/"x").exists()
+
+
+def test_agreement_of_swaps_with_ablation_and_co_retrieval_by_hand(sure, tmp_path):
+    "Effects of each swap and each ablation in the tables themselves, overlaps by sets, correlations by scipy"
+    from scipy.stats import spearmanr
+    checkpoint, data = sure
+    assert main(["swap", str(checkpoint), str(data), "--layer", "1", "--facts", "5", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path/"swap.json").read_text())
+    assert "Swapped rows" in (tmp_path/"index.html").read_text()
+    model, tokenizer = PeerMLAForCausalLM.from_pretrained(checkpoint, dtype=torch.float64).eval(), load_tokenizer(DatasetConfig(tokenizer_name="bytes"))
+    lines = {q["id"]: q for q in map(json.loads, data.read_text().splitlines())}
+    facts = encode_questions(tokenizer, [Question(f["id"], "q", lines[f["id"]]["prompt"], f["answer"], "") for f in found["facts"]])
+    rows, table = [f["row"] for f in found["facts"]], model.model.layers[1].memory.values.weight
+    with reading(model, [1]) as seen, torch.no_grad(): model(answers_of(facts).ids)
+    per = seen[1].index.view(len(facts), -1)
+    retrieved = [{e for e in range(len(facts)) if row in per[e]} for row in rows]
+    clean, swapped, kept, together = [p for p, _ in asked(model, facts)], {}, [], []
+    with torch.no_grad():
+        for n, row in enumerate(rows):
+            was, table[row] = table[row].clone(), 0
+            assert found["facts"][n]["ablated"] == pytest.approx(asked(model, facts)[n][0] - clean[n], abs=1e-9)
+            table[row] = was
+        for cell in found["cells"]:
+            a, b = cell["asked"], cell["partner"]
+            table[[rows[a], rows[b]]] = table[[rows[b], rows[a]]]
+            assert cell["delta_logprob"] == pytest.approx(asked(model, facts)[a][0] - clean[a], abs=1e-9)
+            table[[rows[a], rows[b]]] = table[[rows[b], rows[a]]]
+            swapped.setdefault(a, []).append(cell["delta_logprob"])
+    mean = [sum(swapped[a]) / len(swapped[a]) for a in range(len(facts))]
+    assert found["agreement"]["ablation"]["value"] == pytest.approx(spearmanr(mean, [f["ablated"] for f in found["facts"]]).statistic)
+    places = {(c["asked"], c["partner"]): c["own_places"] for c in found["cells"]}
+    for a in range(len(facts)):
+        for b in range(a):
+            kept.append(sum(places[a, b] + places[b, a]) / len(places[a, b] + places[b, a]))
+            together.append(len(retrieved[a] & retrieved[b]) / len(retrieved[a] | retrieved[b]))
+    value = found["agreement"]["co_retrieval"]["value"]
+    if len({*kept}) > 1 and len({*together}) > 1: assert value == pytest.approx(spearmanr(kept, together).statistic)
+    else: assert value is None
+    same = [f["cluster"] for f in found["facts"]]
+    for (a, b), right in places.items(): assert same[a] != same[b] or all(right)
+
+
+def test_retrievals_in_a_file_are_those_of_a_plain_forward_pass(sure, tmp_path):
+    import pandas as pd
+    checkpoint, data = sure
+    assert main(["retrievals", str(checkpoint), str(data), "--output", str(tmp_path/"new"/"r.parquet"), "--limit", "3", "--batch-tokens", "8"]) == 0
+    table = pd.read_parquet(tmp_path/"new"/"r.parquet")
+    model, tokenizer = PeerMLAForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(DatasetConfig(tokenizer_name="bytes"))
+    lines = [json.loads(line) for line in data.read_text().splitlines()][:3]
+    for q, e in zip(lines, encode_questions(tokenizer, [Question(q["id"], "q", q["prompt"], q["answer"], "") for q in lines])):
+        with reading(model, [1, 2]) as seen, torch.no_grad(): model(torch.tensor([e.context + e.answer[:-1]]))
+        for layer in (1, 2): assert table[(table.id == q["id"]) & (table.layer == layer)].key.tolist() == seen[layer].index.flatten().tolist()
+    assert main(["retrievals", str(checkpoint), str(data), "--output", str(tmp_path/"no"/"r.parquet"), "--layers", "0"]) == 2 and not (tmp_path/"no").exists()
+
+
+def test_a_text_in_bits_per_byte(sure, tmp_path):
+    "The text's own cost and what a layer's removal adds, against plain forward passes"
+    import math
+    import jsonschema
+    from peer_nb.analysis.impact import ABLATE_SCHEMA
+    checkpoint, _ = sure
+    text = "10:7 12:9 14:3 99:1 "
+    (tmp_path/"t.txt").write_text(text)
+    assert main(["ablate", str(checkpoint), str(tmp_path/"t.txt"), "--what", "keys", "layers", "--window", "10", "--output", str(tmp_path/"out")]) == 0
+    result = json.loads((tmp_path/"out"/"ablate.json").read_text())
+    jsonschema.validate(result, ABLATE_SCHEMA)
+    model = PeerMLAForCausalLM.from_pretrained(checkpoint, dtype=torch.float64).eval()
+    ids = torch.tensor(load_tokenizer(DatasetConfig(tokenizer_name="bytes"))(text, add_special_tokens=False)["input_ids"]).view(2, 10)
+    @torch.no_grad()
+    def bits(): return -model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).sum().item() / math.log(2) / 18
+    before = bits()
+    assert result["bits_per_byte"] == pytest.approx(before, abs=1e-9)
+    model.model.layers[1].memory.values.weight.data.zero_()
+    whole, = (p for p in result["parts"] if (p["layer"], p["key"]) == (1, "whole"))
+    assert whole["more_bits_per_byte"] == pytest.approx(bits() - before, abs=1e-9)
+
+
+def test_kill_9_in_the_middle_of_an_ablation_costs_nothing(sure, tmp_path):
+    "The process is killed once some examples are on the disk; the same command goes on and ends where an undisturbed one does"
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+    checkpoint, data = sure
+    words = ["ablate", str(checkpoint), str(data), "--batch-tokens", "5", "--output"]
+    script = "import sys; from peer_nb.analysis.command import main; sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", script, *words, str(tmp_path/"killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    examples = tmp_path/"killed"/"examples.jsonl"
+    while process.poll() is None and not (examples.exists() and examples.read_bytes().count(b"\n") >= 3): time.sleep(.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it had ended before it was killed"
+    done = [json.loads(line)["id"] for line in examples.read_bytes().splitlines() if line.endswith(b"}")]
+    assert 3 <= len(done) < 16
+    assert main([*words, str(tmp_path/"killed")]) == 0 and main([*words, str(tmp_path/"whole")]) == 0
+    def lines(folder, name): return [json.loads(line) for line in (tmp_path/folder/name).read_text().splitlines()]
+    assert [e["id"] for e in lines("killed", "examples.jsonl")][:len(done)] == done
+    for name, key in (("examples.jsonl", lambda r: r["id"]), ("effects.jsonl", lambda r: (r["id"], r["layer"], r["key"]))):
+        killed, whole = ({key(r): r for r in lines(folder, name)} for folder in ("killed", "whole"))
+        assert killed == whole and len(lines("killed", name)) == len(whole)

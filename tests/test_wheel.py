@@ -43,7 +43,7 @@ def run(env: Path, *args, cwd: Path):
 
 def test_wheel_holds_package_and_templates(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert "peer_nb/running/command.py" in names and "peer_nb/experiments/train_and_evaluate.ipynb" in names
+    assert "peer_nb/running/command.py" in names and {f"peer_nb/experiments/{name}.ipynb" for name in ("train_and_evaluate", "memory")} <= {*names}
     assert not [n for n in names if n.startswith(("tests/", "nbs/"))]
 
 

@@ -17,23 +17,27 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .edits import (
-    check_edits, check_for_good, edits_page, parse_edits, save_edited, share_text, sweep)
-from .hooks import Retrievals, attention_layers, chosen_layers, head_outputs, writing
+    check_edits, check_for_good, edits_page, parse_edits, save_edited, sweep)
+from .hooks import (
+    Retrievals, attention_layers, chosen_layers, head_outputs, stream_retrievals, writing)
 from .impact import finished_effects, impact_page, impact_text, summarised
 from .interventions import (
     EDITS_KEYS, SPAN, Clean, Places, Setting, answer_logprobs, answers_of, at_places, clean_pass, code_of,
     drop, effects_of, resumed, setting_of)
-from .swaps import swap_matrix
+from .swaps import share_text, swap_matrix, swaps_page
+from ..data.reading import whole_text
 from ..evaluation.loading import claim_answers, files_fingerprint, load_model
 from ..evaluation.recall import Encoded, Question, batches_of, check_fit, encode_questions, read_questions
 from ..evaluation.recall_command import trained_start
-from ..files import UserError, append_jsonl, folder_lock, read_jsonl, sha256_of, writable_folder, write_json
+from ..files import (
+    UserError, append_jsonl, folder_lock, read_json, read_jsonl, sha256_of, writable_folder, write_json)
 
 # %% auto #0
-__all__ = ['FIELDS', 'jsonl_questions', 'text_questions', 'asked_of', 'fitting_questions', 'records_of', 'slot_ranks',
-           'keys_until_loss', 'layer_answers', 'all_parts', 'answers_without', 'part_records', 'Job', 'losses_of',
-           'append_all', 'example_lines', 'run_batches', 'layer_groups', 'finish_ablation', 'run_ablation',
-           'setting_for', 'run_swap', 'wanted_tokens', 'curve_lines', 'run_intervene']
+__all__ = ['FIELDS', 'MOST_ROWS', 'jsonl_questions', 'text_questions', 'asked_of', 'fitting_questions', 'records_of',
+           'slot_ranks', 'keys_until_loss', 'layer_answers', 'all_parts', 'answers_without', 'part_records', 'Job',
+           'losses_of', 'append_all', 'example_lines', 'run_batches', 'layer_groups', 'finish_ablation', 'run_ablation',
+           'setting_for', 'run_retrievals', 'run_swap', 'wanted_tokens', 'curve_lines', 'run_intervene',
+           'memory_effects', 'fact_metrics']
 
 # %% ../../nbs/analysis/14_ablation.ipynb #2d263b4f
 def jsonl_questions(
@@ -41,7 +45,7 @@ def jsonl_questions(
 ) -> list[Question]:
     "Questions of a file"
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(whole_text(file).rstrip("\n").split("\n"), 1):
         try: row = json.loads(line)
         except ValueError: raise UserError(f"{file}: line {number} is not JSON") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) and row[k] for k in ("prompt", "answer")):
@@ -57,7 +61,7 @@ def text_questions(
     window: int, # tokens that are read at once
 ) -> list[Encoded]:
     "Windows of a text, of which all tokens but the first are asked"
-    text = file.read_text(encoding="utf-8")
+    text = whole_text(file)
     cut = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, spans, found = cut["input_ids"], cut["offset_mapping"], []
     for start in range(0, len(ids) - 1, window):
@@ -126,6 +130,9 @@ def slot_ranks(
     codes = code_of(token, r.index.cpu(), length).flatten().tolist()
     return torch.tensor([order.get(c, SPAN) for c in codes]).view(r.index.shape).to(r.index.device)
 
+# %% ../../nbs/analysis/14_ablation.ipynb #f28819d9
+MOST_ROWS = 64 # that are left out together
+
 # %% ../../nbs/analysis/14_ablation.ipynb #2ae6fcd8
 @torch.no_grad()
 def keys_until_loss(
@@ -133,7 +140,7 @@ def keys_until_loss(
     clean: Clean, # a batch
     number: int, # of the layer
     ranks: Tensor, # [tokens, heads, k] of `slot_ranks`
-    most: int = 64, # rows that are left out at most
+    most: int = MOST_ROWS, # rows that are left out at most
 ) -> Tensor: # [B] rows; 0: it was not known; -1: it is still known
     "Leave out more and more rows, until the answer is wrong"
     a, last, r = clean.answers, len(model.get_decoder().layers) - 1, clean.layers[number]
@@ -395,6 +402,27 @@ def setting_for(
     answers = (answers_of(batch, embedding.weight.device) for batch in batches)
     return setting_of(model, answers, [n for group in groups for n in group], settings["seed"])
 
+# %% ../../nbs/analysis/14_ablation.ipynb #743e4653
+def run_retrievals(
+    checkpoint: Path, # folder of a model with memory layers
+    data: Path, # folder of peer-data, .jsonl, or a text
+    asked: dict, # splits, limit, start and window: which questions
+    layers: list[int] | None, # None: all memory layers
+    batch_tokens: int, # of a batch, padding included
+    output: Path, # Parquet file
+) -> int: # exit code
+    "Write down what memory layers retrieve for the questions of a data set and their answers"
+    model, tokenizer = load_model(checkpoint)
+    chosen_layers(model, layers)
+    if asked["start"] == "auto": asked = asked | dict(start=trained_start(checkpoint))
+    _, encoded = asked_of(data, tokenizer, **asked)
+    check_fit(model, tokenizer, encoded)
+    batches = batches_of(encoded, batch_tokens, model.get_input_embeddings().num_embeddings)
+    rows = ({e.question.id: e.context + e.answer[:-1] for e in batch} for batch in batches)
+    written = stream_retrievals(model, rows, writable_folder(output.parent)/output.name, layers)
+    print(f"{written:,} retrievals: {output}")
+    return 0
+
 # %% ../../nbs/analysis/14_ablation.ipynb #211fc746
 def run_swap(
     checkpoint: Path, # folder of a model with memory layers
@@ -413,7 +441,9 @@ def run_swap(
     about = dict(schema="peer-analyze swap 1", checkpoint=str(checkpoint), data=str(data))
     write_json(folder/"swap.json", about | found)
     for name in ("efficacy", "collateral"): print(f"{name}: {share_text(found[name])}")
+    for name, number in found["agreement"].items(): print(f"agreement with {name}: {share_text(number, '.2f')}")
     print(", ".join(f"{name} answer {count}" for name, count in found["counts"].items()))
+    print(f"\n{swaps_page(folder/'index.html', found)}")
     return 0
 
 # %% ../../nbs/analysis/14_ablation.ipynb #aa2ebb04
@@ -460,3 +490,30 @@ def run_intervene(
     for line in curve_lines(found["curve"]): print(line)
     print(f"\n{edits_page(folder/'index.html', found)}")
     return 0
+
+# %% ../../nbs/analysis/14_ablation.ipynb #76da04eb
+def memory_effects(
+    model: nn.Module, # in evaluation mode
+    facts: list[Encoded], # questions
+    folder: Path, # of the lines and the page
+    batch_tokens: int = 2048, # of a batch, padding included
+) -> tuple[dict, list[dict], list[dict]]: # what ablate.json holds, lines of effects.jsonl and of examples.jsonl
+    "Leave out every row and every layer for some facts"
+    job = Job(model, layer_groups(model, None, "drop"), ["keys", "layers"], "drop", Setting(), writable_folder(folder))
+    for name in ("effects", "examples"): (folder/f"{name}.jsonl").unlink(missing_ok=True)
+    run_batches(job, facts, batch_tokens)
+    finish_ablation(folder, dict(settings=dict(what=job.what, mode="drop"), questions=len(facts)))
+    return read_json(folder/"ablate.json"), *finished_effects(folder)
+
+# %% ../../nbs/analysis/14_ablation.ipynb #4d0011c1
+def fact_metrics(
+    result: dict, # what ablate.json holds: keys and layers
+) -> tuple[dict[str, float], int | str]: # name -> number; the layer that they are about
+    "Where facts lie, in a few numbers"
+    whole = [p for p in result["parts"] if p["what"] == "layers" and p["key"] == "whole"]
+    least = min(whole, key=lambda p: (p["after"], p["mean"]))
+    layer = next((l for l in result["layers"] if l["layer"] == least["layer"]), result["layers"][0])
+    found = dict(without_layer=least["after"] / max(1, least["before"]), one_row=layer["one_row"])
+    found |= dict(effective_rows=layer["effective_rows"], strongest_nats=layer["strongest"], alike_nats=layer["alike"])
+    if layer["until_loss"]: found["keys_until_loss"] = layer["median_until_loss"] or MOST_ROWS + 1
+    return {name: float(value) for name, value in found.items() if value is not None}, layer["layer"]

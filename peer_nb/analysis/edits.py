@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from .hooks import Retrievals, chosen_layers, rows_of_tokens, writing
 from .interventions import answer_logprobs, answers_of, at_places, keys_of, random_keys, weigh
-from .swaps import proportion, spoken, strongest_rows, swap_rows, verdict
+from .swaps import proportion, share_text, spoken, strongest_rows, swap_rows, verdict
 from ..config import parse_yaml
 from ..evaluation.recall import Encoded
 from ..files import UserError, read_json, writable_folder, write_json
@@ -30,7 +30,7 @@ __all__ = ['EDIT_KEYS', 'PATTERNS', 'ACTS', 'ANSWER_COLUMNS', 'EDITS_NOTE', 'Edi
            'meet', 'refuse_contradictions', 'parse_edits', 'check_edits', 'Slots', 'drop_row', 'swap_slots',
            'replace_row', 'inject_row', 'pattern_keys', 'put_patterns', 'acts_at', 'editing', 'asked_under',
            'of_one_length', 'facts_of_rows', 'edit_effects', 'unedited', 'judged', 'sweep', 'check_for_good',
-           'edit_tables', 'save_edited', 'share_text', 'sweep_figure', 'edits_page']
+           'edit_tables', 'save_edited', 'sweep_figure', 'edits_page']
 
 # %% ../../nbs/analysis/13_edits.ipynb #43cff822
 @dataclass(frozen=True)
@@ -447,14 +447,6 @@ ANSWER_COLUMNS = dict(id="question", aimed="aimed at", answer="answer", says="sa
 # %% ../../nbs/analysis/13_edits.ipynb #2559d95a
 EDITS_NOTE = ("Efficacy: facts aimed at that get the wanted answer, or without one, that lose their own. "
               "Collateral: known facts not aimed at that lose their own.")
-
-# %% ../../nbs/analysis/13_edits.ipynb #24ff682f
-def share_text(
-    share: dict, # of `proportion`
-) -> str:
-    "A share with its interval and number"
-    if not share["n"]: return "no fact"
-    return f"{share['value']:.1%} ({share['low']:.1%} to {share['high']:.1%}), n = {share['n']}"
 
 # %% ../../nbs/analysis/13_edits.ipynb #8093e13d
 def sweep_figure(

@@ -16,10 +16,11 @@ from ..page import facts_html, figure_html, heading, note_html, section_html, ta
 from ..stats import compare, holm, wilson
 
 # %% auto #0
-__all__ = ['NEAREST', 'FEWEST', 'LISTED', 'KEY_COLUMNS', 'PART_COLUMNS', 'GROUP_COLUMNS', 'PAGE_NOTES', 'with_controls',
-           'key_rows', 'concentration', 'until_loss_rows', 'part_rows', 'layer_numbers', 'summarised', 'jsonable',
-           'impact_text', 'impact_matrix', 'until_loss_figure', 'layer_section', 'impact_page', 'finished_effects',
-           'redraw_impact']
+__all__ = ['NEAREST', 'FEWEST', 'LISTED', 'KEY_COLUMNS', 'PART_COLUMNS', 'GROUP_COLUMNS', 'PAGE_NOTES', 'NUMBER', 'WHOLE',
+           'LAYER', 'INTERVAL', 'KEY_FIELDS', 'LAYER_FIELDS', 'PART_FIELDS', 'LISTS', 'ABLATE_SCHEMA', 'with_controls',
+           'key_rows', 'concentration', 'until_loss_rows', 'part_rows', 'layer_numbers', 'add_bits_per_byte',
+           'summarised', 'jsonable', 'impact_text', 'impact_matrix', 'until_loss_figure', 'layer_section',
+           'impact_page', 'finished_effects', 'redraw_impact', 'listed']
 
 # %% ../../nbs/analysis/11_impact.ipynb #84a4562b
 NEAREST = 4 # rows of like weight that a control is drawn among
@@ -128,6 +129,16 @@ def layer_numbers(
 # %% ../../nbs/analysis/11_impact.ipynb #7fc8e226
 LISTED = 200 # rows of a layer that ablate.json names; effects.jsonl has all
 
+# %% ../../nbs/analysis/11_impact.ipynb #d48c03af
+def add_bits_per_byte(
+    result: dict, # of `summarised`; gets bits_per_byte for the text, and how much more each row and part costs
+    examples: list[dict], # windows of the text
+):
+    "Nats of windows as bits per byte of the text"
+    unit = np.log(2) * sum(e["bytes"] for e in examples)
+    result["bits_per_byte"] = -sum(e["logprob"] for e in examples) / unit
+    for row in [*result["keys"], *result["parts"]]: row["more_bits_per_byte"] = -row["mean"] * len(examples) / unit
+
 # %% ../../nbs/analysis/11_impact.ipynb #402c881c
 def summarised(
     records: list[dict], # lines of effects.jsonl
@@ -150,6 +161,7 @@ def summarised(
             strongest = own.loc[own.groupby("id", sort=False).delta_logprob.idxmin()]
             result["groups"] += part_rows(strongest.assign(group=strongest.id.map(groups)), count, ["layer", "group"])
         else: result["parts"] += part_rows(own, count, ["what", "layer", "key"])
+    if about.get("task") == "text": add_bits_per_byte(result, examples)
     return jsonable(result)
 
 # %% ../../nbs/analysis/11_impact.ipynb #4efd87b8
@@ -168,6 +180,7 @@ def impact_text(
 ) -> str: # for a terminal
     "The strongest rows and parts in lines"
     lines = [f"{result['examples']:,} asked, {result['known']:,} known"]
+    if "bits_per_byte" in result: lines.append(f"{result['bits_per_byte']:.4f} bits per byte")
     for layer in result["layers"]:
         nats = [f"{layer[name] or 0:.3f}" for name in ("strongest", "alike", "foreign")]
         lines.append(f"layer {layer['layer']}: {layer['pairs']:,} pairs computed, {layer['rows']:,} rows retrieved; "
@@ -176,7 +189,8 @@ def impact_text(
         lines.append(f"  row {k['key']:,}: {k['mean']:.4f} nats on average, {k['lost']} of {k['examples']} lost")
     for p in result["parts"]:
         name = f"{p['what']} {p['layer']} {p['key']}"
-        lines.append(f"{name}: {p['mean']:.3f} nats, {p['before']} known before, {p['after']} after")
+        more = f", {p['more_bits_per_byte']:+.4f} bits per byte" if "more_bits_per_byte" in p else ""
+        lines.append(f"{name}: {p['mean']:.3f} nats, {p['before']} known before, {p['after']} after{more}")
     return "\n".join(lines)
 
 # %% ../../nbs/analysis/11_impact.ipynb #c5385531
@@ -283,3 +297,30 @@ def redraw_impact(
         raise UserError(f"{file}: its page needs the examples.jsonl and effects.jsonl that it was made from beside it; "
                         f"{len(examples)} of {result['examples']} examples are there")
     return impact_page(writable_folder(output)/"index.html", result, records, examples)
+
+# %% ../../nbs/analysis/11_impact.ipynb #d9a825f9
+NUMBER, WHOLE, LAYER = dict(type=["number", "null"]), dict(type="integer"), dict(type=["integer", "string"])
+INTERVAL = dict(low=NUMBER, high=NUMBER)
+def listed(**columns) -> dict:
+    "A list of objects that have all these, and perhaps more_bits_per_byte"
+    item = dict(type="object", properties=columns | dict(more_bits_per_byte=NUMBER), required=[*columns])
+    return dict(type="array", items=item | dict(additionalProperties=False))
+
+# %% ../../nbs/analysis/11_impact.ipynb #c9798f61
+KEY_FIELDS = dict(layer=LAYER, key=WHOLE, examples=WHOLE, mean=NUMBER, where_retrieved=NUMBER, alike=NUMBER,
+                  foreign=NUMBER, lost=WHOLE, p=NUMBER, holm=NUMBER, **INTERVAL)
+LAYER_FIELDS = dict(
+    layer=LAYER, pairs=WHOLE, rows=WHOLE, zero=NUMBER, tested=WHOLE, found=WHOLE, top_share=NUMBER,
+    effective_rows=NUMBER, strongest=NUMBER, alike=NUMBER, foreign=NUMBER, one_row=NUMBER, median_until_loss=NUMBER,
+    until_loss=listed(rows=WHOLE, by_effect=NUMBER, at_random=NUMBER, n=WHOLE))
+PART_FIELDS = dict(layer=LAYER, mean=NUMBER, before=WHOLE, after=WHOLE, **INTERVAL)
+
+# %% ../../nbs/analysis/11_impact.ipynb #5e12a4df
+LISTS = dict(
+    layers=listed(**LAYER_FIELDS), keys=listed(**KEY_FIELDS), groups=listed(group=dict(type="string"), **PART_FIELDS),
+    parts=listed(what=dict(type="string"), key=LAYER, **PART_FIELDS))
+ABLATE_SCHEMA = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "peer-analyze ablate 1", "type": "object",
+    "properties": dict(schema=dict(const="peer-analyze ablate 1"), examples=WHOLE, known=WHOLE, questions=WHOLE,
+                       settings=dict(type="object"), bits_per_byte=NUMBER, **LISTS),
+    "required": ["schema", "settings", "examples", "known", *LISTS]}

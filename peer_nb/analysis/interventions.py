@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from .hooks import (
     Retrievals, chosen_layers, module_hooks, reading, rows_of_tokens, side_by_side, writing)
@@ -27,8 +28,8 @@ __all__ = ['UNITS', 'SPAN', 'KEY_BLOCK', 'MODES', 'EDITS_KEYS', 'KEYS_ONLY', 'An
            'Clean', 'at_places', 'clean_pass', 'positions_of', 'heads_of', 'Pairs', 'code_of', 'pairs_of', 'Places',
            'drop', 'renorm', 'ranked', 'weigh', 'others', 'rerouted', 'refill', 'Setting', 'speak_mean', 'speak_other',
            'setting_of', 'keys_of', 'random_keys', 'with_score', 'zero_key', 'random_key', 'check_mode', 'entering',
-           'slots_in', 'rest_of', 'resumed', 'Effects', 'in_parts', 'batch_pairs', 'leaving_out', 'part_effects',
-           'effects_of', 'first_order']
+           'slots_in', 'rest_of', 'at_the_end', 'past_of', 'from_position', 'resumed', 'Effects', 'in_parts',
+           'batch_pairs', 'leaving_out', 'part_effects', 'effects_of', 'first_order']
 
 # %% ../../nbs/analysis/10_interventions.ipynb #60e6bbbe
 @dataclass
@@ -85,6 +86,7 @@ class Clean:
     residual: dict[int, Tensor] # layer -> [B, T, d] what its answer is added to
     logprob: Tensor # [B, A] of the right tokens
     right: Tensor # [B, A] whether they are the likeliest ones
+    past: list[tuple[Tensor, Tensor]] = field(default_factory=list) # what each layer's attention keeps of all tokens
 
 # %% ../../nbs/analysis/10_interventions.ipynb #bc33f931
 def at_places(
@@ -107,9 +109,11 @@ def clean_pass(
     norms = {n: decoder.layers[n].post_attention_layernorm for n in layers}
     hooks = {f"layer {n}": (norm, "input", keep(n)) for n, norm in norms.items()}
     with torch.set_grad_enabled(gradients), reading(model, layers) as seen, module_hooks(hooks):
-        hidden = decoder(input_ids=answers.ids, use_cache=False).last_hidden_state
-        found = answer_logprobs(model, at_places(hidden, answers.place), answers.target, answers.real)
-    return Clean(answers, seen, residual, *found)
+        out = decoder(input_ids=answers.ids, use_cache=not gradients)
+        hidden = at_places(out.last_hidden_state, answers.place)
+        found = answer_logprobs(model, hidden, answers.target, answers.real)
+    past = [] if gradients else [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+    return Clean(answers, seen, residual, *found, past)
 
 # %% ../../nbs/analysis/10_interventions.ipynb #6c126df6
 def positions_of(r: Retrievals, length: int) -> Tensor:
@@ -419,6 +423,65 @@ def rest_of(
     return rest
 
 # %% ../../nbs/analysis/10_interventions.ipynb #6da2aeee
+def at_the_end(
+    model: nn.Module, # in evaluation mode
+    clean: Clean, # the pass that is resumed
+    number: int, # of the last layer
+    example: Tensor, # [R] rows of the batch
+    owner: Tensor, # [S] which of these
+    token: Tensor, # [S] tokens at which the layer says something else
+    out: Tensor, # [S, d] what it says there
+) -> tuple[Tensor, Tensor]: # [R, A] log-probabilities; whether they are the highest
+    "Go on behind the last layer"
+    a, residual, logprob, right = clean.answers, clean.residual[number], clean.logprob[example], clean.right[example]
+    row = example[owner]
+    which = token % a.ids.shape[1] - a.place[row, 0]                           # token of the answer
+    hidden = model.get_decoder().norm(residual.flatten(0, 1)[token] + out)
+    found = answer_logprobs(model, hidden[:, None], a.target[row, which, None], a.real[row, which, None])
+    logprob[owner, which], right[owner, which] = found[0][:, 0], found[1][:, 0]
+    return logprob, right
+
+# %% ../../nbs/analysis/10_interventions.ipynb #a8df6f54
+def past_of(
+    clean: Clean, # a pass
+    number: int, # of a layer
+    example: Tensor, # [R] rows of the batch
+    start: int, # tokens that are kept
+) -> DynamicCache: # of the layers behind; the others are there to be counted
+    "What attention kept of each row's first tokens"
+    kept = []
+    for layer, past in enumerate(clean.past):
+        rows = example if layer > number else example[:1]
+        kept.append(tuple(t[rows, :, :start] for t in past))
+    return DynamicCache(kept)
+
+# %% ../../nbs/analysis/10_interventions.ipynb #222f1314
+def from_position(
+    model: nn.Module, # in evaluation mode
+    clean: Clean, # the pass that is resumed
+    number: int, # of a layer, not the last
+    start: int, # position of the first token that changes
+    example: Tensor, # [R] rows of the batch
+    owner: Tensor, # [S] which of these
+    token: Tensor, # [S] tokens at which the layer says something else
+    out: Tensor, # [S, d] what it says there
+) -> tuple[Tensor, Tensor]: # [R, A] log-probabilities; whether they are the highest
+    "Run the layers behind from a position on"
+    a, residual, logprob, right = clean.answers, clean.residual[number], clean.logprob[example], clean.right[example]
+    said = clean.layers[number].out.view_as(residual)[example, start:]         # [R, T - start, d], a copy
+    said[owner, token % a.ids.shape[1] - start] = out
+    known = past_of(clean, number, example, start) if start else None
+    rest, x = rest_of(model.get_decoder(), number), residual[example, start:] + said
+    hidden = rest(inputs_embeds=x, past_key_values=known, use_cache=known is not None).last_hidden_state
+    place = a.place[example] - start                                           # [R, A]
+    later = (place >= 0).any(0).nonzero()[:, 0]                                # tokens of answers that may change
+    place, target, real = place[:, later], a.target[example][:, later], a.real[example][:, later]
+    found = answer_logprobs(model, at_places(hidden, place.clamp_min(0)), target, real)
+    logprob[:, later] = torch.where(place >= 0, found[0], logprob[:, later])
+    right[:, later] = torch.where(place >= 0, found[1], right[:, later])
+    return logprob, right
+
+# %% ../../nbs/analysis/10_interventions.ipynb #e983b771
 def resumed(
     model: nn.Module, # in evaluation mode
     clean: Clean, # the pass that is resumed
@@ -427,20 +490,21 @@ def resumed(
     owner: Tensor, # [S] which of these
     token: Tensor, # [S] tokens at which the layer says something else
     out: Tensor, # [S, d] what it says there
+    together: bool = False, # run all rows in one pass, for hooks that count them
 ) -> tuple[Tensor, Tensor]: # [R, A] log-probabilities; whether they are the highest
     "Go on behind a layer that has said something else"
-    a, r, residual, decoder = clean.answers, clean.layers[number], clean.residual[number], model.get_decoder()
-    at, out = token % a.ids.shape[1], out.to(residual.dtype)
-    if number < len(decoder.layers) - 1:
-        said = r.out.view_as(residual)[example]                                # [R, T, d], a copy
-        said[owner, at] = out
-        hidden = rest_of(decoder, number)(inputs_embeds=residual[example] + said, use_cache=False).last_hidden_state
-        return answer_logprobs(model, at_places(hidden, a.place[example]), a.target[example], a.real[example])
-    row, logprob, right = example[owner], clean.logprob[example], clean.right[example]
-    which = at - a.place[row, 0]                                               # token of the answer
-    hidden = decoder.norm(residual.flatten(0, 1)[token] + out)
-    found = answer_logprobs(model, hidden[:, None], a.target[row, which, None], a.real[row, which, None])
-    logprob[owner, which], right[owner, which] = found[0][:, 0], found[1][:, 0]
+    out, length = out.to(clean.residual[number].dtype), clean.answers.ids.shape[1]
+    if number == len(model.get_decoder().layers) - 1:
+        return at_the_end(model, clean, number, example, owner, token, out)
+    first = torch.full_like(example, length).scatter_reduce(0, owner, token % length, "amin")   # [R]
+    if together: first = torch.full_like(first, first.min())
+    logprob, right = clean.logprob[example], clean.right[example]
+    for start in first.unique().tolist():
+        if start == length: continue                                           # rows in which nothing changes
+        row, mine = (first == start).nonzero()[:, 0], first[owner] == start
+        part = torch.searchsorted(row, owner[mine])
+        found = from_position(model, clean, number, start, example[row], part, token[mine], out[mine])
+        logprob[row], right[row] = found
     return logprob, right
 
 # %% ../../nbs/analysis/10_interventions.ipynb #36ebb7ab
@@ -525,10 +589,11 @@ def part_effects(
     unit: Tensor, # [R] what each goes without
     owner: Tensor, # [S] which of these each place belongs to
     mode: str, # way of leaving out
+    together: bool, # run all rows in one pass
 ) -> Effects:
     "Change what a layer says, and go on"
     r, rows = places.r, len(example)
-    logprob, right = resumed(model, clean, r.number, example, owner, places.token, MODES[mode](places))
+    logprob, right = resumed(model, clean, r.number, example, owner, places.token, MODES[mode](places), together)
     weight = (places.weights * places.hit).sum((1, 2))                         # [S]
     most = weight.new_full((rows,), -1).scatter_reduce(0, owner, weight, "amax")
     at = torch.where(weight == most[owner], places.token % clean.answers.ids.shape[1], SPAN)
@@ -563,7 +628,7 @@ def effects_of(
                 behind = {n: leaving_out(unit, what, mode, setting) for n in numbers[i + 1:]}
                 with writing(model, behind) if behind else nullcontext():
                     p = Places(r, token, unit[owner], hit, setting)
-                    yield part_effects(model, clean, p, pairs.example[some], unit, owner, mode)
+                    yield part_effects(model, clean, p, pairs.example[some], unit, owner, mode, together=bool(behind))
             skip = torch.cat([skip, pairs.example * SPAN + pairs.unit])
 
 # %% ../../nbs/analysis/10_interventions.ipynb #878e70a5

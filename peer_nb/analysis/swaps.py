@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,11 +20,13 @@ from .interventions import answer_logprobs, answers_of, at_places, clean_pass, e
 from ..evaluation.recall import Encoded
 from ..files import UserError
 from ..models.peer import MemoryLayer
+from ..page import facts_html, figure_html, heading, note_html, section_html, table_html, write_page
 from ..stats import wilson
 
 # %% auto #0
-__all__ = ['swapping', 'swap_rows', 'spoken', 'verdict', 'strongest_rows', 'swap_matrix', 'proportion', 'swapped_answers',
-           'collateral']
+__all__ = ['DRAWS', 'SAYS', 'FACT_COLUMNS', 'SWAP_NOTES', 'swapping', 'swap_rows', 'spoken', 'verdict', 'strongest_rows',
+           'swap_matrix', 'proportion', 'swapped_answers', 'under_swaps', 'kept_share', 'clusters_of', 'alone_effects',
+           'with_interval', 'rank_correlation', 'agreement', 'matrix_figure', 'share_text', 'swaps_page']
 
 # %% ../../nbs/analysis/12_swaps.ipynb #7ea24410
 def swapping(
@@ -106,7 +109,7 @@ def swap_matrix(
     encoded: list[Encoded], # questions
     layer: int, # with a memory
     facts: int = 16, # that are exchanged, at most
-) -> dict[str, Any]: # facts, cells, counts, efficacy and collateral with intervals
+) -> dict[str, Any]: # facts, cells, counts; efficacy, collateral and agreement with intervals
     "Exchange the rows of all facts with each other's"
     chosen_layers(model, [layer])
     sizes = Counter((len(e.context), len(e.answer)) for e in encoded)
@@ -114,12 +117,20 @@ def swap_matrix(
     chosen = strongest_rows(model, alike, layer, facts)
     if len(chosen) < 2: raise UserError("fewer than two known facts have rows of their own: nothing can be exchanged")
     order = [(a, b) for a in range(len(chosen)) for b in range(len(chosen)) if a != b]
-    cells = swapped_answers(model, chosen, order, layer)
-    lost, asked = collateral(model, chosen, layer)
+    cells, alone = swapped_answers(model, chosen, order, layer), alone_effects(model, chosen, layer)
+    logprob, right = under_swaps(model, chosen, layer)
+    for c in cells:
+        a = c["asked"]
+        c["delta_logprob"] = (logprob[a, c["partner"], a] - alone["before"][a]).item()
+    facts = range(len(chosen))
+    others = [right[a, b, i].item() for a, b in combinations(facts, 2) for i in facts if i not in (a, b)]
     counts = {name: sum(c["says"] == name for c in cells) for name in ("own", "partner", "other", "none")}
-    named = [dict(id=e.question.id, row=row, answer=e.question.answer) for e, row in chosen]
+    groups = clusters_of(kept_share(cells, len(chosen)))
+    named = [dict(id=e.question.id, row=row, answer=e.question.answer, cluster=group, ablated=effect)
+             for (e, row), group, effect in zip(chosen, groups, alone["effect"].tolist())]
     return dict(layer=layer, facts=named, cells=cells, counts=counts,
-                efficacy=proportion(counts["partner"], len(cells)), collateral=proportion(lost, asked))
+                efficacy=proportion(counts["partner"], len(cells)),
+                collateral=proportion(others.count(False), len(others)), agreement=agreement(cells, alone))
 
 # %% ../../nbs/analysis/12_swaps.ipynb #66642860
 def proportion(
@@ -154,18 +165,155 @@ def swapped_answers(
     return cells
 
 # %% ../../nbs/analysis/12_swaps.ipynb #69843729
-def collateral(
+def under_swaps(
     model: nn.Module, # in evaluation mode
     chosen: list[tuple[Encoded, int]], # facts and their rows
     layer: int, # with a memory
-) -> tuple[int, int]: # facts lost, facts asked, over all swaps
-    "What swaps do to facts that they don't mean"
-    answers, lost, asked = answers_of([e for e, _ in chosen], model.get_input_embeddings().weight.device), 0, 0
-    for a, b in combinations(range(len(chosen)), 2):
-        pair = torch.tensor([[chosen[a][1], chosen[b][1]]] * len(chosen), device=answers.ids.device)
+) -> tuple[Tensor, Tensor]: # [F, F, F] swap of two facts, fact: log-probability of its answer; whether it is right
+    "What swaps do to all facts"
+    answers, count = answers_of([e for e, _ in chosen], model.get_input_embeddings().weight.device), len(chosen)
+    logprob = torch.zeros(count, count, count, dtype=torch.float64)
+    right = torch.ones(count, count, count, dtype=torch.bool)
+    for a, b in combinations(range(count), 2):
+        pair = torch.tensor([[chosen[a][1], chosen[b][1]]] * count, device=answers.ids.device)
         with writing(model, {layer: swapping(pair)}):
             hidden = model.get_decoder()(input_ids=answers.ids, use_cache=False).last_hidden_state
-        right = answer_logprobs(model, at_places(hidden, answers.place), answers.target, answers.real)[1].all(-1)
-        others = [i for i in range(len(chosen)) if i not in (a, b)]
-        lost, asked = lost + sum(not right[i] for i in others), asked + len(others)
-    return lost, asked
+        found = answer_logprobs(model, at_places(hidden, answers.place), answers.target, answers.real)
+        logprob[a, b] = logprob[b, a] = found[0].double().sum(-1).cpu()
+        right[a, b] = right[b, a] = found[1].all(-1).cpu()
+    return logprob, right
+
+# %% ../../nbs/analysis/12_swaps.ipynb #fb556ec1
+def kept_share(
+    cells: list[dict], # of `swapped_answers`
+    count: int, # facts
+) -> np.ndarray: # [F, F], symmetric
+    "Share of the tokens of both own answers that a swap leaves as they were"
+    share = np.eye(count)
+    for c in cells: share[c["asked"], c["partner"]] = sum(c["own_places"]) / len(c["own_places"])
+    return (share + share.T) / 2
+
+# %% ../../nbs/analysis/12_swaps.ipynb #1b7d984d
+def clusters_of(
+    share: np.ndarray, # [F, F] of `kept_share`
+) -> list[int]: # number of each fact's cluster, in the order of their first members
+    "Sets of rows of which any two can be exchanged"
+    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.spatial.distance import squareform
+    found = fcluster(linkage(squareform(1 - share, checks=False), "complete"), 1e-9, "distance").tolist()
+    order = {group: n for n, group in enumerate(dict.fromkeys(found))}
+    return [order[group] for group in found]
+
+# %% ../../nbs/analysis/12_swaps.ipynb #73f67735
+@torch.no_grad()
+def alone_effects(
+    model: nn.Module, # in evaluation mode
+    chosen: list[tuple[Encoded, int]], # facts and their rows
+    layer: int, # with a memory
+) -> dict[str, Tensor]: # before and effect [F]: log-probabilities, and changes without the row; together [F, F]
+    "What the rows do when they are left out, and how much they are retrieved by the same questions"
+    clean = clean_pass(model, answers_of([e for e, _ in chosen], model.get_input_embeddings().weight.device), [layer])
+    rows, before = torch.tensor([row for _, row in chosen]), clean.logprob.double().sum(-1).cpu()
+    effect, index = torch.zeros_like(before), clean.layers[layer].index.cpu()
+    for part in effects_of(model, clean, [layer]):
+        mine = part.unit.cpu() == rows[part.example.cpu()]
+        example = part.example.cpu()[mine]
+        effect[example] = part.logprob.double().cpu()[mine] - before[example]
+    read = (index[..., None] == rows).any(1).any(1) & clean.answers.reaching.flatten().cpu()[:, None]   # [tokens, F]
+    read = read.view(len(rows), -1, len(rows)).any(1).double()                                          # [F, F]
+    both, each = read.T @ read, read.sum(0)
+    return dict(before=before, effect=effect, together=both / (each[:, None] + each - both))
+
+# %% ../../nbs/analysis/12_swaps.ipynb #0de24704
+DRAWS = 999 # resampled sets of facts
+def with_interval(
+    statistic: Callable[[np.ndarray], float], # of the numbers of some facts
+    count: int, # facts
+) -> dict[str, Any]: # value, low, high, n; None where it cannot be known
+    "A number and the interval that resampled facts give it"
+    def known(value): return float(value) if np.isfinite(value) else None
+    rng, value = np.random.default_rng(0), known(statistic(np.arange(count)))
+    if value is None or count < 4: return dict(value=value, low=None, high=None, n=count)
+    drawn = [v for _ in range(DRAWS) if (v := known(statistic(rng.integers(count, size=count)))) is not None]
+    low, high = np.quantile(drawn, [.025, .975]) if len(drawn) > DRAWS/2 else (np.nan, np.nan)
+    return dict(value=value, low=known(low), high=known(high), n=count)
+
+# %% ../../nbs/analysis/12_swaps.ipynb #94e3f376
+def rank_correlation(
+    x: np.ndarray, # numbers
+    y: np.ndarray, # as many
+) -> float: # Spearman's; nan where one of them doesn't vary
+    "How far two orders agree"
+    from scipy.stats import spearmanr
+    return float(spearmanr(x, y).statistic) if len(x) > 2 and np.ptp(x) and np.ptp(y) else np.nan
+
+# %% ../../nbs/analysis/12_swaps.ipynb #38d36a40
+def agreement(
+    cells: list[dict], # of `swapped_answers`, with delta_logprob
+    alone: dict[str, Tensor], # of `alone_effects`
+) -> dict[str, dict]: # co_retrieval and ablation: value, low, high, n
+    "Whether swaps agree with what is retrieved together, and with ablations"
+    count = len(alone["effect"])
+    kept, together, effect = kept_share(cells, count), alone["together"].numpy(), alone["effect"].numpy()
+    swapped = np.array([np.mean([c["delta_logprob"] for c in cells if c["asked"] == a]) for a in range(count)])
+    def pairs(facts):
+        a, b = (side.flatten() for side in np.meshgrid(facts, facts))
+        return rank_correlation(kept[a, b][a < b], together[a, b][a < b])
+    def single(facts): return rank_correlation(swapped[facts], effect[facts])
+    return dict(co_retrieval=with_interval(pairs, count), ablation=with_interval(single, count))
+
+# %% ../../nbs/analysis/12_swaps.ipynb #a53bf8cb
+SAYS = {"own": "#4477aa", "partner": "#228833", "other": "#ccbb44", "none": "#cc3311"} # whose answer -> colour
+def matrix_figure(
+    found: dict, # of `swap_matrix`
+) -> dict: # a plotly figure
+    "Whose answer is given to each question under each swap"
+    facts, says = found["facts"], [*SAYS]
+    order = sorted(range(len(facts)), key=lambda n: (facts[n]["cluster"], n))
+    z = np.full((len(facts), len(facts)), np.nan)
+    for c in found["cells"]: z[order.index(c["asked"]), order.index(c["partner"])] = says.index(c["says"])
+    steps = [[(n + end) / len(says), colour] for n, colour in enumerate(SAYS.values()) for end in (0, 1)]
+    bar = dict(tickvals=[*range(len(says))], ticktext=[f"{name} answer" for name in says])
+    names = [f"{facts[n]['id']}, row {facts[n]['row']}" for n in order]
+    rows = [[None if np.isnan(v) else v for v in line] for line in z.tolist()]
+    heat = dict(type="heatmap", z=rows, x=names, y=names, zmin=-.5, zmax=len(says) - .5, colorscale=steps, colorbar=bar)
+    axes = dict(xaxis=dict(title="exchanged with", showticklabels=False),
+                yaxis=dict(title="asked", autorange="reversed", type="category"))
+    size = dict(height=max(320, 18*len(facts) + 120), margin=dict(l=160, r=10, t=10, b=40))
+    return dict(data=[heat], layout=axes | size)
+
+# %% ../../nbs/analysis/12_swaps.ipynb #3fadb757
+FACT_COLUMNS = dict(id="question", answer="answer", row="row", cluster="cluster", ablated="ablated, nats")
+
+# %% ../../nbs/analysis/12_swaps.ipynb #0c10522b
+SWAP_NOTES = (
+    "Efficacy: questions that get the partner's answer. Collateral: facts that a swap doesn't mean and that are lost.",
+    "Rows of one cluster can be exchanged, any two of them, and both answers stay.",
+    "Intervals of shares are Wilson's; those of correlations are made by resampling facts.")
+
+# %% ../../nbs/analysis/12_swaps.ipynb #ca697af6
+def share_text(
+    share: dict, # value, low, high, n
+    spec: str = ".1%", # format of its numbers
+) -> str:
+    "A number with its interval and how many it is of"
+    if share["value"] is None: return f"cannot be known, n = {share['n']}"
+    value, *ends = (None if share[k] is None else format(share[k], spec) for k in ("value", "low", "high"))
+    return f"{value} ({' to '.join(ends)}), n = {share['n']}" if all(ends) else f"{value}, n = {share['n']}"
+
+# %% ../../nbs/analysis/12_swaps.ipynb #71b1d38d
+def swaps_page(
+    path: Path, # of the page
+    found: dict, # of `swap_matrix`
+) -> Path: # the page
+    "Write the page of a swap matrix"
+    lead = f"Layer {found['layer']}. The rows of {len(found['facts'])} known facts, each exchanged with each."
+    said = {name: share_text(found[name]) for name in ("efficacy", "collateral")}
+    said |= {"tokens kept, with co-retrieval": share_text(found["agreement"]["co_retrieval"], ".2f"),
+             "swaps, with ablation": share_text(found["agreement"]["ablation"], ".2f"),
+             "clusters": str(1 + max(f["cluster"] for f in found["facts"]))}
+    counts = ", ".join(f"{name} answer {count}" for name, count in found["counts"].items())
+    body = heading("Swapped rows", lead) + facts_html(said)
+    body += section_html("The matrix", figure_html(matrix_figure(found), counts))
+    body += section_html("Facts", table_html(found["facts"], FACT_COLUMNS, sort=True))
+    return write_page(path, "Swaps", body + section_html("Notes", note_html(SWAP_NOTES)))

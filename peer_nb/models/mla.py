@@ -33,8 +33,8 @@ class RMSNorm(nn.Module):
         x: Tensor, # [..., hidden_size]
     ) -> Tensor: # same shape and dtype
         "Divide by the root mean square, then scale each channel"
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 # %% ../../nbs/models/01_mla.ipynb #4695d0c8
 class RotaryQuestion:
@@ -116,7 +116,7 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]: # output [B, T, H, v], weights [B, H, T, S]
     "Softmax attention written out"
     scores = masked(query @ key.transpose(-1, -2) * scaling, attention_mask)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
 
 # %% ../../nbs/models/01_mla.ipynb #efbf395d
@@ -169,7 +169,8 @@ def absorbed_attention(
     q = torch.bmm(q_nope.transpose(0, 1).reshape(H, B*T, nope), up_k)                            # [H, B*T, r]
     q = q.view(H, B, T, r).transpose(0, 1).reshape(B, H*T, r)
     scores = torch.baddbmm(q_rope.reshape(B, H*T, k.shape[-1]) @ k.mT, q, c.mT).view(B, H, T, S)  # [B, H, T, S]
-    weights = masked(scores.float() * scaling, attention_mask).softmax(-1).to(latent.dtype)
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = masked(wide * scaling, attention_mask).softmax(-1).to(latent.dtype)
     out = (weights.view(B, H*T, S) @ c).view(B, H, T, r).transpose(0, 1).reshape(H, B*T, r)
     out = torch.bmm(out, up_v.mT).view(H, B, T, up_v.shape[1])                                   # [H, B, T, v]
     return out.permute(1, 2, 0, 3), weights

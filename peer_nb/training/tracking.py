@@ -33,8 +33,9 @@ from ..models.peer import ExpertUsage, MemoryLayer
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['log', 'SAMPLE', 'finite', 'keep_metrics', 'token_bytes', 'Heartbeat', 'memory_in_use', 'usage_record',
-           'UsageRecorder', 'check_wandb', 'has_wandb_key', 'start_wandb', 'log_checkpoint', 'usage_curves', 'Tracker']
+__all__ = ['log', 'SAMPLE', 'BUSIEST', 'CURVES', 'finite', 'keep_metrics', 'token_bytes', 'Heartbeat', 'memory_in_use',
+           'usage_record', 'UsageRecorder', 'check_wandb', 'has_wandb_key', 'start_wandb', 'log_checkpoint',
+           'usage_curves', 'Tracker', 'with_turnover']
 
 # %% ../../nbs/training/05_tracking.ipynb #543a17d7
 log = logging.getLogger("peer_nb")
@@ -126,6 +127,9 @@ def memory_in_use(
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+# %% ../../nbs/training/05_tracking.ipynb #bec05f78
+BUSIEST = 64 # rows of a layer whose turnover is followed
+
 # %% ../../nbs/training/05_tracking.ipynb #995c0ecf
 def usage_record(
     usage: ExpertUsage,       # of one layer
@@ -136,8 +140,9 @@ def usage_record(
     uses = usage.uses().numpy()
     found, histogram = usage_statistics(uses, threshold), usage_histogram(uses)
     hottest = [[hot["row"], round(hot["times"], 2)] for hot in hot_rows(uses, threshold, most)]
+    busiest = [int(row) for row in (-uses).argsort(kind="stable")[:BUSIEST] if uses[row] > 0]
     return dict(tokens=usage.tokens, usage=found["used"], unevenness=found["unevenness"], unused=histogram["unused"],
-                experts=histogram["rows"], hot=found["hot"], hottest=hottest)
+                experts=histogram["rows"], hot=found["hot"], hottest=hottest, busiest=busiest)
 
 # %% ../../nbs/training/05_tracking.ipynb #dc98b4b9
 class UsageRecorder:
@@ -255,6 +260,9 @@ def log_checkpoint(
         artifact.add_file(str(file), name=inside.as_posix(), policy="mutable")
     run.log_artifact(artifact, aliases=["latest", folder.name])
 
+# %% ../../nbs/training/05_tracking.ipynb #5b1b2470
+CURVES = ("usage", "unevenness", "hot", "unused", "turnover") # of a usage record
+
 # %% ../../nbs/training/05_tracking.ipynb #eeb7ef65
 def usage_curves(
     record: dict, # of `UsageRecorder.after`
@@ -263,7 +271,7 @@ def usage_curves(
     import wandb
     found, borders = {}, [0.0, *EDGES[1:].tolist()]
     for layer, numbers in record.items():
-        found |= {f"experts/{layer}/{key}": numbers[key] for key in ("usage", "unevenness", "hot", "unused")}
+        found |= {f"experts/{layer}/{key}": numbers[key] for key in CURVES if numbers.get(key) is not None}
         found[f"experts/{layer}/times_the_equal_share"] = wandb.Histogram(np_histogram=(numbers["experts"], borders))
     return found
 
@@ -317,6 +325,19 @@ def metrics(self: Tracker,
     known = {key: value for key, value in line.items() if key != "step" and value is not None}
     if self.wandb: self.wandb.log(known, step=line["step"])
 
+# %% ../../nbs/training/05_tracking.ipynb #eae6e5cd
+def with_turnover(
+    record: dict, # of `UsageRecorder.after`
+    before: dict, # the record before; empty for the first
+) -> dict: # with turnover, by layer; None where there is nothing to compare with
+    "How many of the busiest rows are others now"
+    found = {}
+    for name, numbers in record.items():
+        old = before.get(name, {}).get("busiest")
+        gone = len({*old} - {*numbers["busiest"]}) / len(old) if old else None
+        found[name] = numbers | dict(turnover=gone)
+    return found
+
 # %% ../../nbs/training/05_tracking.ipynb #3b6e8bd7
 @patch
 def usage(self: Tracker,
@@ -324,7 +345,9 @@ def usage(self: Tracker,
     record: dict,  # of `UsageRecorder.after`
 ) -> None:
     "Which experts were used"
-    append_jsonl(self.out/"usage.jsonl", dict(step=step, layers=record), fsync=True)
+    path = self.out/"usage.jsonl"
+    record = with_turnover(record, next(iter(read_jsonl(path)[-1:]), {}).get("layers", {}))
+    append_jsonl(path, dict(step=step, layers=record), fsync=True)
     if self.wandb: self.wandb.log(usage_curves(record), step=step)
     for name, found in record.items():
         if not found["hot"]: continue
