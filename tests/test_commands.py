@@ -22,6 +22,8 @@ SETTINGS.read(ROOT/"settings.ini")
 ENTRIES = dict(word.split("=") for word in SETTINGS["DEFAULT"]["console_scripts"].split())
 ELSEWHERE = {   # beginning of a command: why it is not tried here
     "make ": "the environment itself; CI runs it",
+    "peer-train --config configs/experiments/": "studies of one axis, with options of their own: test_one_axis",
+    **dict.fromkeys(["WANDB_PROJECT=", "peer-train --config FILE", "peer-ablate --study FILE", "for config in"], "the same"),
     ".venv/bin/": "tools of others, in the environment that make has made",
     "peer-ablate plan --study depth.yaml": "test_recipes plans it", "peer-ablate --study depth.yaml": "test_recipes plans it",
     "peer-ablate --base-config configs/demo.yaml --axes expert_setup selection_heads --notebook coverage.ipynb": "test_recipes plans it",
@@ -29,7 +31,7 @@ ELSEWHERE = {   # beginning of a command: why it is not tried here
 PARSED = {   # beginning of a command: why it is parsed and not run
     "peer-ablate --resume": "continues a study: test_ablation", "peer-ablate watch": "watches a study: test_running",
     "peer-eval perplexity gpt2": "a model and a set of the hub", "peer-eval benchmark": "questions of the hub: test_benchmarks",
-    "torchrun": "eight processes: test_parallel", "peer-analyze usage output/checkpoint-1000 --mix": "a set of the hub",
+    "peer-train --merge": "a checkpoint with adapters: test_adapters", "torchrun": "eight processes: test_parallel", "peer-analyze usage output/checkpoint-1000 --mix": "a set of the hub",
     "peer-analyze intervene output/checkpoint-1000 data/digit_lookup --edits": "a person's file: test_edits",
     "peer-analyze swap": "exchanges facts that the model knows: test_interventions"}
 
@@ -149,7 +151,9 @@ def test_options_in_running_text_exist():
                 if name not in ENTRIES: continue
                 found = []
                 run, cli._run = cli._run, lambda prog, commands, default, doc, words: found.append((commands, default)) or 0
-                try: main_of(name)([])
+                mode = words[:1] if words[:1] == ["--merge"] else []   # another function of the same command
+                words = words[len(mode):]
+                try: main_of(name)(mode)
                 finally: cli._run = run
                 functions, default = found[0]
                 if callable(functions): functions, default = {"": functions}, ""
@@ -160,7 +164,7 @@ def test_options_in_running_text_exist():
                 known = {p.option for sub in named if sub in functions for p in cli.parameters(functions[sub])} or {p.option for f in functions.values() for p in cli.parameters(f)}
                 for word in words:
                     option = word.split("=")[0].replace("_", "-")
-                    if option.startswith("--") and "." not in option: assert option in known | {"--help", "--version"}, f"{page}: {line}: {option}"
+                    if option.startswith("--") and "." not in option: assert option in known | {"--help", "--version", "--lora-rank"}, f"{page}: {line}: {option}"
 
 
 def test_python_of_the_readme_runs_anywhere(tmp_path, monkeypatch):
