@@ -321,4 +321,6 @@ def test_kill_9_in_the_middle_of_an_ablation_costs_nothing(sure, tmp_path):
     assert [e["id"] for e in lines("killed", "examples.jsonl")][:len(done)] == done
     for name, key in (("examples.jsonl", lambda r: r["id"]), ("effects.jsonl", lambda r: (r["id"], r["layer"], r["key"]))):
         killed, whole = ({key(r): r for r in lines(folder, name)} for folder in ("killed", "whole"))
-        assert killed == whole and len(lines("killed", name)) == len(whole)
+        assert killed.keys() == whole.keys() and len(lines("killed", name)) == len(whole)
+        for one in whole: # what is left is batched anew, which may change a last bit
+            for field, value in whole[one].items(): assert killed[one][field] == (pytest.approx(value, abs=1e-9) if isinstance(value, float) else value)
