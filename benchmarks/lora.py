@@ -101,20 +101,26 @@ def loader_rows(ours: Ours, steps: int) -> tuple[list, dict]:
     return [row for _ in range(steps) for batch in other.read_batches() for row in batch["input_ids"]], adapters
 
 
-def alone(what: str, steps: int) -> int:
+def alone(what: str, place: Path, steps: int) -> int:
     "Peak memory of a process that runs one of them, bytes"
-    with tempfile.TemporaryDirectory() as place:
-        folder, ours = Path(place), Ours(Path(place), steps)
-        if what == "ours": ours.round()
-        else: Theirs(folder, steps, *loader_rows(ours, steps + WARM_UP)).round()
+    side = Ours(place, steps) if what == "ours" else Theirs(place, steps, **torch.load(place/"rows.pt"))
+    side.round()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+
+
+def peaks_of(place: Path, rows: list, adapters: dict, steps: int) -> dict[str, int]:
+    "Peak memory of both, each in a process of its own"
+    torch.save(dict(rows=rows[:(steps + WARM_UP)*ROWS], adapters=adapters), place/"rows.pt")
+    def run(who): return subprocess.run([sys.executable, __file__, "--alone", who, "--place", str(place), "--steps", str(steps)], capture_output=True, text=True, check=True)
+    return {who: int(run(who).stdout.split()[-1]) for who in ("ours", "theirs")}
 
 
 def measure(rounds: int, steps: int) -> dict:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         ours = Ours(folder, steps)
-        theirs = Theirs(folder, steps, *loader_rows(ours, rounds*(steps + WARM_UP)))
+        rows, adapters = loader_rows(ours, rounds*(steps + WARM_UP))
+        theirs = Theirs(folder, steps, rows, adapters)
         pairs = []
         for n in range(rounds):
             found = {who: side.round() for who, side in ((("ours", ours), ("theirs", theirs)) if n % 2 else (("theirs", theirs), ("ours", ours)))}
@@ -123,9 +129,8 @@ def measure(rounds: int, steps: int) -> dict:
             pairs.append({who: round(seconds, 4) for who, (seconds, _) in found.items()} | dict(loss=found["ours"][1]))
             print(pairs[-1], flush=True)
             if n == 0: first = found
+        peaks = peaks_of(folder, rows, adapters, steps)
     tokens = steps*ROWS*LENGTH
-    peaks = {who: int(subprocess.run([sys.executable, __file__, "--alone", who, "--steps", str(steps)], capture_output=True, text=True, check=True).stdout.split()[-1])
-             for who in ("ours", "theirs")}
     return dict(what=f"OPT of width {WIDTH}, {LAYERS} layers, adapters of rank {RANK} on all matrices, {ROWS} rows of {LENGTH}", steps=steps, rounds=pairs,
                 tokens_per_second={who: round(tokens/median(p[who] for p in pairs)) for who in ("ours", "theirs")},
                 speed_ratio=round(median(p["theirs"]/p["ours"] for p in pairs), 3), peak_memory_bytes=peaks, memory_ratio=round(peaks["ours"]/peaks["theirs"], 3),
@@ -136,11 +141,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--alone", choices=["ours", "theirs"])
+    parser.add_argument("--alone", choices=["ours", "theirs"], help="only this side, for its peak memory")
+    parser.add_argument("--place", type=Path, help="with --alone: where the model and the rows lie")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.alone: return print(alone(given.alone, given.steps))
+    if given.alone: return print(alone(given.alone, given.place, given.steps))
     import peft
     import transformers
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())

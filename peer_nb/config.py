@@ -30,10 +30,10 @@ from .schema import Text, TrainConfig, WandbConfig
 _all_ = ["UserError"]
 
 # %% auto #0
-__all__ = ['Problems', 'RECORDING', 'describe', 'convert', 'KnownKey', 'known_keys', 'to_dict', 'validate', 'config_from_dict',
-           'parse_yaml', 'read_yaml', 'parse_overrides', 'apply_overrides', 'load_config', 'to_yaml', 'save_config',
-           'flatten', 'diff_configs', 'config_hash', 'DataMix', 'load_data_mixes', 'field_meanings', 'config_table',
-           'UserError']
+__all__ = ['Problems', 'RECORDING', 'LARGEST', 'describe', 'convert', 'KnownKey', 'known_keys', 'to_dict', 'validate',
+           'config_from_dict', 'parse_yaml', 'read_yaml', 'parse_overrides', 'apply_overrides', 'load_config',
+           'to_yaml', 'save_config', 'flatten', 'diff_configs', 'config_hash', 'DataMix', 'load_data_mixes',
+           'field_meanings', 'config_table', 'UserError']
 
 # %% ../nbs/02_config.ipynb #35c1d121
 def _number(value: Any) -> Decimal | None:
@@ -325,6 +325,18 @@ def config_from_dict(
     "A checked configuration from nested dictionaries"
     return validate(_build(Config, keys, str(file), ""), file)
 
+# %% ../nbs/02_config.ipynb #e8a12c0b
+LARGEST = 1_000_000   # values that a text may mean
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    "How many values a node stands for, its aliases written out"
+    if isinstance(node, yaml.ScalarNode): return 1
+    if id(node) not in known:
+        known[id(node)] = 0   # a list that contains itself is refused elsewhere
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
+
 # %% ../nbs/02_config.ipynb #1b83c35c
 class _Reader(yaml.SafeLoader):
     "YAML 1.2 scalars; no key twice"
@@ -332,6 +344,8 @@ class _Reader(yaml.SafeLoader):
 
     def construct_document(self, node):
         self.deep_construct = True   # refuse a list that contains itself
+        if (size := _size(node, {})) > LARGEST:
+            raise yaml.YAMLError(f"its aliases stand for {size:,} values; {LARGEST:,} are enough for any configuration")
         return super().construct_document(node)
 
     def construct_mapping(self, node, deep=False):

@@ -22,8 +22,8 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['SEAL', 'UserError', 'write_atomic', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl', 'write_jsonl',
-           'folder_lock', 'die_with_parent', 'writable_folder', 'cache_folder', 'sha256_of', 'file_hash', 'seal_folder',
-           'damages']
+           'folder_lock', 'die_with_parent', 'at_home', 'writable_folder', 'cache_folder', 'sha256_of', 'file_hash',
+           'seal_folder', 'damages']
 
 # %% ../nbs/00_files.ipynb #dc84e902
 class UserError(Exception):
@@ -210,6 +210,14 @@ def _reason(error: Exception) -> str:
     if not isinstance(error, OSError) or not error.strerror: return str(error)
     return f"{error.strerror}: {error.filename!r}" if isinstance(error.filename, str) else error.strerror
 
+# %% ../nbs/00_files.ipynb #23a660a6
+def at_home(
+    path: str | Path, # ~ is the home folder, ~name another person's
+) -> Path:
+    "A path without ~; a UserError where there is no such home"
+    try: return Path(path).expanduser()
+    except RuntimeError as e: raise UserError(f"{str(path)!r}: {e}") from e
+
 # %% ../nbs/00_files.ipynb #bf864d49
 def writable_folder(
     path: str | Path, # made with its parents when missing; ~ is the home folder
@@ -217,7 +225,7 @@ def writable_folder(
     "A folder that can be written to, or a UserError and nothing made"
     made = []
     try:
-        folder = Path(path).expanduser()
+        folder = at_home(path)
         for part in [*reversed(folder.parents), folder]:
             if part.is_dir(): continue
             part.mkdir(exist_ok=True)
@@ -225,7 +233,7 @@ def writable_folder(
         probe = folder/f".{secrets.token_hex(4)}.tmp"
         probe.touch(exist_ok=False)
         probe.unlink()
-    except (OSError, ValueError, RuntimeError) as e:   # ValueError: a zero byte; RuntimeError: no home folder
+    except (OSError, ValueError) as e:   # ValueError: a zero byte
         for part in reversed(made): part.rmdir()
         raise UserError(f"{str(path)!r}: not a folder that can be written to: {_reason(e)}") from e
     return folder
@@ -235,7 +243,8 @@ def cache_folder() -> Path: # made when missing
     "Where what can be computed again is kept: $PEER_NB_CACHE, else $XDG_CACHE_HOME/peer_nb, else ~/.cache/peer_nb"
     if own := os.environ.get("PEER_NB_CACHE"): return writable_folder(own)
     shared = os.environ.get("XDG_CACHE_HOME", "")
-    return writable_folder(Path(shared if os.path.isabs(shared) else "~/.cache")/"peer_nb")
+    try: return writable_folder(Path(shared if os.path.isabs(shared) else "~/.cache")/"peer_nb")
+    except UserError as e: raise UserError(f"{e}; name another one by PEER_NB_CACHE") from e
 
 # %% ../nbs/00_files.ipynb #03db2859
 def sha256_of(

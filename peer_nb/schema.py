@@ -72,7 +72,8 @@ class OptimizationConfig:
     "How a model is optimized, and for how long"
     output_dir: Text = "./output" # checkpoints and logs
     per_device_train_batch_size: Count = 16 # rows per step and device
-    per_device_eval_batch_size: Count = 16 # rows per evaluation step and device
+    # rows per evaluation step and device while training; null: eval_config.eval_batch_size
+    per_device_eval_batch_size: Count | None = None
     gradient_accumulation_steps: Count = 4 # batches whose gradients make one step
     learning_rate: Positive = 5e-5 # peak learning rate
     weight_decay: NotNegative = 0.01 # AdamW, on matrices; never on norms and embeddings

@@ -279,6 +279,8 @@ def study_with(**changes) -> dict: return {**STUDY, **changes}
 
 HEADS = STUDY["axes"]["heads"]
 BAD_STUDIES = [
+    (study_with(axes={"heads": {"a": {}, "b": {1: 2}}}), "axes.heads.b.1: 1 is no name of a key"), (study_with(axes={"heads": {"a": {}, "b": {None: 2}}}), "line 10: axes.heads.b.None: None is no name"),
+    (study_with(reuse_from=["~nosuchuser/runs"]), "'~nosuchuser/runs'"), (study_with(axes={None: HEADS}), "axes.None"),
     (study_with(desing="full"), "unknown key; did you mean design?"),
     (study_with(base_config="missing.yaml"), "missing.yaml: cannot be read"),
     (study_with(axes={"heads": {**HEADS, "odd": {"model_config.peer_config.num_head": 3}}}), "axis 'heads', level 'odd'"),
@@ -457,6 +459,36 @@ def test_nobody_asked_for_gpus_and_there_are_none(tmp_path, capsys, monkeypatch)
     Run.of(folder, load_plan(folder).cells[0].id).set_aside()
     code, out, err = call(capsys, "--resume", "--output-dir", work/"out")
     assert code == 0 and "on the CPU" in out, err
+
+
+def test_a_module_beside_the_template_is_part_of_the_experiment(tmp_path):
+    "It, and what it imports in turn; another file in the folder is not"
+    from peer_nb.study.identity import package_hash
+    work = write_study(tmp_path, template=[TEMPLATE[0], "import json, helper\nfrom peer_nb.files import write_json", *TEMPLATE[1:]])
+    before = package_hash(work/"template.ipynb")
+    (work/"unused.py").write_text("x = 1\n")
+    assert package_hash(work/"template.ipynb") == before
+    seen = [before]
+    for name, text in (("helper.py", "import deeper\n"), ("helper.py", "from deeper.inner import y\n"), ("deeper/inner.py", "y = 1\n"), ("deeper/inner.py", "y = 2\n")):
+        (work/name).parent.mkdir(exist_ok=True)
+        (work/name).write_text(text)
+        seen.append(package_hash(work/"template.ipynb"))
+    assert len({*seen}) == 5
+
+
+def test_a_quota_of_cores_is_kept(tmp_path, monkeypatch):
+    "As a container has it: control groups of both kinds, with and without a limit"
+    real = Path.read_text
+    def cores(files):
+        monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: files[str(self)] if str(self) in files else real(self, *a, **k))
+        monkeypatch.setattr(Path, "is_file", lambda self: str(self) in files)
+        return launching._cores()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    own = {"/proc/self/cgroup": "0::/box\n"}
+    assert cores(own) == 8 and cores(own | {"/sys/fs/cgroup/box/cpu.max": "max 100000\n"}) == 8
+    assert cores(own | {"/sys/fs/cgroup/box/cpu.max": "150000 100000\n"}) == 2 and cores(own | {"/sys/fs/cgroup/cpu.max": "20000 100000\n"}) == 1
+    assert cores({"/proc/self/cgroup": "4:cpu,cpuacct:/box\n", "/sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "300000\n", "/sys/fs/cgroup/cpu/box/cpu.cfs_period_us": "100000\n"}) == 3
+    assert cores({"/proc/self/cgroup": "4:cpu:/\n", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n", "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}) == 8
 
 
 def test_built_in_axes_take_seeds_and_a_primary_metric(tmp_path, capsys):

@@ -215,3 +215,9 @@ def test_interrupted(program):
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1] == "peer-ablate: interrupted\n"
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize("words, code", [(["status", "missing"], 2), (["--no-such-option"], 2), (["--version"], 0), (["status", "there"], 3)])
+def test_nothing_can_be_said_on_a_full_disk_and_the_code_is_right(words, code, program):
+    "Where messages go there is no room: words are lost, not the exit code"
+    with open("/dev/full", "w") as full: assert subprocess.run([sys.executable, program, *words], stdout=full, stderr=full).returncode == code

@@ -180,3 +180,44 @@ def test_what_measures_leaves_a_file_and_a_page(line, output, place, monkeypatch
     assert main_of(name)([*words, "--output", output]) == 0
     folder = (place/output).parent if output.endswith(".json") else place/output
     assert {".json", ".html"} <= {path.suffix for path in folder.iterdir()}
+
+
+# ---- numbers that cannot be meant ---------------------------------------------------------------------------------------
+
+LEAST = {   # command: its shortest form
+    "peer-ablate run": ["--base-config", "configs/small.yaml", "--axes", "expert_setup", "--dry-run"], "peer-ablate plan": ["--base-config", "configs/small.yaml", "--axes", "expert_setup"],
+    "peer-ablate watch": ["nowhere"], "peer-train": ["--config", "configs/small.yaml"], "peer-eval perplexity": ["output/checkpoint-1000"], "peer-eval benchmark": ["output/checkpoint-1000", "hellaswag"],
+    "peer-eval recall": ["output/checkpoint-1000", "digits"], **{f"peer-data {task}": ["--output-dir", "new", "--force"] for task in ("synthetic_qa", "digit_lookup", "two_hop", "hashhop")},
+    "peer-data tokenization": ["digits"], "peer-analyze parameters": ["configs/small.yaml"], "peer-analyze usage": ["output/checkpoint-1000"],
+    **{f"peer-analyze {name}": ["output/checkpoint-1000", "data/digit_lookup"] for name in ("ablate", "swap")}, "peer-analyze intervene": ["output/checkpoint-1000", "data/digit_lookup", "--drop", "0"]}
+ZERO = {"--gpus": "the CPU", "--seed": "a seed", "--seeds": "a seed", "--layer": "the first", "--layers": "the first", "--pairs": "don't look", "--threshold": "all are hot", "--fewshot": "no examples", "--top": "no list",
+        "--num-novel": "none", "--num-known": "none", "--num-novel-ood": "none", "--num-eval": "none", "--num-samples": "none", "--val-fraction": "none", "--test-fraction": "none", "--resamples": "no interval",
+        "--drop": "a row"}
+EDITS = {"--swap", "--replace", "--in-place-of", "--inject", "--weight", "--pattern", "--head", "--layer"}   # of intervene, checked together: test_edits
+
+
+def numbers() -> list[tuple[str, str, list[str]]]:
+    "Command, option, value"
+    found = []
+    for name in ENTRIES:
+        asked = []
+        run, cli._run = cli._run, lambda prog, commands, default, doc, words: asked.append(commands) or 0
+        try: main_of(name)([])
+        finally: cli._run = run
+        for sub, function in ({"": asked[0]} if callable(asked[0]) else asked[0]).items():
+            options = [p.option for p in cli.parameters(function) if p.kind in (int, float)]
+            found += [(f"{name} {sub}".strip(), option, value) for option in options if sub != "intervene" or option not in EDITS for value in ("0", "-1") if value != "0" or option not in ZERO]
+    return found
+
+
+@pytest.mark.parametrize("command, option, value", numbers())
+def test_no_number_silently_means_the_default(command, option, value, place, monkeypatch, capsys):
+    "Zero and less are refused by name, where they have no meaning of their own"
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(loop, "train", lambda cfg, **keys: (_ for _ in ()).throw(Planned()))
+    name, *sub = command.split()
+    try: code = main_of(name)([*sub, *LEAST[command], option, value])
+    except Planned: code = 0
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1, f"{command} {option} {value}: {code} {said}"
+    assert re.search(rf"{option[2:].replace('-', '[-_]').rstrip('s')}s?\b", said), f"{command} {option} {value}: {said}"

@@ -16,6 +16,7 @@ import peer_nb
 from peer_nb import config
 from peer_nb.config import (Config, ConfigError, DatasetEntry, apply_overrides, config_from_dict, config_hash, diff_configs, flatten,
                             known_keys, load_config, load_data_mixes, save_config, to_dict, validate)
+from peer_nb.study.study import load_study
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(peer_nb.__file__).parent
@@ -511,6 +512,18 @@ def test_round_trip_of_any_valid_configuration(tmp_path_factory, changes):
     assert yaml.safe_load(path.read_text(encoding="utf-8")) == to_dict(cfg)   # other readers see the same
     assert set(diff_configs(full, cfg)) <= set(changes)
     assert apply_overrides(full, {key: new for key, (_, new) in diff_configs(full, cfg).items()}) == cfg
+
+
+@pytest.mark.parametrize("deep", [6, 30])
+def test_aliases_are_bounded(deep, tmp_path):
+    "A few hundred bytes that stand for more than memory holds: refused at once, whichever file it is"
+    bomb = tmp_path/"bomb.yaml"
+    bomb.write_text("a0: &a0 [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}']*9)}]\n" for n in range(deep)))
+    for read in (load_config, load_data_mixes, load_study):
+        with pytest.raises(ConfigError, match="aliases stand for"): read(bomb)
+    plain = tmp_path/"plain.yaml"
+    plain.write_text("train_config: &t {max_steps: 3}\n")
+    assert load_config(plain).train_config.max_steps == 3
 
 
 def test_entries_of_a_study_may_be_objects():

@@ -11,7 +11,7 @@ import pytest
 from children import in_child
 
 from peer_nb import files
-from peer_nb.files import UserError, append_jsonl, folder_lock, read_json, read_jsonl, write_atomic, write_json
+from peer_nb.files import UserError, append_jsonl, cache_folder, folder_lock, read_json, read_jsonl, write_atomic, write_json
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills processes as POSIX does")
 
@@ -202,3 +202,9 @@ def test_result_files_are_strict_json(tmp_path, bad):
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that nobody can write to")
 def test_folder_that_even_root_cannot_write():
     with pytest.raises(UserError, match="not a folder that can be written to"): files.writable_folder("/proc/peer_nb/out")
+
+
+def test_a_home_that_cannot_be_written_to_says_what_to_set(monkeypatch):
+    monkeypatch.setenv("HOME", "/proc/nohome")
+    for name in ("PEER_NB_CACHE", "XDG_CACHE_HOME"): monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="PEER_NB_CACHE"): cache_folder()

@@ -129,6 +129,16 @@ def test_a_byte_order_mark_is_no_text(read):
     assert read("inside.txt", "a" + mark) == ["a" + mark]
 
 
+def test_letters_that_look_like_ends_of_lines_part_no_records(read, tmp_path):
+    "U+2028 and the like are text in JSON, which ends lines by a line feed alone"
+    from peer_nb.analysis.ablation import jsonl_questions
+    from peer_nb.evaluation.recall import file_rows
+    odd = "a\u2028b\u0085c\x1cd"
+    line = json.dumps(dict(text=odd, prompt=odd, answer="\u2029"), ensure_ascii=False).replace("\x1c", "\\u001c") + "\n"
+    assert read("a.jsonl", line*2) == [odd]*2
+    assert [q.prompt for q in jsonl_questions(tmp_path/"a.jsonl")] == [r["text"] for r in file_rows(tmp_path/"a.jsonl")] == [odd]*2
+
+
 # ---- refused, with the place ----
 
 @pytest.mark.parametrize("name, content, said", [

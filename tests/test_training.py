@@ -24,7 +24,7 @@ from peer_nb.evaluation.command import main as peer_eval
 from peer_nb.files import UserError, folder_lock, read_json, read_jsonl, write_json
 from peer_nb.training import checkpoints
 from peer_nb.training.checkpoints import check_seal, latest_checkpoint
-from peer_nb.training.loop import Trainer, main, train
+from peer_nb.training.loop import Trainer, ask_facts, main, score_heldout, train
 
 STEPS = 12
 ROOT = Path(__file__).parents[1]
@@ -544,3 +544,29 @@ def test_an_unfinished_run_keeps_all(text, undisturbed, tmp_path):
     train(cfg, resume=True)
     assert (out/"checkpoint-12"/"model.safetensors").read_bytes() == (undisturbed/"checkpoint-12"/"model.safetensors").read_bytes()
     assert timeless(out) == timeless(undisturbed)
+
+
+@pytest.mark.parametrize("level, steps, scores, warned", [("debug", 6, 1, 1), ("info", 0, 1, 1), ("warning", 0, 0, 1), ("error", 0, 0, 0)])
+def test_what_a_log_level_says(text, tmp_path, level, steps, scores, warned, caplog, monkeypatch):
+    "Each step in debug, scores from info on, a step that was skipped from warning on"
+    original = Trainer.update
+    monkeypatch.setattr(Trainer, "update", lambda self, buffers: float("nan") if self.counters.step == 2 else original(self, buffers))
+    train(config(text, tmp_path/"run", log_level=level, max_steps=6))
+    said = caplog.messages
+    each = [m for m in said if "gradient norm" in m and "skipped" not in m]
+    assert (len(each), sum("bits per byte, perplexity" in m for m in said), sum("step 3 skipped" in m for m in said)) == (steps, scores, warned), said
+
+
+@pytest.mark.parametrize("own, general, rows", [(None, 5, 5), (3, 5, 3)])
+def test_how_many_rows_an_evaluation_reads_at_once(text, tmp_path, own, general, rows):
+    "Held-out text and the questions of tasks; seen in the model's own forward passes"
+    cfg = config(text, tmp_path/"run", per_device_eval_batch_size=own)
+    facts = DatasetEntry("facts", task="digit_lookup", task_arguments=json.dumps(dict(num_pairs=20, num_known=10, num_novel=10)), mask="digit_lookup")
+    cfg.dataset_config.datasets.append(facts)
+    cfg.eval_config.eval_batch_size = general
+    trainer, seen = Trainer(cfg), []
+    trainer.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])), with_kwargs=True)
+    score_heldout(trainer)
+    texts = max(seen); seen.clear()
+    ask_facts(trainer)
+    assert (texts, max(seen)) == (rows, rows)

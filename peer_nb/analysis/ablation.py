@@ -25,6 +25,7 @@ from .interventions import (
     EDITS_KEYS, SPAN, Clean, Places, Setting, answer_logprobs, answers_of, at_places, clean_pass, code_of,
     drop, effects_of, resumed, setting_of)
 from .swaps import share_text, swap_matrix, swaps_page
+from ..data.reading import whole_text
 from ..evaluation.loading import claim_answers, files_fingerprint, load_model
 from ..evaluation.recall import Encoded, Question, batches_of, check_fit, encode_questions, read_questions
 from ..evaluation.recall_command import trained_start
@@ -44,7 +45,7 @@ def jsonl_questions(
 ) -> list[Question]:
     "Questions of a file"
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(whole_text(file).rstrip("\n").split("\n"), 1):
         try: row = json.loads(line)
         except ValueError: raise UserError(f"{file}: line {number} is not JSON") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) and row[k] for k in ("prompt", "answer")):
@@ -60,7 +61,7 @@ def text_questions(
     window: int, # tokens that are read at once
 ) -> list[Encoded]:
     "Windows of a text, of which all tokens but the first are asked"
-    text = file.read_text(encoding="utf-8")
+    text = whole_text(file)
     cut = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, spans, found = cut["input_ids"], cut["offset_mapping"], []
     for start in range(0, len(ids) - 1, window):

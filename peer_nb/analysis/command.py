@@ -23,9 +23,10 @@ from .step_memory import memory_table, memory_text
 from ..formats import number, size_text
 from ..children import on_signals
 from ..progress import Progress
-from ..cli import make_main
+from ..cli import check_least, make_main
 from ..config import Config, DatasetEntry, ModelConfig, config_from_dict, load_config, load_data_mixes
 from ..data.corpora import documents, eval_entries
+from ..data.reading import whole_text
 from ..files import UserError, folder_lock, read_json, sha256_of, writable_folder
 
 if TYPE_CHECKING: from peer_nb.analysis.expert_usage import UsageRun
@@ -33,9 +34,9 @@ if TYPE_CHECKING: from peer_nb.analysis.expert_usage import UsageRun
 # %% auto #0
 __all__ = ['PARTS', 'STATE', 'SAVE_SECONDS', 'COMMANDS', 'main', 'say', 'report_result', 'config_of_model', 'own_config',
            'has_training', 'training_step', 'own_parameters', 'foreign_parameters', 'parameters_text', 'parameters',
-           'file_text', 'in_turn', 'chosen_entries', 'save_state', 'load_state', 'Stop', 'check_for_usage',
-           'load_for_usage', 'count_texts', 'hottest_text', 'usage_text', 'measure', 'usage', 'checkpoint_text',
-           'checkpoint', 'compare_text', 'compare', 'page']
+           'in_turn', 'chosen_entries', 'save_state', 'load_state', 'Stop', 'check_for_usage', 'load_for_usage',
+           'count_texts', 'hottest_text', 'usage_text', 'measure', 'usage', 'checkpoint_text', 'checkpoint',
+           'compare_text', 'compare', 'page']
 
 # %% ../../nbs/analysis/16_command.ipynb #80f1d3ef
 def say(
@@ -199,15 +200,6 @@ def parameters(
     if found["step_memory"]: say(f"\nmemory of a training step, by table gradient\n{memory_text(memory_table(cfg))}")
     report_result("parameters", analysis_result("parameters", [source], found), output)
     return 0
-
-# %% ../../nbs/analysis/16_command.ipynb #34e69e7a
-def file_text(
-    path: str, # of a text file
-) -> str: # its content
-    "A file as one document"
-    try: return Path(path).read_text(encoding="utf-8")
-    except OSError as e: raise UserError(f"{path}: not a text file that can be read: {e.strerror}") from e
-    except UnicodeDecodeError as e: raise UserError(f"{path}: not a text file that can be read: it is not UTF-8") from e
 
 # %% ../../nbs/analysis/16_command.ipynb #6bda7ec2
 def in_turn(
@@ -414,8 +406,8 @@ def usage(
     peer-analyze usage output/checkpoint-1000 --mix science_mix --custom-datasets configs/datasets.yaml --part train
     """
     if files and (config or mix): raise UserError("give --files, or --config or --mix, not both")
-    if min(max_tokens, batch_size, 1 if window is None else window) < 1 or pairs < 0:
-        raise UserError("--max-tokens, --window and --batch-size must be at least 1, --pairs at least 0")
+    check_least(1, max_tokens=max_tokens, batch_size=batch_size, window=window, pair_tokens=pair_tokens)
+    check_least(0, pairs=pairs, threshold=threshold)
     lock = folder_lock(writable_folder(output), name=".usage.lock") if output else nullcontext()
     with lock:
         model, tokenizer = load_for_usage(checkpoint)
@@ -424,15 +416,15 @@ def usage(
         entries = [] if files else chosen_entries(cfg, mix, custom_datasets)
         fraction = cfg.dataset_config.heldout_fraction if cfg else 0.05
         def read(entry): return documents(entry, heldout=part == "heldout", heldout_fraction=fraction)
-        sources = [lambda: [file_text(f) for f in files]] if files else [partial(read, entry) for entry in entries]
+        sources = [lambda: [whole_text(f) for f in files]] if files else [partial(read, entry) for entry in entries]
         longest = model.config.max_position_embeddings
         window = min(window or (cfg.dataset_config.max_seq_length if cfg else longest), longest)
         options = dict(window=window, batch_size=batch_size, max_tokens=max_tokens)
         identity = sha256_of([options, _stamps(checkpoint, files or []), [asdict(e) for e in entries], part, fraction])
-        data, where = list(files or [e.name for e in entries]), "files" if files else part
-        about = dict(model_type="peer_mla", data=data, part=where)
+        data = list(files or [e.name for e in entries])
+        about = dict(model_type="peer_mla", data=data, part="files" if files else part)
         return measure(checkpoint, (model, tokenizer), sources, options, identity, output, about, (pairs, pair_tokens),
-                       threshold or model.config.peer_config["usage_threshold"])
+                       model.config.peer_config["usage_threshold"] if threshold is None else threshold)
 
 # %% ../../nbs/analysis/16_command.ipynb #92b25a06
 def checkpoint_text(

@@ -57,7 +57,8 @@ def ablate(
     Writes effects.jsonl, ablate.json and index.html. Interrupted, it keeps what is done; the same command goes on."""
     checkpoint, data = Path(checkpoint), Path(data)
     what = ["keys", "layers", "heads", "positions"] if all else list(dict.fromkeys(what or ["keys"]))
-    check_ablation(checkpoint, what, mode, limit=(limit, 1), window=(window, 2), batch_tokens=(batch_tokens, 1))
+    check_ablation(checkpoint, what, mode, limit=(limit, 1), window=(window, 2), batch_tokens=(batch_tokens, 1),
+                   seed=(seed, 0))
     from peer_nb.analysis.ablation import run_ablation
     asked = dict(splits=splits, limit=limit, start=start, window=window)
     settings = dict(what=what, mode=mode, dtype=dtype, seed=seed, batch_tokens=batch_tokens)

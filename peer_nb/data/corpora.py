@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config, DatasetConfig, DatasetEntry
 from .reading import Written, format_of, local_files, read_rows
-from ..files import (
-    UserError, cache_folder, file_hash, folder_lock, read_json, sha256_of, writable_folder, write_atomic, write_json)
+from peer_nb.files import (
+    UserError, at_home, cache_folder, file_hash, folder_lock, read_json, sha256_of, writable_folder, write_atomic,
+    write_json)
 from ..tasks.registry import find_mask, find_task
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast
@@ -491,7 +492,7 @@ def tokenizer_identity(config: DatasetConfig) -> str: # sha256
         parts = [summary(e, config.heldout_fraction)["train"]["sha256"] for e in tokenizer_entries(config)]
         return sha256_of([RECIPE, "bpe", size, parts])
     if name == "bytes": return sha256_of([RECIPE, "bytes"])
-    path = Path(name).expanduser()
+    path = at_home(name)
     if path.is_dir():
         parts = [f for f in path.iterdir() if f.is_file() and re.search("token|vocab|merges|spiece", f.name)]
         return sha256_of({f.name: file_hash(f) for f in parts})
@@ -533,7 +534,7 @@ def load_tokenizer(
         return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=EOS, bos_token=EOS, pad_token=EOS,
             clean_up_tokenization_spaces=False, **common)
     tokenizer_identity(config)   # refuses a name that is neither a folder nor on the hub
-    path = Path(name).expanduser()
+    path = at_home(name)
     if path.is_dir(): source = dict(pretrained_model_name_or_path=path)
     else: source = dict(pretrained_model_name_or_path=name, revision=hub_revision(name, "model"))
     where = f"dataset_config.tokenizer_name: '{name}'"

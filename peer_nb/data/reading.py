@@ -17,7 +17,9 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from fastcore.basics import patch
@@ -29,7 +31,7 @@ from ..schema import DatasetEntry
 __all__ = ['ENDINGS', 'PACKED', 'PART', 'DECODER', 'SPACE', 'READERS', 'ending_of', 'format_of', 'pattern_of', 'identity_of',
            'files_below', 'data_of_folder', 'local_files', 'open_bytes', 'open_text', 'paragraphs', 'check_header',
            'csv_rows', 'Written', 'object_of', 'JsonText', 'json_lines', 'is_json', 'as_row', 'json_rows',
-           'parquet_rows', 'rows_of_file', 'first_undecodable', 'read_rows']
+           'parquet_rows', 'rows_of_file', 'first_undecodable', 'told_by_line', 'read_rows', 'whole_text']
 
 # %% ../../nbs/data/00_reading.ipynb #00c793a6
 ENDINGS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".md": "text",
@@ -344,6 +346,19 @@ def first_undecodable(path: str) -> int:
     return number
 
 # %% ../../nbs/data/00_reading.ipynb #68ddfcd3
+@contextmanager
+def told_by_line(path: str | Path) -> Iterator[None]:
+    "Inside, whatever keeps a file from being read is a `UserError` with its place"
+    try: yield
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}, line {first_undecodable(path)}: not UTF-8 ({e.reason})") from e
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, RecursionError) as e:
+        problem = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+        packing = PACKED.get(os.path.splitext(path)[1].lower())
+        packed = f" (packed with {packing})" if packing else ""
+        raise UserError(f"{path}{packed}: cannot be read to its end: {problem}") from e
+
+# %% ../../nbs/data/00_reading.ipynb #f0e573c2
 def read_rows(
     files: list[str], # one after another
     kind: str, # json, csv, text or parquet
@@ -352,15 +367,13 @@ def read_rows(
     "The rows of files; `UserError` where one cannot be read, or all are empty"
     unit, empty = "row" if kind == "parquet" else "line", True
     for path in files:
-        try:
+        with told_by_line(path):
             for number, row in rows_of_file(path, kind, fields):
                 empty = False
                 yield (path, unit, number), row
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path}, line {first_undecodable(path)}: not UTF-8 ({e.reason})") from e
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, RecursionError) as e:
-            problem = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
-            packing = PACKED.get(os.path.splitext(path)[1].lower())
-            packed = f" (packed with {packing})" if packing else ""
-            raise UserError(f"{path}{packed}: cannot be read to its end: {problem}") from e
     if empty: raise UserError(f"{files[0]}{' and ' + str(len(files)-1) + ' more' if files[1:] else ''}: no rows")
+
+# %% ../../nbs/data/00_reading.ipynb #fde3377f
+def whole_text(path: str | Path) -> str:
+    "A text file as one document, packed or not, without a byte order mark"
+    with told_by_line(path), open_text(path, None) as file: return file.read()

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import parse_yaml
-from .items import read_lines
+from .items import read_lines, read_text
 from ..files import UserError
 
 # %% auto #0
-__all__ = ['EVAL_CLASSES', 'matches', 'includes', 'normalize', 'word_f1', 'fuzzy_matches', 'prompt_text', 'RegisteredEval',
-           'read_registry', 'find_eval', 'eval_rows', 'score_answer', 'eval_task']
+__all__ = ['EVAL_CLASSES', 'ARGUMENTS', 'matches', 'includes', 'normalize', 'word_f1', 'fuzzy_matches', 'prompt_text',
+           'RegisteredEval', 'read_registry', 'check_args', 'find_eval', 'rows_of_eval', 'as_messages', 'as_answers',
+           'eval_examples', 'eval_rows', 'score_answer', 'eval_task']
 
 # %% ../../nbs/evaluation/04_openai_evals.ipynb #fba65f55
 def matches(
@@ -103,10 +104,28 @@ def read_registry(
     if not files: raise UserError(f"{folder}: not a registry of OpenAI Evals: it has no evals/*.yaml")
     found = {}
     for file in files:
-        content = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+        content = parse_yaml(read_text(file), str(file))
         if not isinstance(content, dict): raise UserError(f"{file}: must be a mapping from names to evals")
         found |= {name: entry for name, entry in content.items() if isinstance(entry, dict)}
     return found
+
+# %% ../../nbs/evaluation/04_openai_evals.ipynb #7400a0ae
+ARGUMENTS = {"samples_jsonl": (str, "a file"), "few_shot_jsonl": (str, "a file"),
+             "num_few_shot": (int, "a whole number, at least 0"), "max_tokens": (int, "a whole number, at least 1")}
+
+def check_args(
+    args: Any, # as the YAML has them
+    where: str, # for the message
+) -> dict[str, Any]: # the same
+    "Refuse arguments that an eval cannot have"
+    if not isinstance(args, dict) or "samples_jsonl" not in args: raise UserError(f"{where} names no samples_jsonl")
+    for name, (kind, allowed) in ARGUMENTS.items():
+        if (value := args.get(name)) is None: continue
+        if not isinstance(value, kind) or isinstance(value, bool) or kind is int and value < (name == "max_tokens"):
+            raise UserError(f"{where}: {name} is {value!r:.60}; it must be {allowed}")
+    if args.get("num_few_shot") and not args.get("few_shot_jsonl"):
+        raise UserError(f"{where} asks for {args['num_few_shot']} examples and names no few_shot_jsonl")
+    return args
 
 # %% ../../nbs/evaluation/04_openai_evals.ipynb #abc300b8
 def find_eval(
@@ -120,36 +139,74 @@ def find_eval(
         near = difflib.get_close_matches(name, registry, 3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {len(registry)} others"
         raise UserError(f"{folder}: no eval {name!r}; {hint}")
-    if "class" not in entry: entry = registry.get(entry.get("id"), {})
-    kind = entry.get("class")
+    if "class" not in entry: entry = registry.get(str(entry.get("id")), {})
+    kind = str(entry.get("class"))
     if kind not in EVAL_CLASSES:
         raise UserError(f"{folder}: eval {name!r} has the class {kind}, which is not supported; "
             f"supported: {', '.join(EVAL_CLASSES)}")
-    args = entry.get("args") or {}
-    if "samples_jsonl" not in args: raise UserError(f"{folder}: eval {name!r} names no samples_jsonl")
+    args = check_args(entry.get("args"), f"{folder}: eval {name!r}")
     return RegisteredEval(name, EVAL_CLASSES[kind], args, Path(folder))
 
 # %% ../../nbs/evaluation/04_openai_evals.ipynb #6228d310
+def rows_of_eval(
+    spec: RegisteredEval,
+    name: str, # of a file, in the registry's data or elsewhere
+) -> tuple[Path, list[dict]]: # the file, its rows
+    "The rows of one of an eval's files"
+    path = next((p for p in (spec.folder/"data"/name, Path(name)) if p.is_file()), None)
+    if path is None:
+        raise UserError(f"{spec.folder}: eval {spec.name!r} needs {spec.folder/'data'/name}, which is not there")
+    return path, read_lines(path, "")
+
+# %% ../../nbs/evaluation/04_openai_evals.ipynb #6d4ce9e2
+def as_messages(
+    prompt: Any, # a text, or messages
+    where: str, # for the message
+    many: bool = False, # as messages in any case
+) -> str | list[dict[str, str]]:
+    "A prompt, if it is one"
+    if isinstance(prompt, str): return [dict(role="user", content=prompt)] if many else prompt
+    def is_message(m):
+        if not isinstance(m, dict) or not isinstance(m.get("content"), str): return False
+        return isinstance(m.get("role", ""), str) and isinstance(m.get("name", ""), str)
+    if isinstance(prompt, list) and prompt and all(map(is_message, prompt)): return prompt
+    raise UserError(f"{where}: {prompt!r:.60} is neither text nor a list of messages with a content")
+
+# %% ../../nbs/evaluation/04_openai_evals.ipynb #f80d08cc
+def as_answers(
+    ideal: Any, # a text, or several
+    where: str, # for the message
+) -> list[str]: # at least one
+    "The answers that are right, if they are answers"
+    answers = [ideal] if isinstance(ideal, str) else ideal
+    if isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers): return answers
+    raise UserError(f"{where}: {ideal!r:.60} is neither text nor a list of texts")
+
+# %% ../../nbs/evaluation/04_openai_evals.ipynb #38bfba73
+def eval_examples(
+    spec: RegisteredEval,
+) -> list[dict[str, str]]: # messages; none where the eval has no examples
+    "What stands before each question"
+    if not (count := spec.args.get("num_few_shot")): return []
+    path, shots = rows_of_eval(spec, spec.args["few_shot_jsonl"])
+    if count > len(shots): raise UserError(f"{path}: {count} examples are asked for, and it has {len(shots)}")
+    return [message for n, shot in enumerate(shots[:count], 1)
+            for message in as_messages(shot.get("sample"), f"{path}: example {n}: sample", many=True)]
+
+# %% ../../nbs/evaluation/04_openai_evals.ipynb #11406a3f
 def eval_rows(
     spec: RegisteredEval,
 ) -> list[dict]: # {"prompt": text, "ideal": list of answers}
     "The items of an eval"
-    def read(name: str) -> tuple[Path, list[dict]]:
-        path = next((p for p in (spec.folder/"data"/name, Path(name)) if p.is_file()), None)
-        if path is None:
-            raise UserError(f"{spec.folder}: eval {spec.name!r} needs {spec.folder/'data'/name}, which is not there")
-        return path, read_lines(path, "")
-    shots, count = [], spec.args.get("num_few_shot")
-    if count: shots = read(spec.args["few_shot_jsonl"])[1][:count]
-    examples = [message for shot in shots for message in shot["sample"]]
-    path, samples = read(spec.args["samples_jsonl"])
+    examples, (path, samples) = eval_examples(spec), rows_of_eval(spec, spec.args["samples_jsonl"])
     rows = []
     for number, sample in enumerate(samples, 1):
+        where = f"{path}: sample {number}"
         if missing := {"input", "ideal"} - set(sample):
-            raise UserError(f"{path}: sample {number} has no {' and no '.join(sorted(missing))}")
-        prompt, ideal = sample["input"], sample["ideal"]
-        if shots: prompt = [*prompt[:-1], *examples, *prompt[-1:]]
-        rows.append(dict(prompt=prompt_text(prompt), ideal=[ideal] if isinstance(ideal, str) else list(ideal)))
+            raise UserError(f"{where} has no {' and no '.join(sorted(missing))}")
+        prompt = as_messages(sample["input"], f"{where}: input", many=bool(examples))
+        if examples: prompt = [*prompt[:-1], *examples, *prompt[-1:]]
+        rows.append(dict(prompt=prompt_text(prompt), ideal=as_answers(sample["ideal"], f"{where}: ideal")))
     return rows
 
 # %% ../../nbs/evaluation/04_openai_evals.ipynb #dc7a0813

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ..cli import check_least
 from ..config import Config, DatasetEntry, apply_overrides, load_config, load_data_mixes
 from ..data.corpora import documents, eval_entries
+from ..data.reading import whole_text
 from .loading import choose_window, claim_answers, load_model, model_fingerprint
 from .score_page import perplexity_page
 from .perplexity import DocumentScore, TextScore, document_scores, heldout_texts, total_score
@@ -83,9 +84,7 @@ def file_sources(
     texts = {}
     for file in files:
         if not Path(file).is_file(): raise UserError(f"no such file: {file}")
-        try: texts[file] = [Path(file).read_text(encoding="utf-8")], max_tokens
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read as text in UTF-8: {error}") from error
+        texts[file] = [whole_text(file)], max_tokens
     return Sources(texts)
 
 # %% ../../nbs/evaluation/09_perplexity_command.ipynb #d6ad2477

@@ -63,7 +63,7 @@ def file_rows(file: Path) -> list[dict]:
         if file.suffix == ".parquet":
             import pyarrow.parquet
             return pyarrow.parquet.read_table(file).to_pylist()
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in file.read_bytes().splitlines()]   # of bytes: only ends of lines part them
     except FileNotFoundError:
         raise UserError(f"{file}: is named in the manifest and missing; make the data set again") from None
     except (OSError, ValueError) as e:

@@ -637,6 +637,7 @@ def watch(
     every: float = 2.0, # seconds between two looks
 ):
     "Show a study while it runs, from another shell or another machine"
+    if every <= 0: raise UserError(f"--every {every:g}: some seconds must lie between two looks")
     folder = _study_folder(folder)
     print(folder)
     table = follow(folder, every)

@@ -150,14 +150,14 @@ def detectable_effects(
     if seeds < 2:
         return ["One seed: differences will be anecdotal, no effect of any size can be told from chance. Give `seeds: "
                 "[1, 2, 3]`."]
-    unit = f" of {plan.metric}" if spread else " standard deviations of a paired difference"
+    unit = f"units of {plan.metric}" if spread else "standard deviations of a paired difference"
     show = lambda pairs, n: f"{detectable((spread or 1.0)/math.sqrt(pairs), seeds, 0.05/n):.3g}"
     known = f" (a paired difference varies by {spread:.3g} between seeds in earlier studies)" if spread else ""
-    out = [f"{seeds} seeds, power 80 %: smallest effect that can be told from chance, in units{unit}{known}"]
+    out = [f"{seeds} seeds, power 80 %: smallest effect that can be told from chance, in {unit}{known}"]
     for axis, levels in plan.axes.items():
         pairs = max(1, min(sum(c.levels[axis] == l for c in plan.cells) for l in levels)//seeds)
-        out.append(f"  {axis}: {show(pairs, 1)} alone, {show(pairs, max(1, questions))} as one of {questions} "
-                   f"questions ({pairs} pair{'s' if pairs > 1 else ''} a seed)")
+        several = f", {show(pairs, questions)} as one of {questions} questions" if questions > 1 else ""
+        out.append(f"  {axis}: {show(pairs, 1)} alone{several} ({pairs} pair{'s' if pairs > 1 else ''} a seed)")
     return out
 
 # %% ../../nbs/running/05_estimates.ipynb #218402ea

@@ -5,6 +5,7 @@
 # %% ../../nbs/running/02_local.ipynb #0aebf402
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -53,9 +54,23 @@ def _check_parallel(parallel: int | None):
         raise UserError(f"--parallel {parallel}: at least one run must go at a time")
 
 # %% ../../nbs/running/02_local.ipynb #3ba30ff7
+def _quota() -> float: # cores; infinite where there is none
+    "What this process's control group may use, as a container's is limited"
+    try: groups = [line.rpartition(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError: return math.inf
+    def read(path): return path.read_text().split() if path.is_file() else []
+    found = []
+    for own in {*groups, ""}:
+        place, old = Path(f"/sys/fs/cgroup{own}"), Path(f"/sys/fs/cgroup/cpu{own}")
+        found += [read(place/"cpu.max"), [*read(old/"cpu.cfs_quota_us"), *read(old/"cpu.cfs_period_us")]]
+    limits = [int(f[0])/int(f[1]) for f in found if len(f) == 2 and f[0].isdigit()]   # neither "max" nor -1
+    return min(limits, default=math.inf)
+
+# %% ../../nbs/running/02_local.ipynb #5ce1dd25
 def _cores() -> int:
     "Cores that this process may use"
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(there, _quota())))
 
 # %% ../../nbs/running/02_local.ipynb #81b7d278
 EACH = 4   # GPUs of a run, where nobody says how many

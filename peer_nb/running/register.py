@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..study.plan import Plan
 from ..study.run import PLAN, is_study, studies_in
-from ..files import UserError, cache_folder, sha256_of, write_json
+from ..files import UserError, at_home, cache_folder, sha256_of, write_json
 
 # %% auto #0
 __all__ = ['BEGINNING', 'PATIENCE', 'register_folder', 'remember', 'Earlier', 'registered', 'study_folders', 'earlier_studies']
@@ -25,7 +25,7 @@ __all__ = ['BEGINNING', 'PATIENCE', 'register_folder', 'remember', 'Earlier', 'r
 def register_folder() -> Path: # not made here
     "Where studies are entered: $PEER_NB_REGISTER, else studies/ in the user's cache"
     own = os.environ.get("PEER_NB_REGISTER")
-    return Path(own).expanduser() if own else cache_folder()/"studies"
+    return at_home(own) if own else cache_folder()/"studies"
 
 # %% ../../nbs/running/06_register.ipynb #ce76abcc
 BEGINNING = 16 # hexadecimal digits of an identity; the whole of it is compared afterwards

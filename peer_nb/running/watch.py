@@ -59,6 +59,7 @@ def short_error(
     "What ended a run: the kind of error and its class, or what cannot be read"
     if not error: return ""
     if error.get("class") == "Unreadable": return error["message"][:70]
+    if error.get("kind") == "killed": return (error.get("message") or "killed").splitlines()[0][:70]
     return f"{error.get('kind', 'code')}: {error.get('class', 'unknown')}"
 
 # %% ../../nbs/running/08_watch.ipynb #63592f61

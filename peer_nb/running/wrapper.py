@@ -187,13 +187,13 @@ def parameters_for(
     return json.loads(json.dumps({**given, "resume": resume}))
 
 # %% ../../nbs/running/01_wrapper.ipynb #5149d74f
-def _report(run: Run, plan: Plan, cell: Cell, status: Status) -> dict:
-    "Draw the run's page; an error is logged and kept"
+def _report(run: Run, plan: Plan, cell: Cell, status: Status, logged: bool = True) -> dict:
+    "Draw the run's page; an error is kept, and logged where this is the run's own process"
     sys.modules.setdefault("rfc3987_syntax", None)   # see the engine: seconds, also for who only draws
     from peer_nb.findings.run_page import run_report
     try: run_report(run, plan.study["name"], cell, status)
     except Exception as e:
-        traceback.print_exc()
+        if logged: traceback.print_exc()
         return dict(report_error=f"{type(e).__name__}: {e}")
     return {}
 
@@ -291,6 +291,6 @@ def settle(
     if not silent and not (late and run.state not in (*FINISHED, "FAILED")): return
     began = datetime.fromisoformat(run.status.started or _now())
     status = replace(run.status, **death(process.returncode, late, memory_kills() > kills))
-    said = _report(run, *_planned(run), status)
+    said = _report(run, *_planned(run), status, logged=False)
     seconds = (datetime.now(timezone.utc) - began).total_seconds()
     run.write_status(**vars(status) | said | dict(ended=_now(), seconds=round(seconds, 1)))

@@ -19,7 +19,7 @@ from ..pretrained import content_hash, pretrained_folder
 
 # %% auto #0
 __all__ = ['NOT_IDENTITY', 'TEMPLATE_PARAMETERS', 'section_hashes', 'identity', 'find_template', 'code_cells', 'parsed',
-           'template_hash', 'declared_metrics', 'imports', 'executed', 'source_hash', 'package_hash']
+           'template_hash', 'declared_metrics', 'imports', 'executed', 'source_hash', 'beside', 'package_hash']
 
 # %% ../../nbs/study/03_identity.ipynb #d622d8cf
 NOT_IDENTITY = (
@@ -189,10 +189,30 @@ def source_hash(
     root = root or Path(peer_nb.__file__).parent
     return sha256_of({path.as_posix(): sha256_of((root/path).read_bytes()) for path in executed(sources, root)})
 
+# %% ../../nbs/study/03_identity.ipynb #9259032c
+def beside(
+    template: str | Path, # a notebook
+) -> list[Path]: # sorted; nothing where it imports no such module
+    "The modules in a template's own folder that it executes, and theirs"
+    folder, found = Path(template).parent, set()
+    todo = set().union(*(imports(parsed(source, template)) for source, _ in code_cells(Path(template))))
+    while todo:
+        first = todo.pop().split(".")[0]
+        own = [folder/f"{first}.py", *sorted((folder/first).rglob("*.py"))]
+        for path in own:
+            if not path.is_file() or path in found: continue
+            found.add(path)
+            todo |= imports(ast.parse(path.read_bytes()))
+    return sorted(found)
+
 # %% ../../nbs/study/03_identity.ipynb #6fefde97
 def package_hash(
     template: str | Path, # a notebook
     root: Path | None = None, # the package; None: this one
 ) -> str:
-    "Of the part of this package that a template may execute"
-    return source_hash([source for source, _ in code_cells(Path(template))], root)
+    "Of the part of this package that a template may execute, and of the modules beside it"
+    cells, own = [source for source, _ in code_cells(Path(template))], beside(template)
+    package = source_hash([*cells, *(path.read_text(encoding="utf-8") for path in own)], root)
+    folder = Path(template).parent
+    files = {path.relative_to(folder).as_posix(): sha256_of(path.read_bytes()) for path in own}
+    return sha256_of([package, files]) if files else package

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..config import ConfigError
+from ..config import ConfigError, parse_yaml
 
 # %% auto #0
 __all__ = ['LocatedFile', 'read_place', 'at', 'placed', 'chosen_levels']
@@ -21,11 +21,16 @@ class LocatedFile(str):
     "A file's name that knows on which line its keys stand"
     lines: dict[str, int] = {} # dotted path of a key: line, from 1
 
+# %% ../../nbs/study/00_places.ipynb #7ca8c923
+def _key_name(key: yaml.ScalarNode) -> str:
+    "A key as text, as whoever reads the file has it"
+    return key.value if key.style or key.value == "<<" else str(parse_yaml(key.value, ""))
+
 # %% ../../nbs/study/00_places.ipynb #db0f9191
 def _walk(node: yaml.Node | None, path: str, lines: dict[str, int]):
-    "Note the line of every key below a node"
+    "Note the line of every key below a node, by its name as text"
     if isinstance(node, yaml.MappingNode):
-        items = [(k.value, k, v) for k, v in node.value if isinstance(k, yaml.ScalarNode)]
+        items = [(_key_name(k), k, v) for k, v in node.value if isinstance(k, yaml.ScalarNode)]
     elif isinstance(node, yaml.SequenceNode): items = [(n, v, v) for n, v in enumerate(node.value)]
     else: return
     for name, where, value in items:

@@ -237,7 +237,7 @@ def read_metrics(
 ) -> tuple[Losses, list[dict[str, Any]]]: # losses in order; lines that have evaluations
     "What a run wrote while it trained"
     if not path.exists(): return [], []
-    try: lines = json.loads("[" + ",".join(filter(None, path.read_text(encoding="utf-8").splitlines())) + "]")
+    try: lines = json.loads("[" + ",".join(filter(None, path.read_text(encoding="utf-8").split("\n"))) + "]")
     except ValueError: lines = read_jsonl(path)
     if odd := [line for line in lines if not isinstance(line, dict)]:
         raise UserError(f"{path}: {odd[0]!r:.40} is no record")

@@ -18,7 +18,7 @@ from .places import at, chosen_levels, placed, read_place
 from ..config import Config, ConfigError, Count, DataMix, Seed, Text, apply_overrides
 from ..config import convert, read_yaml, to_dict
 from ..models.options import Allowed, Positive
-from ..files import UserError, sha256_of
+from ..files import UserError, at_home, sha256_of
 
 # %% auto #0
 __all__ = ['Design', 'NOTHING', 'READERS', 'BUILTIN_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study', 'check_study_keys',
@@ -113,6 +113,9 @@ def _axes(data: Any, file: str) -> dict[str, dict[str, dict[str, Any]]]:
             if not isinstance(overrides, dict):
                 raise ConfigError(file, f"{here}.{level}", f"{overrides!r} is not a mapping of overrides "
                                   "such as train_config.learning_rate: 1e-3")
+            if odd := [key for key in overrides if not isinstance(key, str)]:
+                raise ConfigError(file, f"{here}.{level}.{odd[0]}", f"{odd[0]!r} is no name of a key, such as "
+                                  "train_config.learning_rate")
             own[_name(level, own, file, f"{here}.{level}")] = dict(overrides)
     return out
 
@@ -224,7 +227,7 @@ def load_study(
     except ConfigError as e: raise placed(e, read_place(path)) from e
     study.base_config = str(path.parent/study.base_config)
     if study.notebook.endswith(".ipynb"): study.notebook = str(path.parent/study.notebook)
-    study.reuse_from = [str((path.parent/Path(p).expanduser()).resolve()) for p in study.reuse_from]
+    study.reuse_from = [str((path.parent/at_home(p)).resolve()) for p in study.reuse_from]
     return study
 
 # %% ../../nbs/study/02_study.ipynb #3e77627d

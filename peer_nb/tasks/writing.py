@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..files import UserError, read_json, writable_folder, write_json
+from ..files import UserError, at_home, read_json, writable_folder, write_json
 from .registry import find_task
 from .task import Columns, require
 
@@ -159,7 +159,7 @@ def write_task(
     "Generate a task's data set and write it with its manifest"
     for kind in formats: require(kind in FORMATS, "formats", kind, f"must be one of {', '.join(FORMATS)}")
     require(len(formats) > 0, "formats", "()", "give at least one")
-    folder, arguments = Path(output_dir).expanduser().absolute(), find_task(task).arguments(**arguments)
+    folder, arguments = at_home(output_dir).absolute(), find_task(task).arguments(**arguments)
     try:
         if folder.parent.is_dir(): clear_up(folder)
         check_target(folder, force)

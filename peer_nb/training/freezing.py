@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import listify
 from torch import nn
 
-from ..files import UserError
+from ..files import UserError, at_home
 from ..models.product_keys import name_in_files
 
 # %% auto #0
@@ -62,7 +62,7 @@ def read_map(
     text, where = str(spec), what
     if not text.lstrip().startswith(("{", "[")):
         where = f"{what}: {text}"
-        try: text = Path(text).expanduser().read_text(encoding="utf-8")
+        try: text = at_home(text).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             why = getattr(e, "strerror", None) or e
             raise UserError(f"{where}: is neither JSON nor a file that can be read ({why}); "

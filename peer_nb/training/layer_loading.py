@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..files import UserError
+from ..files import UserError, at_home
 from .checkpoints import checkpoints
 from .freezing import pattern_regex, plain_name, read_map
 
@@ -214,7 +214,7 @@ def weights_source(
     step: int | None = None, # of a run's folder; None: the newest
 ) -> dict[str, Stored]: # name -> tensor
     "What a checkpoint holds; `UserError` when it is none"
-    path = Path(path).expanduser()
+    path = at_home(path)
     if path.is_file(): return safetensors_source([path])
     if not path.exists(): raise UserError(f"pretrained_layer_path: {path} does not exist")
     folder = checkpoint_folder(path, step)

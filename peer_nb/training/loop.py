@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..cli import make_main, steady_streams
+from ..cli import check_least, make_main, steady_streams
 from ..config import Config, apply_overrides, diff_configs, load_config, to_dict
 from ..data.corpora import data_manifest, load_tokenizer
 from ..data.packing import training_batches, differences
@@ -294,15 +294,20 @@ def metrics_line(self: Trainer,
     c.start_line()
     return line
 
+# %% ../../nbs/training/11_loop.ipynb #a8cb4cd4
+@patch(as_prop=True)
+def measured(self: Trainer) -> Config:
+    "The configuration that evaluations go by, with the size of their batches while training"
+    rows = self.train.per_device_eval_batch_size or self.cfg.eval_config.eval_batch_size
+    return replace(self.cfg, eval_config=replace(self.cfg.eval_config, eval_batch_size=rows))
+
 # %% ../../nbs/training/11_loop.ipynb #3824c781
 def score_heldout(
     trainer: Trainer, # between two steps
 ) -> dict[str, float]: # "<set>/loss", "<set>/perplexity", "<set>/bits_per_byte"
     "Held-out text of every evaluation set"
-    cfg, train = trainer.cfg, trainer.train
-    cfg = replace(cfg, eval_config=replace(cfg.eval_config, eval_batch_size=train.per_device_eval_batch_size))
     trainer.documents, found, step = {}, {}, trainer.counters.step
-    trainer.heldout = evaluate_heldout(trainer.model, trainer.tokenizer, cfg, trainer.documents,
+    trainer.heldout = evaluate_heldout(trainer.model, trainer.tokenizer, trainer.measured, trainer.documents,
                                        trainer.processes.spread)
     for name, score in trainer.heldout.items():
         log.info("step %d  %s: %.4f bits per byte, perplexity %.2f", step, name, score.bits_per_byte, score.perplexity)
@@ -314,7 +319,7 @@ def ask_facts(
     trainer: Trainer, # between two steps
 ) -> dict[str, float]: # such as "facts/test_known/exact_match"; nothing without a task
     "Recall of every generated task"
-    trainer.answers = ask_tasks(trainer.model, trainer.tokenizer, trainer.cfg)
+    trainer.answers = ask_tasks(trainer.model, trainer.tokenizer, trainer.measured)
     values = recall_metrics(trainer.answers)[0]
     for name, value in values.items():
         whole_split = name.endswith("/exact_match") and "=" not in name
@@ -326,7 +331,7 @@ def ask_benchmarks(
     trainer: Trainer, # between two steps
 ) -> dict[str, float]: # such as "arc_easy/acc"; nothing without eval_config.evals
     "Benchmarks of the configuration"
-    trainer.benchmarks = run_benchmarks(trainer.model, trainer.tokenizer, trainer.cfg)
+    trainer.benchmarks = run_benchmarks(trainer.model, trainer.tokenizer, trainer.measured)
     return {name: value for name, value in benchmark_metrics(trainer.benchmarks).items() if not name.endswith("_se")}
 
 EVALUATIONS: list[Callable[[Trainer], dict[str, float]]] = [score_heldout, ask_facts, ask_benchmarks]
@@ -544,6 +549,8 @@ def report(self: Trainer,
     c, step = self.counters, self.counters.step
     last = step == self.total_steps
     tracker.step(step, c.tokens, result.loss, result.bits_per_byte, c.tokens / c.seconds)
+    log.debug("step %d  loss %.6g, gradient norm %.4g, learning rate %.4g, %d tokens so far", step, result.loss,
+              result.grad_norm, result.learning_rate, c.tokens)
     if record := self.usage.after(step): tracker.usage(step, record)
     due = last or step % self.train.eval_steps == 0
     if not due and step % self.train.logging_steps: return
@@ -566,6 +573,7 @@ def take_steps(self: Trainer,
             last, stopped = c.step == self.total_steps, bool(self.total(len(stop)))
             if last or stopped or c.step % self.train.save_steps == 0:
                 with tracker.heartbeat.during("saving"): checkpoint = self.save()
+                log.debug("saved %s", checkpoint)
                 tracker.checkpoint(checkpoint)
             if stopped and not last:
                 by = signal.Signals(stop[0]).name if stop else "another process"
@@ -688,9 +696,10 @@ def peer_train(
     The output folder gets metrics.jsonl, usage.jsonl (experts), heartbeat.json, data.json and checkpoint-<step>/.
     SIGTERM, SIGUSR1 and SIGUSR2 (with several processes Ctrl-C, too) save after the step in progress
     and exit with code 75; --resume goes on to the bit. An approximate resume says in the log what is not exact."""
+    check_least(1, tokens=tokens)
     duration = dict.fromkeys(("train_config.max_steps", "train_config.num_train_epochs"))
     changes = {"train_config.output_dir": output_dir} if output_dir else {}
-    if tokens: changes |= duration | {"train_config.max_tokens": tokens}
+    if tokens is not None: changes |= duration | {"train_config.max_tokens": tokens}
     cfg = apply_overrides(load_config(config, checkpoint_options(overrides)), changes)
     size, cpu = (1, False) if "RANK" in os.environ else how_many(gpus, processes, cfg.train_config.parallel)
     if size > 1 or cpu:
