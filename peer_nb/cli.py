@@ -27,7 +27,7 @@ from .files import UserError
 
 # %% auto #0
 __all__ = ['TALKATIVE', 'Parameter', 'parameters', 'takes_overrides', 'parse', 'help_text', 'SteadyStream', 'steady_streams',
-           'make_main', 'check_least']
+           'quieten', 'make_main', 'check_least']
 
 # %% ../nbs/03_cli.ipynb #ef2fff09
 @dataclass
@@ -304,9 +304,14 @@ def _run(prog: str, commands: dict[str, Callable] | Callable, default: str | Non
     result = func(**parse(func, words))
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
-# %% ../nbs/03_cli.ipynb #2cb53287
-TALKATIVE = ("torchao", "torch.utils._pytree") # loggers that warn of torchao's optional parts whenever it is imported
+# %% ../nbs/03_cli.ipynb #fa3e7c4b
+TALKATIVE = ("torchao", "torch.utils._pytree") # loggers
 
+def quieten():
+    "Of libraries that talk while they are imported, hear errors only"
+    for name in TALKATIVE: logging.getLogger(name).setLevel(logging.ERROR)
+
+# %% ../nbs/03_cli.ipynb #2cb53287
 def make_main(
     prog: str, # name of the program
     commands: dict[str, Callable] | Callable, # subcommand -> function, or the only function
@@ -315,7 +320,7 @@ def make_main(
 ) -> Callable[[list[str] | None], int]: # main(argv=None) -> exit code
     "A program from functions with docments"
     def main(argv: list[str] | None = None) -> int:
-        for name in TALKATIVE: logging.getLogger(name).setLevel(logging.ERROR)
+        quieten()
         with steady_streams():
             try: return _run(prog, commands, default, doc, list(sys.argv[1:] if argv is None else argv))
             except UserError as e:

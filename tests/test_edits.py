@@ -307,18 +307,20 @@ def test_kill_9_in_the_middle_of_an_ablation_costs_nothing(sure, tmp_path):
     import sys
     import time
     checkpoint, data = sure
-    words = ["ablate", str(checkpoint), str(data), "--batch-tokens", "5", "--output"]
+    words = ["ablate", str(checkpoint), str(data), "--layers", "2", "--limit", "10", "--batch-tokens", "5", "--output"]
     script = "import sys; from peer_nb.analysis.command import main; sys.exit(main())"
     process = subprocess.Popen([sys.executable, "-c", script, *words, str(tmp_path/"killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     examples = tmp_path/"killed"/"examples.jsonl"
-    while process.poll() is None and not (examples.exists() and examples.read_bytes().count(b"\n") >= 3): time.sleep(.005)
+    while process.poll() is None and not (examples.exists() and examples.read_bytes().count(b"\n") >= 2): time.sleep(.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "it had ended before it was killed"
     done = [json.loads(line)["id"] for line in examples.read_bytes().splitlines() if line.endswith(b"}")]
-    assert 3 <= len(done) < 16
+    assert 2 <= len(done) < 10
     assert main([*words, str(tmp_path/"killed")]) == 0 and main([*words, str(tmp_path/"whole")]) == 0
     def lines(folder, name): return [json.loads(line) for line in (tmp_path/folder/name).read_text().splitlines()]
     assert [e["id"] for e in lines("killed", "examples.jsonl")][:len(done)] == done
     for name, key in (("examples.jsonl", lambda r: r["id"]), ("effects.jsonl", lambda r: (r["id"], r["layer"], r["key"]))):
         killed, whole = ({key(r): r for r in lines(folder, name)} for folder in ("killed", "whole"))
-        assert killed == whole and len(lines("killed", name)) == len(whole)
+        assert killed.keys() == whole.keys() and len(lines("killed", name)) == len(whole)
+        for one in whole: # what is left is batched anew, which may change a last bit
+            for field, value in whole[one].items(): assert killed[one][field] == (pytest.approx(value, abs=1e-9) if isinstance(value, float) else value)

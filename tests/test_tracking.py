@@ -97,6 +97,7 @@ def test_wandb_gets_every_number_of_the_metrics(offline):
         for layer, found in line["layers"].items():
             assert seen[f"experts/{layer}/usage"] == found["usage"] and seen[f"experts/{layer}/hot"] == found["hot"]
             assert seen[f"experts/{layer}/times_the_equal_share.values"] == found["experts"]
+            assert seen.get(f"experts/{layer}/turnover") == found["turnover"]
 
 
 @pytest.mark.skipif(tracking.find_spec("wandb") is None, reason="needs wandb")
@@ -191,6 +192,11 @@ def test_usage_counts_what_the_router_chose(tracked, monkeypatch):
             assert found["hot"] == int((share*64 > 2).sum()) and sum(found["experts"]) + found["unused"] == 64
             assert found["unevenness"] == pytest.approx((share[share > 0] * (64*share[share > 0]).log()).sum().item(), abs=1e-6)
             assert found["hottest"][:1] == [[row, round(times, 2)] for times, row in [(lambda m: (m.values.item(), m.indices.item()))((share*64).max(0))]][:found["hot"]]
+            assert {*found["busiest"]} == {*scores.nonzero()[:, 0].tolist()} and found["busiest"][0] == scores.argmax()
+    for name in layers.values():
+        before, now = (line["layers"][name] for line in lines)
+        gone = [row for row in before["busiest"] if row not in now["busiest"]]
+        assert before["turnover"] is None and now["turnover"] == len(gone)/len(before["busiest"])
 
 
 def test_usage_can_be_switched_off(tracked):

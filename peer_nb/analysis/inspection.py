@@ -267,10 +267,11 @@ def _read_problems(
 ) -> list[str]: # in words; empty when everything fits
     "What transformers says is wrong when it reads the weights"
     from transformers import AutoModelForCausalLM
-    from peer_nb.evaluation.loading import no_bars
-    options = dict(local_files_only=True, trust_remote_code=False, device_map="meta", ignore_mismatched_sizes=True)
+    from peer_nb.evaluation.loading import no_progress_bars
+    options = dict(local_files_only=True, trust_remote_code=False, output_loading_info=True)
     try:
-        with no_bars(): _, said = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        with no_progress_bars(): _, said = AutoModelForCausalLM.from_pretrained(
+            folder, device_map="meta", ignore_mismatched_sizes=True, **options)
     except Exception as e:   # whatever a library finds in files of unknown origin
         return [f"transformers cannot put the weights together: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"]
     wrong = [f"{name} has shape {list(held)}, the configuration asks for {list(wanted)}"

@@ -22,7 +22,7 @@ from ..pretrained import LIMITS, content_hash, pretrained_folder
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['in_folder', 'no_bars', 'read_parts', 'adapted_base', 'read_adapted', 'check_weights', 'check_finite',
+__all__ = ['in_folder', 'no_progress_bars', 'read_parts', 'adapted_base', 'read_adapted', 'check_weights', 'check_finite',
            'check_tokenizer', 'document_start', 'longest_context', 'choose_window', 'load_model', 'load_to_train',
            'model_fingerprint', 'claim_answers', 'files_fingerprint']
 
@@ -43,7 +43,7 @@ def in_folder(
 
 # %% ../../nbs/evaluation/00_loading.ipynb #a5de0043
 @contextmanager
-def no_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     "Inside, transformers draws no progress bars"
     from transformers.utils import logging
     before = logging.is_progress_bar_enabled()
@@ -64,7 +64,7 @@ def read_parts(
     if (Path(checkpoint)/"adapter_config.json").is_file(): return read_adapted(Path(checkpoint))
     options = dict(local_files_only=local, trust_remote_code=False)
     try:
-        with no_bars():
+        with no_progress_bars():
             model, loading = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True, **options)
             return model, loading, AutoTokenizer.from_pretrained(checkpoint, **options)
     except Exception as error:   # whatever a library finds in a file of unknown origin

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..children import on_signals, start_child
-from ..cli import steady_streams
+from ..cli import quieten, steady_streams
 from ..config import save_config
 from ..files import UserError
 from ..study.plan import Cell, Plan, load_plan
@@ -256,6 +256,7 @@ def main():
     "A run's process; its folder is the command line"
     faulthandler.enable()   # where a crash below Python was, for the log
     code = 1
+    quieten()
     with steady_streams():
         try: code = run_cell(sys.argv[1])
         except BaseException: traceback.print_exc()

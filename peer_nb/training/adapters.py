@@ -16,7 +16,8 @@ from ..evaluation.loading import in_folder, read_parts
 from ..files import UserError, writable_folder
 from ..lora_targets import adaptable, check_rank, find_targets
 from ..schema import LoraConfig
-from .checkpoints import no_progress_bars, publish_folder, tell_generation, tokenizer_for_generation
+from ..evaluation.loading import no_progress_bars
+from .checkpoints import publish_folder, tell_generation, tokenizer_for_generation
 from .freezing import hold_statistics
 
 if TYPE_CHECKING: from transformers import PreTrainedModel

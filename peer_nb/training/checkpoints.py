@@ -9,8 +9,6 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..config import Config, config_hash, diff_configs, load_config, save_config
+from ..evaluation.loading import no_progress_bars
 from ..files import SEAL, UserError, damages, read_json, seal_folder, write_atomic, write_json
 from ..models.product_keys import name_in_files
 from ..pretrained import content_hash, pretrained_folder
@@ -33,10 +32,10 @@ if TYPE_CHECKING: from transformers import PreTrainedModel
 
 # %% auto #0
 __all__ = ['NAME', 'KEPT', 'FREE', 'FREE_SECTIONS', 'rng_state', 'set_rng_state', 'publish_folder', 'remove_folder',
-           'checkpoints', 'latest_checkpoint', 'check_seal', 'no_progress_bars', 'tell_generation',
-           'tokenizer_for_generation', 'write_files', 'save_checkpoint', 'keep_weights', 'weights_only', 'same_base',
-           'refuse_other_config', 'refuse_other_world', 'has_adapters', 'in_files', 'kept_tensors', 'stored_names',
-           'load_weights', 'load_checkpoint']
+           'checkpoints', 'latest_checkpoint', 'check_seal', 'tell_generation', 'tokenizer_for_generation',
+           'write_files', 'save_checkpoint', 'keep_weights', 'weights_only', 'same_base', 'refuse_other_config',
+           'refuse_other_world', 'has_adapters', 'in_files', 'kept_tensors', 'stored_names', 'load_weights',
+           'load_checkpoint']
 
 # %% ../../nbs/training/03_checkpoints.ipynb #029b9256
 def rng_state() -> dict: # lists and tensors only
@@ -119,17 +118,6 @@ def check_seal(
     advice = "There is no other checkpoint beside it."
     if others: advice = f"Continue from an earlier one: --resume {others[0]}"
     raise UserError(f"{folder} is damaged: {'; '.join(problems)}. {advice}")
-
-# %% ../../nbs/training/03_checkpoints.ipynb #4b6d1cc7
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    "Keep transformers from drawing bars, and leave its setting as it was"
-    from transformers.utils import logging as hf_logging   # seconds to import: not for a command's --help
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try: yield
-    finally:
-        if shown: hf_logging.enable_progress_bar()
 
 # %% ../../nbs/training/03_checkpoints.ipynb #95606f7c
 def tell_generation(
