@@ -28,6 +28,7 @@ from peer_nb.study.study import builtin_axes, load_study
 from peer_nb.config import DataMix, load_config, load_data_mixes
 from peer_nb.evaluation.items import write_hub_shape
 from peer_nb.files import read_json, read_jsonl
+from peer_nb.tasks.registry import TASKS
 
 ROOT = Path(__file__).parent.parent
 EVIL = "<script>alert(1)</script>"
@@ -358,12 +359,13 @@ def test_the_demo_study_is_what_it_says():
     assert match["selection_heads", "active experts per token"].mismatch == 3.0 and match["all cells", "tokens"].matched
 
 
-@pytest.mark.parametrize("path", sorted((ROOT/"configs"/"memory"/"studies").glob("*.yaml")), ids=lambda p: p.stem)
-def test_a_study_of_every_memory_task(path):
+@pytest.mark.parametrize("task", TASKS)
+def test_a_study_of_every_memory_task(task):
+    path = ROOT/"configs"/"memory"/"studies"/f"{task}.yaml"
     study = load_study(path)
     plan = make_plan(study, load_config(study.base_config), fingerprint=lambda config: "text")
     assert len(plan.cells) == 9 and {len(study.seeds), len(plan.axes["feed_forward"])} == {3}
-    assert plan.metric.startswith(path.stem + "/") and plan.metric.endswith("/exact_match") and plan.direction == "maximize"
+    assert plan.metric.startswith(task + "/") and plan.metric.endswith("/exact_match") and plan.direction == "maximize"
     assert [c.parameters["memory_tables"] > 0 for c in plan.cells[::3]] == [False, True, True]
 
 
