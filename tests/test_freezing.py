@@ -76,7 +76,7 @@ def run(tmp_path, monkeypatch):
     "A command that trains a tiny model in a folder of its own; gives the exit code"
     monkeypatch.setenv("PEER_NB_CACHE", str(tmp_path/"cache"))
     config = dict(model_config=TINY, dataset_config=dict(datasets=[FACTS], tokenizer_name="bytes", max_seq_length=32), eval_config=dict(max_tokens=64),
-        train_config=dict(per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=4, save_steps=2, learning_rate=1e-2, save_total_limit=None))
+        train_config=dict(per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=4, save_steps=2, learning_rate=1e-2, save_total_limit=None, keep_optimizer_state=True))
     (tmp_path/"run.yaml").write_text(json.dumps(config))
     return lambda name, *words: main(["--config", str(tmp_path/"run.yaml"), "--output-dir", str(tmp_path/name), *words])
 
