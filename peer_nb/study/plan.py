@@ -64,7 +64,8 @@ class Cell:
 # %% ../../nbs/study/05_plan.ipynb #a83e6b78
 def _planned(plan: Plan) -> dict[str, Any]:
     "What is frozen"
-    return {k: v for k, v in asdict(plan).items() if k != "about"}
+    frozen = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name != "about"}
+    return frozen | {"cells": [vars(cell) for cell in plan.cells]}
 
 # %% ../../nbs/study/05_plan.ipynb #9ab15ebf
 @dataclass(repr=False)

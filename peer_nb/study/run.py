@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -27,8 +27,9 @@ from ..files import UserError, read_json, read_jsonl, sha256_of, write_json, wri
 
 # %% auto #0
 __all__ = ['PLAN', 'STUDY', 'BASE', 'RUNS', 'EARLIER', 'FILES', 'State', 'FINISHED', 'PULSE', 'LOST', 'Losses', 'Items',
-           'file_name', 'is_study', 'studies_in', 'fits', 'shaped', 'NotFinite', 'Result', 'read_result', 'Status',
-           'process_mark', 'is_alive', 'pulse', 'read_metrics', 'read_items', 'read_heartbeat', 'Run', 'read_status']
+           'file_name', 'is_study', 'studies_in', 'fits', 'types_of', 'shaped', 'NotFinite', 'Result', 'read_result',
+           'Status', 'process_mark', 'is_alive', 'pulse', 'read_metrics', 'read_items', 'read_heartbeat', 'Run',
+           'read_status']
 
 # %% ../../nbs/study/04_run.ipynb #240696e5
 PLAN, STUDY, BASE, RUNS, EARLIER = "plan.json", "study.yaml", "base.yaml", "runs", "earlier"
@@ -79,6 +80,14 @@ def fits(
     if kind is int: return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
 
+# %% ../../nbs/study/04_run.ipynb #168ce168
+@cache
+def types_of(
+    kind: type, # a dataclass
+) -> dict[str, Any]: # field: its type
+    "What a dataclass takes, worked out once and not for each file"
+    return get_type_hints(kind)
+
 # %% ../../nbs/study/04_run.ipynb #289ad1fc
 def shaped(
     kind: type, # a dataclass
@@ -87,7 +96,7 @@ def shaped(
 ) -> Any: # the dataclass
     "Data as a dataclass; a UserError names the first field that does not fit"
     if not isinstance(data, dict): raise UserError(f"{where}: {data!r:.40} where an object is expected")
-    hints, own = get_type_hints(kind), {}
+    hints, own = types_of(kind), {}
     for f in fields(kind):
         if f.name not in data: continue
         if not fits(data[f.name], hints[f.name]):
