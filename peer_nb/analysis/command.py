@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .interventions_command import COMMANDS as INTERVENTIONS
+from .routing_command import COMMANDS as ROUTES, drawn
 from .any_model import check_closed_form, count_any
 from .inspection import (
     Checkpoint, compare_checkpoints, damages_of, inspect_checkpoint, misfits, open_checkpoint)
@@ -35,8 +36,8 @@ if TYPE_CHECKING: from peer_nb.analysis.expert_usage import UsageRun
 __all__ = ['PARTS', 'STATE', 'SAVE_SECONDS', 'COMMANDS', 'main', 'say', 'report_result', 'config_of_model', 'own_config',
            'has_training', 'training_step', 'own_parameters', 'foreign_parameters', 'parameters_text', 'parameters',
            'in_turn', 'chosen_entries', 'save_state', 'load_state', 'Stop', 'check_for_usage', 'load_for_usage',
-           'count_texts', 'hottest_text', 'usage_text', 'measure', 'usage', 'checkpoint_text', 'checkpoint',
-           'compare_text', 'compare', 'page']
+           'count_texts', 'hottest_text', 'usage_text', 'measure', 'usage', 'checkpoint_text', 'check_fit_of',
+           'checkpoint', 'compare_text', 'compare', 'page']
 
 # %% ../../nbs/analysis/16_command.ipynb #80f1d3ef
 def say(
@@ -54,7 +55,7 @@ def report_result(
     "Write the result and its page, and say where"
     from peer_nb.analysis.drawings import DRAW
     if output is None: return
-    page = write_analysis(output, result, DRAW[kind])
+    page = write_analysis(output, result, DRAW[kind] if kind in DRAW else drawn(kind)[0])
     say(f"\n{page}\n{page.with_suffix('.json')}")
 
 # %% ../../nbs/analysis/16_command.ipynb #3117886e
@@ -441,15 +442,34 @@ def checkpoint_text(
     whole = f"{len(result['tensors'])} tensors, {dtypes}, {size_text(result['bytes'])}; not finite: {bad}"
     return "\n".join([*lines, "", whole])
 
+# %% ../../nbs/analysis/16_command.ipynb #e3ed19bd
+def check_fit_of(
+    path: Path, # of the checkpoint
+    config: Path | None, # configuration; None: its own
+    output: Path | None, # folder for check.json and check.html
+) -> int: # exit code
+    "Trace the shapes of a checkpoint"
+    from peer_nb.analysis.shape_trace import check_shapes, first_misfit, shapes_text
+    found = check_shapes(path, config)
+    say(shapes_text(found))
+    report_result("check", analysis_result("check", [path], found, complete=first_misfit(found) is None), output)
+    if wrong := first_misfit(found): raise UserError(f"{path}: {wrong}")
+    say(f"\nall {len(found['tensors'])} tensors fit")
+    return 0
+
 # %% ../../nbs/analysis/16_command.ipynb #e7647e1f
 def checkpoint(
     path: Path, # checkpoint folder, or a .safetensors file
-    output: Path | None = None, # folder for checkpoint.json and checkpoint.html
+    check: bool = False, # trace every shape from the embedding to the head, and say what to change
+    config: Path | None = None, # for --check: a configuration (.yaml) instead of the checkpoint's own
+    output: Path | None = None, # folder for checkpoint.json and checkpoint.html, or check.json and check.html
 ) -> int: # exit code
     """Look into a checkpoint without loading it: shapes, formats, norms, numbers that are not finite, rows of tables
 
     peer-analyze checkpoint output/checkpoint-1000 --output report
+    peer-analyze checkpoint output/checkpoint-1000 --check --config configs/config.yaml
     """
+    if check or config is not None: return check_fit_of(path, config, output)
     found = inspect_checkpoint(open_checkpoint(path), Progress("tensors"))
     say(checkpoint_text(found))
     report_result("checkpoint", analysis_result("checkpoint", [path], found, complete=not found["misfits"]), output)
@@ -521,6 +541,6 @@ def page(
 
 # %% ../../nbs/analysis/16_command.ipynb #81ae068e
 COMMANDS = {"parameters": parameters, "usage": usage, "checkpoint": checkpoint, "compare": compare, "page": page}
-COMMANDS |= INTERVENTIONS
+COMMANDS |= INTERVENTIONS | ROUTES
 main = make_main("peer-analyze", COMMANDS,
                  doc="Look inside a model: its size and cost, the use of its memories, the contents of a checkpoint")

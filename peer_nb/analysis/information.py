@@ -55,12 +55,16 @@ def class_information(
 # %% ../../nbs/analysis/20_information.ipynb #0847368c
 def turned(
     labels: np.ndarray, # [tokens] document after document
-    borders: np.ndarray, # [documents+1] where each begins, and the end
+    borders: np.ndarray, # [documents+1] where each begins, and the end; none without tokens
     rng: np.random.Generator, # draws how far
 ) -> np.ndarray: # [tokens]
-    "Labels moved on within their documents, each by a number of places of its own"
-    lengths = np.diff(borders)
-    shift = np.floor(rng.random(len(lengths)) * lengths).astype(np.int64)
+    "Labels that begin with another of their document's runs"
+    lengths, new = np.diff(borders), np.append(True, labels[1:] != labels[:-1])
+    new[borders[:-1]] = True
+    runs = np.flatnonzero(new)
+    first = np.searchsorted(runs, borders)                                     # number of each document's first run
+    drawn = first[:-1] + np.floor(rng.random(len(lengths)) * np.diff(first)).astype(np.int64)
+    shift = runs[drawn] - borders[:-1]
     place = np.arange(len(labels)) - np.repeat(borders[:-1], lengths) + np.repeat(shift, lengths)
     return labels[np.repeat(borders[:-1], lengths) + place % np.repeat(lengths, lengths)]
 

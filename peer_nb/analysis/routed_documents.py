@@ -149,7 +149,8 @@ def file_documents(
     for (file, unit, number), row in islice(rows, limit):
         made = row_document(f"{Path(file).stem}/{number}", row)
         if made is None and kind != "text":
-            raise UserError(f"{file}, {unit} {number}: has neither text, nor prompt and answer, nor question and answer")
+            raise UserError(f"{file}, {unit} {number}: has neither text, nor prompt and answer, nor question and "
+                            "answer")
         if made is not None: found.append(made)
     return found
 

@@ -62,7 +62,8 @@ def answer_facts(
     place = torch.from_numpy(np.flatnonzero(tokens.predicts))
     if not len(place): return {}
     target = torch.from_numpy(tokens.ids)[place + 1][None].to(hidden.device)      # [1, A]
-    logprob, right = answer_logprobs(model, hidden[place.to(hidden.device)][None], target, torch.ones_like(target).bool())
+    real = torch.ones_like(target, dtype=torch.bool)
+    logprob, right = answer_logprobs(model, hidden[place.to(hidden.device)][None], target, real)
     return dict(answer=len(place), loss=-float(logprob.sum()), exact=bool(right.all()))
 
 # %% ../../nbs/analysis/19_routing_records.ipynb #a0102db2
@@ -140,7 +141,8 @@ def write_part(
     "Write a part, whole or not at all"
     import pyarrow as pa
     import pyarrow.parquet as pq
-    def column(a): return pa.array(a) if a.ndim == 1 else pa.FixedSizeListArray.from_arrays(pa.array(a.ravel()), a.shape[1])
+    def column(a):
+        return pa.array(a) if a.ndim == 1 else pa.FixedSizeListArray.from_arrays(pa.array(a.ravel()), a.shape[1])
     table = pa.table({name: column(a) for name, a in columns.items()})
     table = table.replace_schema_metadata({"documents": json.dumps(about)})
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -163,7 +165,8 @@ def write_records(
 ) -> Records:
     "Run what is not yet there"
     chosen = chosen_layers(model, layers)
-    sizes = {str(n): dict(heads=l.num_heads, k=l.top_k, rows=l.num_experts, sizes=list(l.sizes)) for n, l in chosen.items()}
+    sizes = {str(n): dict(heads=layer.num_heads, k=layer.top_k, rows=layer.num_experts, sizes=list(layer.sizes))
+             for n, layer in chosen.items()}
     write_json(folder/"layers.json", sizes)
     for torn in folder.glob(".part-*.tmp"): torn.unlink()
     parts, show = parts_of(documents), Progress("documents", len(documents))
@@ -186,6 +189,9 @@ class Records:
     def layers(self) -> dict[int, dict]: # number -> heads, k, rows, sizes
         "What is known of the memory layers"
         return {int(n): about for n, about in json.loads((self.folder/"layers.json").read_text()).items()}
+
+    @property
+    def bytes(self) -> int: return sum(p.stat().st_size for p in self.paths) # on the disk
 
     @property
     def paths(self) -> list[Path]: return [self.folder/f"part-{n:05}.parquet" for n in range(self.count)]

@@ -40,10 +40,11 @@ def documents_of_rows(
 ) -> np.ndarray: # [rows] int32
     "How many documents retrieved each row"
     found, document = np.zeros(records.layers[layer]["rows"], np.int32), records.column("document")
-    start = 0
+    start, classes = 0, 1 + int(labels.max())
     for keys in records.each(layer):
         part = slice(start, start := start + len(keys))
-        found += np.bincount(pair_counts(document[part], labels[part], keys, 1 + labels.max())[1], minlength=len(found))
+        _, row, _ = pair_counts(document[part], labels[part], keys, classes)
+        found += np.bincount(row, minlength=len(found)).astype(np.int32)
     return found
 
 # %% ../../nbs/analysis/21_specialised.ipynb #509c19b4
@@ -56,7 +57,8 @@ def row_sums(
     _, row, own = pairs
     total = own.sum(1, keepdims=True)
     beyond = own - base * total
-    terms = (own, np.broadcast_to(total, own.shape), own**2, own*total, beyond, beyond**2, np.broadcast_to(total**2, own.shape))
+    wide, wide2 = (np.broadcast_to(t, own.shape) for t in (total, total**2))
+    terms = (own, wide, own**2, own*total, beyond, beyond**2, wide2)
     def summed(values): return np.stack([np.bincount(row, c, minlength=rows) for c in values.T.astype(np.float64)], 1)
     return np.stack([summed(t) for t in terms])
 
@@ -122,7 +124,7 @@ def block_sums(
 def specialised_rows(
     layers: dict[int, dict[str, np.ndarray]], # layer -> of `layer_tests`
     names: list[str], # of the classes
-    most: int = 200, # rows that are listed, the surest first
+    most: int = 40, # rows of each class that are listed, the surest first
 ) -> dict: # tested, found by layer and class, rows
     "Rows that one class retrieves more than its share"
     every = np.concatenate([found["p"].ravel() for found in layers.values()]) if layers else np.zeros(0)
@@ -142,4 +144,5 @@ def specialised_rows(
             rows.append(dict(layer=layer, row=int(found["row"][i]), name=names[c], documents=int(found["documents"][i]),
                              base=float(found["base"][c]), holm=float(mine[i, c]), **numbers))
     rows.sort(key=lambda r: (r["holm"], -r["share"] / max(r["base"], 1e-9)))
-    return dict(tests=int((~np.isnan(every)).sum()), layers=counts, rows=rows[:most])
+    listed = [r for name in names for r in [r for r in rows if r["name"] == name][:most]]
+    return dict(tests=int((~np.isnan(every)).sum()), layers=counts, rows=listed)
