@@ -24,10 +24,11 @@ __all__ = ['LINE', 'QUERY', 'RELATIONS', 'SAMPLED', 'TEXT_RELATIONS', 'asked_hop
            'query_rows', 'jaccard', 'pair_overlaps', 'document_pairs', 'token_overlaps', 'text_overlaps',
            'relation_rows']
 
-# %% ../../nbs/analysis/22_consistency.ipynb #a3929acc
+# %% ../../nbs/analysis/22_consistency.ipynb #d306a00f
 LINE = re.compile(r"(?m)^([^\s=']+) = '?([^\s=']+)'?$")
 QUERY = re.compile(r"(?m)^([^\s=']+) = '")
 
+# %% ../../nbs/analysis/22_consistency.ipynb #a3929acc
 def asked_hop(
     text: str, # of a document
 ) -> tuple[str, str] | None: # query, and the hash that its line leads to; None: not in HashHop's format
@@ -45,9 +46,10 @@ def renamed_hashes(
     "A document with other names for some of its hashes"
     return re.sub(r"[^\s=']+", lambda m: names.get(m[0], m[0]), text)
 
-# %% ../../nbs/analysis/22_consistency.ipynb #189a57b0
+# %% ../../nbs/analysis/22_consistency.ipynb #76d9add0
 RELATIONS = ("unrelated", "hash", "hop", "prefix")
 
+# %% ../../nbs/analysis/22_consistency.ipynb #189a57b0
 def planted(
     first: str, # a document
     second: str, # another
@@ -126,10 +128,11 @@ def document_pairs(
         else: waiting[alike] = d
     return pairs[:most]
 
-# %% ../../nbs/analysis/22_consistency.ipynb #41b87a18
+# %% ../../nbs/analysis/22_consistency.ipynb #20747148
 SAMPLED = 48 # tokens of a document
 TEXT_RELATIONS = ("unrelated", "same token", "same class")
 
+# %% ../../nbs/analysis/22_consistency.ipynb #41b87a18
 def token_overlaps(
     one: tuple[np.ndarray, np.ndarray, np.ndarray], # ids and classes [n]; rows [n, heads, k]
     other: tuple[np.ndarray, np.ndarray, np.ndarray], # of another document

@@ -57,9 +57,10 @@ def entity_features(
             "palindrome": [float(len(e) > 1 and e == e[::-1]) for e in entities],
             "shared prefix": shared_prefixes(entities)}
 
-# %% ../../nbs/analysis/28_entity_features.ipynb #54a9aed3
+# %% ../../nbs/analysis/28_entity_features.ipynb #7bea5ad4
 Features = Callable[[Sequence[str]], dict[str, Sequence[float]]]
 
+# %% ../../nbs/analysis/28_entity_features.ipynb #54a9aed3
 def features_from(
     name: str | None, # FILE.py:FUNCTION; None: `entity_features`
 ) -> Features:

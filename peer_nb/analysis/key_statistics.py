@@ -92,9 +92,10 @@ def exclusive_by_chance(
     p = s.documents / documents
     return float((documents * p * (1 - p)**(documents - 1)).sum())
 
-# %% ../../nbs/analysis/26_key_statistics.ipynb #71480976
+# %% ../../nbs/analysis/26_key_statistics.ipynb #942e3b60
 EXPOSURE = ("frequency", "exposures", "split")
 
+# %% ../../nbs/analysis/26_key_statistics.ipynb #71480976
 def bucket_of(
     about: dict, # facts of a document
 ) -> str: # such as frequency=8
@@ -121,9 +122,10 @@ def bucket_rows(
                           rows_low=width.low, rows_high=width.high, own=float(own[mine].mean())))
     return found
 
-# %% ../../nbs/analysis/26_key_statistics.ipynb #bcb70fbc
+# %% ../../nbs/analysis/26_key_statistics.ipynb #25158990
 CLUSTERED, SHARED = 64, .5 # busiest rows of a layer; overlap of the documents within a cluster
 
+# %% ../../nbs/analysis/26_key_statistics.ipynb #bcb70fbc
 def together(
     records: Records, # of a model
     layer: int, # number
@@ -152,9 +154,10 @@ def together(
     clusters.sort(key=len, reverse=True)
     return dict(rows=busy[order].tolist(), overlap=overlap.round(4).tolist(), clusters=clusters)
 
-# %% ../../nbs/analysis/26_key_statistics.ipynb #da1f8f46
+# %% ../../nbs/analysis/26_key_statistics.ipynb #696f4bdd
 BUSIEST = 50 # rows of a layer that are listed
 
+# %% ../../nbs/analysis/26_key_statistics.ipynb #da1f8f46
 def listed_rows(
     s: RowSums, # of a layer
     documents: int, # in all

@@ -17,7 +17,7 @@ from .key_statistics import bucket_of, layer_keys, row_totals
 from .redundancy import layer_redundancy
 from .routed_documents import Document
 from .routing import cut_facts, tokens_of
-from .routing_page import left_out_lines, small_p, with_interval
+from .routing_page import left_out_lines, small_p, share_with_interval
 from .routing_records import write_records
 from ..charts import SCALE, Dot, new_figure, series_figure
 from ..evaluation.loading import choose_window, claim_answers, files_fingerprint, load_model
@@ -29,13 +29,15 @@ from ..page import table_html, text_html
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['POINTS', 'fact_numbers', 'keys_of_model', 'heads_of_rows', 'together_figure', 'bucket_html', 'layer_html',
+__all__ = ['POINTS', 'BUCKET_COLUMNS', 'BUSY_COLUMNS', 'OWN_COLUMNS', 'NEAR_COLUMNS', 'PAIR_COLUMNS', 'fact_numbers',
+           'keys_of_model', 'heads_of_rows', 'together_figure', 'bucket_html', 'clusters_text', 'layer_html',
            'redundancy_html', 'correlation_figure', 'points_figure', 'facts_section', 'draw_keys', 'keys_text',
            'run_keys']
 
-# %% ../../nbs/analysis/29_memory_keys.ipynb #0ccd9420
+# %% ../../nbs/analysis/29_memory_keys.ipynb #cfd21152
 POINTS = 1000 # facts that the file lists, for the figure
 
+# %% ../../nbs/analysis/29_memory_keys.ipynb #0ccd9420
 def fact_numbers(
     documents: list[dict], # facts of all documents
     widths: list[tuple[np.ndarray, np.ndarray]], # of each layer: rows and own rows of each document
@@ -114,6 +116,10 @@ def together_figure(
     figure.update_xaxes(type="category", showticklabels=False, title=dict(text="rows, as the tree has them"))
     return figure.update_yaxes(type="category", autorange="reversed", showticklabels=False)
 
+# %% ../../nbs/analysis/29_memory_keys.ipynb #c901a6b9
+BUCKET_COLUMNS = dict(layer="layer", bucket="exposure", facts="facts", known="known (95 %)", loss="loss, nats",
+                      rows="rows of a fact", own="rows of its own")
+
 # %% ../../nbs/analysis/29_memory_keys.ipynb #7780e226
 def bucket_html(
     result: dict, # of kind keys
@@ -122,14 +128,27 @@ def bucket_html(
     rows, series = [], {}
     for layer in result["layers"]:
         for b in layer["buckets"]:
-            rows.append(dict(layer=layer["layer"], **b) | dict(known=with_interval(b["known"], b["low"], b["high"])))
+            known = share_with_interval(b["known"], b["low"], b["high"])
+            rows.append(dict(layer=layer["layer"]) | b | dict(known=known))
             dot = Dot(b["bucket"], b["rows"], b["rows_low"], b["rows_high"])
             series.setdefault(f"layer {layer['layer']}", []).append(dot)
-    columns = dict(layer="layer", bucket="exposure", facts="facts", known="known (95 %)", loss="loss, nats",
-                   rows="rows of a fact", own="rows of its own")
     drawn = series_figure(series, "", "rows of a fact", share=False)
     figure = figure_html(drawn, "Different rows that a fact retrieves, mean and interval over facts.")
-    return section_html("By exposure", figure, table_html(rows, columns))
+    return section_html("By exposure", figure, table_html(rows, BUCKET_COLUMNS))
+
+# %% ../../nbs/analysis/29_memory_keys.ipynb #6bcae64e
+BUSY_COLUMNS = dict(row="row", retrievals="retrievals", documents="documents", frequency="of the tokens",
+                    weight="weight", variance="its variance", dispersion="dispersion")
+
+# %% ../../nbs/analysis/29_memory_keys.ipynb #26729768
+OWN_COLUMNS = dict(row="row", document="document", asked="asked", retrievals="retrievals")
+
+# %% ../../nbs/analysis/29_memory_keys.ipynb #0f67e1d4
+def clusters_text(
+    clusters: list[list[int]], # rows
+) -> str:
+    "The first rows of the largest clusters"
+    return "; ".join(", ".join(f"{r:,}" for r in c[:8]) for c in clusters[:4]) or "none"
 
 # %% ../../nbs/analysis/29_memory_keys.ipynb #b5a36654
 def layer_html(
@@ -137,21 +156,23 @@ def layer_html(
 ) -> Markup:
     "The busiest rows of a layer, its clusters, and rows that are one fact's own"
     alone, clusters = layer["exclusive"], layer["together"]["clusters"]
-    said = "; ".join(", ".join(f"{r:,}" for r in c[:8]) for c in clusters[:4]) or "none"
+    said = clusters_text(clusters)
     lead = (f"{layer['unused']:,} of {layer['rows']:,} rows are never retrieved, {len(layer['hot'])} are hot. "
             f"{alone['rows']:,} rows are one document's own ({alone['by_chance']:,.0f} would be, if documents "
             f"retrieved rows independently), of {alone['facts']:,} documents. Clusters of rows that share half of "
             f"their documents: {said}.")
     busiest = [r | dict(frequency=f"{r['frequency']:.2%}") for r in layer["busiest"][:20]]
-    columns = dict(row="row", retrievals="retrievals", documents="documents", frequency="of the tokens",
-                   weight="weight", variance="its variance", dispersion="dispersion")
     figures = charts_html(figure_html(heads_of_rows(layer), "The busiest rows; 1 (dotted) is chance."),
                           figure_html(together_figure(layer), "Overlap of the documents that two rows go with."))
-    own = table_html(alone["listed"][:15], dict(row="row", document="document", asked="asked", retrievals="retrievals"))
+    own = table_html(alone["listed"][:15], OWN_COLUMNS)
     if alone["listed"]: own = text_html("Rows of one document alone, those with most retrievals first.", "soft") + own
-    table = table_html(busiest, columns, sort=True)
+    table = table_html(busiest, BUSY_COLUMNS, sort=True)
     if not alone["listed"]: own = Markup("")
     return section_html(f"Layer {layer['layer']}", text_html(lead), figures, table, own)
+
+# %% ../../nbs/analysis/29_memory_keys.ipynb #e2e8db8b
+NEAR_COLUMNS = dict(layer="layer", what="what", vectors="compared", redundant="redundant", median="nearest, median",
+                    by_chance="if shuffled", highest="nearest, largest", threshold="largest if shuffled", which="pairs")
 
 # %% ../../nbs/analysis/29_memory_keys.ipynb #66b828dd
 def redundancy_html(
@@ -167,11 +188,9 @@ def redundancy_html(
     for r in rows:
         r |= dict(median=r["nearest"][1], highest=r["nearest"][3], by_chance=r["chance"][1],
                   which=", ".join(f"{p['first']:,} ~ {p['second']:,} ({p['cosine']:.2f})" for p in r["pairs"][:3]))
-    columns = dict(layer="layer", what="what", vectors="compared", redundant="redundant", median="nearest, median",
-                   by_chance="if shuffled", highest="nearest, largest", threshold="largest if shuffled", which="pairs")
     lead = ("Cosine to the nearest other vector. Redundant is what is nearer than any two of nineteen tables whose "
-            "columns were shuffled; of the tables, rows that were retrieved are compared.")
-    return section_html("Redundancy", text_html(lead), table_html(rows, columns, sort=True))
+            "NEAR_COLUMNS were shuffled; of the tables, rows that were retrieved are compared.")
+    return section_html("Redundancy", text_html(lead), table_html(rows, NEAR_COLUMNS, sort=True))
 
 # %% ../../nbs/analysis/29_memory_keys.ipynb #1befe934
 def correlation_figure(
@@ -204,6 +223,9 @@ def points_figure(
                            hovertemplate="%{text}: %{x:.3g}, %{y:.3g}")
     return figure
 
+# %% ../../nbs/analysis/29_memory_keys.ipynb #180845b7
+PAIR_COLUMNS = dict(feature="feature", outcome="outcome", facts="facts", rho="rho", p="p", p_family="p, all pairs")
+
 # %% ../../nbs/analysis/29_memory_keys.ipynb #aa3cc5e9
 def facts_section(
     result: dict, # of kind keys
@@ -214,10 +236,9 @@ def facts_section(
     lead = (f"Spearman's correlation of ranks within exposure buckets, over {facts['facts']:,} facts; p by "
             f"{result['permutations']:,} other orders of the facts of each bucket, and for all pairs together.")
     rows = [r | dict(p=small_p(r["p"]), p_family=small_p(r["p_family"])) for r in facts["correlations"]]
-    columns = dict(feature="feature", outcome="outcome", facts="facts", rho="rho", p="p", p_family="p, all pairs")
     figures = charts_html(figure_html(correlation_figure(facts), "Rank correlations; – has no spread."),
                           figure_html(points_figure(facts), "The pair that goes together most."))
-    return section_html("Patterns in entities", text_html(lead), figures, table_html(rows, columns, sort=True))
+    return section_html("Patterns in entities", text_html(lead), figures, table_html(rows, PAIR_COLUMNS, sort=True))
 
 # %% ../../nbs/analysis/29_memory_keys.ipynb #307f9dfb
 def draw_keys(

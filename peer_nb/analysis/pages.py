@@ -102,8 +102,8 @@ SCHEMAS["check"] = dict(
 NEAR = dict(vectors=WHOLE, redundant=WHOLE, threshold=NUMBER, nearest=many(NUMBER), chance=many(NUMBER), pairs=many(
     fields(first=WHOLE, second=WHOLE, cosine=NUMBER)))
 BUCKET = fields(
-    bucket=TEXT, facts=WHOLE, known=maybe(NUMBER), low=maybe(NUMBER), high=maybe(NUMBER), loss=maybe(NUMBER), rows=NUMBER,
-    rows_low=maybe(NUMBER), rows_high=maybe(NUMBER), own=NUMBER)
+    bucket=TEXT, facts=WHOLE, known=maybe(NUMBER), low=maybe(NUMBER), high=maybe(NUMBER), loss=maybe(NUMBER),
+    rows=NUMBER, rows_low=maybe(NUMBER), rows_high=maybe(NUMBER), own=NUMBER)
 BUSY = fields(row=WHOLE, retrievals=WHOLE, documents=WHOLE, frequency=NUMBER, weight=NUMBER, variance=NUMBER,
               dispersion=NUMBER)
 ALONE = fields(row=WHOLE, document=TEXT, retrievals=WHOLE, asked=TEXT)
@@ -114,7 +114,8 @@ LAYER_KEYS = fields(
     together=fields(rows=many(WHOLE), overlap=many(many(NUMBER)), clusters=many(many(WHOLE))),
     redundancy=fields(keys=many(fields(head=maybe(WHOLE), dimension=WHOLE, **NEAR)), tables=many(
         fields(table=TEXT, **NEAR))))
-CORRELATION = fields(feature=TEXT, outcome=TEXT, facts=WHOLE, rho=maybe(NUMBER), p=maybe(NUMBER), p_family=maybe(NUMBER))
+CORRELATION = fields(
+    feature=TEXT, outcome=TEXT, facts=WHOLE, rho=maybe(NUMBER), p=maybe(NUMBER), p_family=maybe(NUMBER))
 SCHEMAS["keys"] = READ | dict(
     threshold=NUMBER, at=TEXT, layers=many(LAYER_KEYS), facts=maybe(fields(
         facts=WHOLE, known=NUMBER, loss=NUMBER, points=many(ANY), correlations=many(CORRELATION))))

@@ -41,9 +41,10 @@ def shuffled_columns(
     order = torch.rand(vectors.shape, generator=rng).argsort(0).to(vectors.device)
     return vectors.gather(0, order)
 
-# %% ../../nbs/analysis/27_redundancy.ipynb #7a6c09c9
+# %% ../../nbs/analysis/27_redundancy.ipynb #18a689cc
 SHUFFLES, LISTED_PAIRS = 19, 20
 
+# %% ../../nbs/analysis/27_redundancy.ipynb #7a6c09c9
 def redundancy(
     vectors: Tensor, # [n, d]
     numbers: np.ndarray, # [n] what each is called
@@ -61,9 +62,10 @@ def redundancy(
                 chance=null.flatten()[:2**20].quantile(parts).tolist(),
                 pairs=[dict(first=int(numbers[i]), second=int(numbers[j]), cosine=c) for (i, j), c in best])
 
-# %% ../../nbs/analysis/27_redundancy.ipynb #ea5ce247
+# %% ../../nbs/analysis/27_redundancy.ipynb #de316159
 MOST_ROWS_COMPARED = 2048
 
+# %% ../../nbs/analysis/27_redundancy.ipynb #ea5ce247
 def layer_redundancy(
     layer: MemoryLayer, # of a model
     used: np.ndarray, # rows that were retrieved

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fastcore.basics import patch
 
 from .token_classes import token_classes
 from ..data.masking import Surfaces, lifted, surfaces_of
@@ -25,8 +26,9 @@ from ..tasks.registry import find_task
 from ..tasks.task import byte_places
 
 # %% auto #0
-__all__ = ['MARK', 'FIELDS_READ', 'Document', 'gsm8k_document', 'gsm8k_documents', 'gsm8k_rows', 'task_documents',
-           'task_document', 'row_document', 'file_documents', 'read_documents', 'Tokens', 'document_tokens']
+__all__ = ['MARK', 'FIELDS_READ', 'Document', 'gsm8k_document', 'refuse_unanswered', 'gsm8k_documents', 'gsm8k_rows',
+           'memory_task_documents', 'task_document', 'row_document', 'file_documents', 'read_documents', 'Tokens',
+           'document_tokens']
 
 # %% ../../nbs/analysis/18_routed_documents.ipynb #60f417f9
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ class Document:
     groups: dict[str, Any] = field(default_factory=dict) # what it is counted by
     asked: str = "" # what the answer is about: a prompt, a hash
 
-# %% ../../nbs/analysis/18_routed_documents.ipynb #e79f7a7f
+# %% ../../nbs/analysis/18_routed_documents.ipynb #d782c534
 MARK = "#### "
 
+# %% ../../nbs/analysis/18_routed_documents.ipynb #e79f7a7f
 def gsm8k_document(
     name: str, # of the file and the number
     row: dict, # with question and answer
@@ -53,6 +56,16 @@ def gsm8k_document(
     if begin < len(text) - len(solution) or not text[begin + len(MARK):].strip(): return None
     return Document(name, text, ((begin + len(MARK), len(text)),), {}, question)
 
+# %% ../../nbs/analysis/18_routed_documents.ipynb #509af944
+def refuse_unanswered(
+    path: str, # of the file
+    without: list[str], # such as line 3
+) -> None:
+    "Name the problems that have no answer"
+    few = ", ".join(without[:10]) + (f" and {len(without) - 10} more" if without[10:] else "")
+    raise UserError(f"{path}: without a final answer ('{MARK}NUMBER' in the field answer): {few}; mend these or leave "
+                    "them out")
+
 # %% ../../nbs/analysis/18_routed_documents.ipynb #a275f87b
 def gsm8k_documents(
     rows: Iterable[tuple[tuple[str, str, int], dict]], # of `read_rows`
@@ -64,10 +77,7 @@ def gsm8k_documents(
         made = gsm8k_document(f"{Path(path).stem}/{number}", row)
         if made is None: without.append(f"{unit} {number}")
         else: found.append(made)
-    if without:
-        few = ", ".join(without[:10]) + (f" and {len(without) - 10} more" if without[10:] else "")
-        raise UserError(f"{path}: without a final answer ('{MARK}NUMBER' in the field answer): {few}; "
-                        "mend these lines or leave them out")
+    if without: refuse_unanswered(path, without)
     return found
 
 # %% ../../nbs/analysis/18_routed_documents.ipynb #4e315c6b
@@ -86,7 +96,7 @@ def gsm8k_rows() -> Iterator[tuple[tuple[str, str, int], dict]]: # as of `read_r
     return ((("gsm8k", "row", n), row) for n, row in enumerate(rows, 1))
 
 # %% ../../nbs/analysis/18_routed_documents.ipynb #fb17c434
-def task_documents(
+def memory_task_documents(
     folder: Path, # written by `peer-data TASK`
     splits: list[str] | None = None, # which; None: those that are asked
     limit: int | None = None, # rows of each split
@@ -133,9 +143,10 @@ def row_document(
     text = row.get("text")
     return Document(name, text) if isinstance(text, str) and text.strip() else None
 
-# %% ../../nbs/analysis/18_routed_documents.ipynb #9d29d33c
+# %% ../../nbs/analysis/18_routed_documents.ipynb #e6e64268
 FIELDS_READ = ["text", "question", "prompt", "answer", "end"]
 
+# %% ../../nbs/analysis/18_routed_documents.ipynb #9d29d33c
 def file_documents(
     path: Path, # of a file or a folder
     limit: int | None = None, # documents from the beginning
@@ -167,7 +178,7 @@ def read_documents(
     if str(data) == "gsm8k" and not path.exists(): found = gsm8k_documents(gsm8k_rows(), limit)
     elif not path.exists():
         raise UserError(f"{data}: no such file or folder; give gsm8k, a folder that peer-data wrote, or texts")
-    elif (path/"manifest.json").is_file(): found = task_documents(path, splits, limit)
+    elif (path/"manifest.json").is_file(): found = memory_task_documents(path, splits, limit)
     else: found = file_documents(path, limit)
     if not found: raise UserError(f"{data}: holds no documents")
     return found
@@ -183,10 +194,11 @@ class Tokens:
     cut: int # tokens that did not fit
     straddling: int # tokens of several classes
 
-    @property
-    def predicts(self) -> np.ndarray: # [tokens] bool
-        "Tokens after which a token of an answer comes"
-        return np.append(self.answer[1:], False)
+# %% ../../nbs/analysis/18_routed_documents.ipynb #636655a9
+@patch(as_prop=True)
+def predicts(self: Tokens) -> np.ndarray: # [tokens] bool
+    "Tokens after which a token of an answer comes"
+    return np.append(self.answer[1:], False)
 
 # %% ../../nbs/analysis/18_routed_documents.ipynb #1420d294
 def document_tokens(

@@ -27,19 +27,21 @@ from ..progress import Progress
 __all__ = ['PLACES', 'BEFORE', 'place_labels', 'answer_labels', 'label_sets', 'heads_known', 'family_of_heads', 'class_uses',
            'consistent', 'planted_overlaps', 'tokens_of', 'cut_facts', 'routing_of', 'run_routing', 'forget_records']
 
-# %% ../../nbs/analysis/24_routing.ipynb #0b9b5833
+# %% ../../nbs/analysis/24_routing.ipynb #cac7cef0
 PLACES = ("0–7", "8–15", "16–31", "32–63", "64–127", "128–255", "256–511", "512–1023", "1024 on")
 
+# %% ../../nbs/analysis/24_routing.ipynb #0b9b5833
 def place_labels(
     position: np.ndarray, # [tokens] in the document
 ) -> np.ndarray: # [tokens] index into PLACES
     "Positions in classes that double"
     return np.searchsorted(2**np.arange(3, 11), position, side="right").astype(np.int8)
 
-# %% ../../nbs/analysis/24_routing.ipynb #da834f78
+# %% ../../nbs/analysis/24_routing.ipynb #e3297274
 BEFORE = ("64 and more before", "32–63 before", "16–31 before", "8–15 before", "4–7 before", "2–3 before",
           "right before", "answer", "after it")
 
+# %% ../../nbs/analysis/24_routing.ipynb #da834f78
 def answer_labels(
     answer: np.ndarray, # [tokens] bool, whether it holds a part of an answer
     borders: np.ndarray, # [documents+1]

@@ -19,12 +19,13 @@ if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
 __all__ = ['ABOUT', 'HEAD_COLUMNS', 'ROW_COLUMNS', 'LISTED_ROWS', 'SAID', 'head_names', 'class_heat', 'known_figure',
-           'head_table', 'known_html', 'specialised_figure', 'with_interval', 'small_p', 'specialised_html',
-           'classes_html', 'consistency_html', 'moved_html', 'left_out_lines', 'draw_routing', 'routing_text']
+           'head_table', 'known_html', 'specialised_figure', 'share_with_interval', 'small_p', 'specialised_html',
+           'class_rows_html', 'consistency_html', 'moved_html', 'left_out_lines', 'draw_routing', 'routing_text']
 
-# %% ../../nbs/analysis/25_routing_page.ipynb #a5894cd7
+# %% ../../nbs/analysis/25_routing_page.ipynb #3dbb4a91
 ABOUT = dict(types="Kind of token", positions="Position in the document", answer="Position relative to the answer")
 
+# %% ../../nbs/analysis/25_routing_page.ipynb #a5894cd7
 def head_names(
     result: dict, # of kind routing
     about: str, # types, positions or answer
@@ -65,11 +66,12 @@ def known_figure(
     figure.update_yaxes(rangemode="tozero")
     return figure.update_xaxes(type="category")
 
-# %% ../../nbs/analysis/25_routing_page.ipynb #1f734a2a
+# %% ../../nbs/analysis/25_routing_page.ipynb #810191d7
 HEAD_COLUMNS = dict(layer="layer", head="head", rows="rows used", plugin="as counted", corrected="corrected",
                     null_mean="chance", excess="excess, bits", share="of the rows' entropy", p="p",
                     p_family="p, all heads")
 
+# %% ../../nbs/analysis/25_routing_page.ipynb #1f734a2a
 def head_table(
     result: dict, # of kind routing
     about: str, # types, positions or answer
@@ -107,7 +109,7 @@ def specialised_figure(
     return figure.update_xaxes(type="category")
 
 # %% ../../nbs/analysis/25_routing_page.ipynb #17356c05
-def with_interval(
+def share_with_interval(
     value: float | None, # a share
     low: float | None, # of its interval
     high: float | None, # of its interval
@@ -116,15 +118,17 @@ def with_interval(
     between = "" if low is None else f" ({low:.1%} to {high:.1%})"
     return Shown("–" if value is None else f"{value:.1%}{between}", value, "n")
 
-# %% ../../nbs/analysis/25_routing_page.ipynb #cc4177c4
+# %% ../../nbs/analysis/25_routing_page.ipynb #7d909f34
 ROW_COLUMNS = dict(layer="layer", row="row", name="class", share="share of its retrievals (95 %)",
                    base="of all retrievals", documents="documents", holm="p, Holm")
 LISTED_ROWS = 12 # of each class, on the page
 
+# %% ../../nbs/analysis/25_routing_page.ipynb #707dd6d9
 def small_p(p: float | None) -> Shown:
     "A p for a table; far below anything that matters it is only small"
     return Shown("–" if p is None else "< 1e-12" if p < 1e-12 else number(p), p, "n")
 
+# %% ../../nbs/analysis/25_routing_page.ipynb #cc4177c4
 def specialised_html(
     result: dict, # of kind routing
 ) -> Markup:
@@ -138,7 +142,7 @@ def specialised_html(
     rows = []
     for name in result["labels"]["types"]["names"]:
         for r in [r for r in found["rows"] if r["name"] == name][:LISTED_ROWS]:
-            rows.append(r | dict(share=with_interval(r["share"], r["low"], r["high"]), base=f"{r['base']:.1%}",
+            rows.append(r | dict(share=share_with_interval(r["share"], r["low"], r["high"]), base=f"{r['base']:.1%}",
                                  holm=small_p(r["holm"])))
     figure = figure_html(specialised_figure(result), "Specialised rows of each layer, by class.")
     few = f"The surest of each class, at most {LISTED_ROWS}; routing.json has more."
@@ -146,7 +150,7 @@ def specialised_html(
                         table_html(rows, ROW_COLUMNS, sort=True))
 
 # %% ../../nbs/analysis/25_routing_page.ipynb #9fa899c8
-def classes_html(
+def class_rows_html(
     result: dict, # of kind routing
 ) -> Markup:
     "Which part of each table a class uses"
@@ -161,11 +165,12 @@ def classes_html(
                          "Rows that any token of the class retrieves.")
     return section_html("Layers", figure, table_html(rows, columns, sort=True))
 
-# %% ../../nbs/analysis/25_routing_page.ipynb #82637d91
+# %% ../../nbs/analysis/25_routing_page.ipynb #381788f2
 SAID = dict(planted="what the query of HashHop retrieves in two documents of which the second had something of the "
             "first planted: its hash, its hash and the line it leads to, the first half of its hash",
             text="what a token retrieves in two documents: the same token, another of its class, any other")
 
+# %% ../../nbs/analysis/25_routing_page.ipynb #82637d91
 def consistency_html(
     result: dict, # of kind routing
 ) -> Markup: # empty without pairs
@@ -179,8 +184,8 @@ def consistency_html(
     lost = found["left_out"]
     left_out = f" {lost} pairs were left out: a name was taken, or they did not fit." if lost else ""
     lead = f"Overlap of {SAID[found['kind']]}. {found['pairs']} pairs of documents; intervals are over pairs.{left_out}"
-    rows = [r | dict(mean=with_interval(r["mean"], r["low"], r["high"]),
-                     difference=with_interval(r["difference"], r["difference_low"], r["difference_high"]),
+    rows = [r | dict(mean=share_with_interval(r["mean"], r["low"], r["high"]),
+                     difference=share_with_interval(r["difference"], r["difference_low"], r["difference_high"]),
                      holm=small_p(r["holm"])) for r in found["rows"]]
     columns = dict(layer="layer", relation="relation", pairs="pairs", mean="overlap (95 %)",
                    difference="more than unrelated (95 %)", holm="p, Holm")
@@ -202,8 +207,8 @@ def moved_html(
     lead = ("The part of a token's rows that the second checkpoint retrieves for it, too; 'another token' is what it "
             "has in common with the second checkpoint's rows of another token of the same document. Intervals are over "
             "documents. Row numbers mean the same only in checkpoints of one run.")
-    heads = [r | dict(overlap=with_interval(r["overlap"], r["low"], r["high"]),
-                      elsewhere=with_interval(r["elsewhere"], None, None))
+    heads = [r | dict(overlap=share_with_interval(r["overlap"], r["low"], r["high"]),
+                      elsewhere=share_with_interval(r["elsewhere"], None, None))
              for r in result["moved"] if r["name"] is None and r["head"] is not None]
     columns = dict(layer="layer", head="head", overlap="overlap (95 %)", elsewhere="another token")
     figure = figure_html(series_figure(series, "layer", "overlap"))
@@ -238,7 +243,7 @@ def draw_routing(
     lead = f"Retrievals of {', '.join(result['data'])} by {', '.join(names)}; windows of {result['window']:,} tokens."
     asked = [known_html(result, about) for about in ABOUT]
     return (heading("Where tokens go", lead) + note_html(left_out_lines(result)) + facts_html(facts)
-            + Markup("").join(asked) + specialised_html(result) + classes_html(result) + consistency_html(result)
+            + Markup("").join(asked) + specialised_html(result) + class_rows_html(result) + consistency_html(result)
             + moved_html(result))
 
 # %% ../../nbs/analysis/25_routing_page.ipynb #3a420128

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .hooks import Retrievals, chosen_layers, reading, side_by_side
@@ -84,9 +85,10 @@ def batch_columns(
                   asked=t.document.asked, **answer_facts(model, h, t)) for h, t in zip(hidden, batch)]
     return columns, about
 
-# %% ../../nbs/analysis/19_routing_records.ipynb #91a27ffd
+# %% ../../nbs/analysis/19_routing_records.ipynb #8ed3cb2f
 PART_TOKENS, BATCH_TOKENS = 8192, 2048 # of a part, and of a forward pass with its padding
 
+# %% ../../nbs/analysis/19_routing_records.ipynb #91a27ffd
 def parts_of(
     documents: list[Tokens], # all
     most: int = PART_TOKENS, # tokens of a part, unless its only document has more
@@ -202,20 +204,25 @@ class Records:
         import pyarrow.parquet as pq
         return [d for p in self.paths for d in json.loads(pq.read_schema(p).metadata[b"documents"])]
 
-    def column(self,
-        name: str, # document, position, ids, classes, answer or predicts
-    ) -> np.ndarray: # [tokens]
-        "A number of each token"
-        import pyarrow.parquet as pq
-        return np.concatenate([pq.read_table(p, columns=[name])[name].to_numpy() for p in self.paths])
 
-    def each(self,
-        layer: int, # number
-        what: str = "keys", # or weights
-    ) -> Iterator[np.ndarray]: # [tokens of a part, heads, k]
-        "What a layer retrieved, part by part"
-        import pyarrow.parquet as pq
-        name, about = f"{what}_{layer}", self.layers[layer]
-        for path in self.paths:
-            lists = pq.read_table(path, columns=[name])[name].combine_chunks()
-            yield lists.flatten().to_numpy().reshape(-1, about["heads"], about["k"])
+# %% ../../nbs/analysis/19_routing_records.ipynb #897bbe58
+@patch
+def column(self: Records,
+    name: str, # document, position, ids, classes, answer or predicts
+) -> np.ndarray: # [tokens]
+    "A number of each token"
+    import pyarrow.parquet as pq
+    return np.concatenate([pq.read_table(p, columns=[name])[name].to_numpy() for p in self.paths])
+
+# %% ../../nbs/analysis/19_routing_records.ipynb #8167451e
+@patch
+def each(self: Records,
+    layer: int, # number
+    what: str = "keys", # or weights
+) -> Iterator[np.ndarray]: # [tokens of a part, heads, k]
+    "What a layer retrieved, part by part"
+    import pyarrow.parquet as pq
+    name, about = f"{what}_{layer}", self.layers[layer]
+    for path in self.paths:
+        lists = pq.read_table(path, columns=[name])[name].combine_chunks()
+        yield lists.flatten().to_numpy().reshape(-1, about["heads"], about["k"])

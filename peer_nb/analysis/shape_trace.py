@@ -23,9 +23,17 @@ from ..models.product_keys import name_in_files
 from ..page import Shown, facts_html, heading, note_html, section_html, table_html
 
 # %% auto #0
-__all__ = ['NOT_SIZES', 'ROUNDS', 'LAYOUTS', 'PREFIXES', 'held_shapes', 'described', 'flow_of', 'in_order', 'traced',
-           'number_keys', 'with_change', 'size_changes', 'structure_changes', 'misfit_rows', 'better_config', 'at_path',
-           'layout_of', 'check_shapes', 'first_misfit', 'shapes_text', 'draw_check']
+__all__ = ['NOT_SIZES', 'ROUNDS', 'LAYOUTS', 'PREFIXES', 'SHAPE_COLUMNS', 'shapes_inside', 'held_shapes', 'described', 'flow_of',
+           'in_order', 'traced', 'number_keys', 'with_change', 'size_changes', 'layers_named', 'structure_changes',
+           'misfit_rows', 'all_changes', 'better_config', 'at_path', 'layout_of', 'check_shapes', 'misfit_text',
+           'first_misfit', 'shape_text', 'shapes_text', 'draw_check']
+
+# %% ../../nbs/analysis/31_shape_trace.ipynb #7af7dc9e
+def shapes_inside(stored: Any) -> dict[str, list[int]]:
+    "The tensors of what torch has read, in a training checkpoint those of its model"
+    if not isinstance(stored, dict): return {}
+    stored = next((stored[k] for k in ("model", "state_dict") if isinstance(stored.get(k), dict)), stored)
+    return {n: list(t.shape) for n, t in stored.items() if hasattr(t, "shape")}
 
 # %% ../../nbs/analysis/31_shape_trace.ipynb #68f4b859
 def held_shapes(
@@ -41,9 +49,7 @@ def held_shapes(
     except Exception as e:   # whatever a library finds in a file of unknown origin
         reason = (str(e).splitlines() or [""])[0]
         raise UserError(f"{path}: not a state dict of torch ({type(e).__name__}: {reason:.200})") from e
-    if not isinstance(stored, dict): stored = {}
-    stored = next((stored[k] for k in ("model", "state_dict") if isinstance(stored.get(k), dict)), stored)
-    found = {n: list(t.shape) for n, t in stored.items() if hasattr(t, "shape")}
+    found = shapes_inside(stored)
     if not found: raise UserError(f"{path}: holds no tensors by name")
     return found, None
 
@@ -118,9 +124,10 @@ def traced(
     return rows + [dict(name=n, expected=None, found=s, gives=None, fits=False)
                    for n, s in held.items() if n not in known]
 
-# %% ../../nbs/analysis/31_shape_trace.ipynb #e59bd461
+# %% ../../nbs/analysis/31_shape_trace.ipynb #142fa9b7
 NOT_SIZES = ("token_id", "version", "max_position", "log_freq", "chunk", "layer_norm_eps", "rope", "loss")
 
+# %% ../../nbs/analysis/31_shape_trace.ipynb #e59bd461
 def number_keys(
     config: dict, # config.json
 ) -> Iterator[tuple[tuple, int]]: # path of a key, value
@@ -167,18 +174,26 @@ def size_changes(
             for size in {root, f // len(sizes)}:
                 yield {("peer_config", "product_key_dim", n): size for n in range(len(sizes))}
 
+# %% ../../nbs/analysis/31_shape_trace.ipynb #b539c0da
+def layers_named(
+    held: dict[str, list[int]], # of the checkpoint
+    part: str, # what follows the number
+) -> list[int]:
+    "Numbers of the layers that names have"
+    return sorted({int(m[1]) for n in held if (m := re.search(rf"\blayers\.(\d+)\.{re.escape(part)}", n))})
+
 # %% ../../nbs/analysis/31_shape_trace.ipynb #8a41c66b
 def structure_changes(
     config: dict, # config.json
     held: dict[str, list[int]], # of the checkpoint
 ) -> Iterator[dict[tuple, Any]]: # path of a key -> value
     "What the names in a checkpoint say of the model"
-    layers = {int(m[1]) for n in held if (m := re.search(r"\blayers\.(\d+)\.", n))}
+    layers = layers_named(held, "")
     if layers: yield {("num_hidden_layers",): max(layers) + 1}
     yield {("tie_word_embeddings",): not config.get("tie_word_embeddings", False)}
     if config.get("model_type") != "peer_mla": return
     from peer_nb.models.peer import MEMORY_KINDS
-    memories = sorted({int(m[1]) for n in held if (m := re.search(r"\blayers\.(\d+)\.memory\.", n))})
+    memories = layers_named(held, "memory.")
     both = {("memory_layers",): memories} | ({("num_hidden_layers",): max(layers) + 1} if layers else {})
     for kind in MEMORY_KINDS: yield from ({("memory_kind",): kind}, both | {("memory_kind",): kind})
     peer = config.get("peer_config") or {}
@@ -188,11 +203,24 @@ def structure_changes(
     low = next((shape[0] for n, shape in held.items() if n.endswith("q_a_proj.weight")), None)
     if "mla_config" in config: yield {("mla_config", "q_lora_rank"): low}
 
-# %% ../../nbs/analysis/31_shape_trace.ipynb #a90fabcd
+# %% ../../nbs/analysis/31_shape_trace.ipynb #1b15bb3b
 ROUNDS = 4 # changes that are looked for, one on top of the other
 
+# %% ../../nbs/analysis/31_shape_trace.ipynb #7d939a42
 def misfit_rows(rows: list[dict]) -> list[dict]: return [r for r in rows if not r["fits"]]
 
+# %% ../../nbs/analysis/31_shape_trace.ipynb #d84e72c2
+def all_changes(
+    config: dict, # config.json
+    held: dict[str, list[int]], # of the checkpoint
+    first: dict, # the first tensor that does not fit
+) -> Iterator[dict[tuple, Any]]: # path of a key -> value
+    "What might help, the likeliest first"
+    if first["expected"] and first["found"] and len(first["expected"]) == len(first["found"]):
+        yield from size_changes(config, first["expected"], first["found"])
+    yield from structure_changes(config, held)
+
+# %% ../../nbs/analysis/31_shape_trace.ipynb #a90fabcd
 def better_config(
     config: dict, # config.json
     held: dict[str, list[int]], # of the checkpoint
@@ -202,12 +230,8 @@ def better_config(
     left, changes = misfit_rows(traced(config, held, where)), {}
     for _ in range(ROUNDS):
         if not left: break
-        first = left[0]
-        tries = list(structure_changes(config, held))
-        if first["expected"] and first["found"] and len(first["expected"]) == len(first["found"]):
-            tries = list(size_changes(config, first["expected"], first["found"])) + tries
         best, own = left, None
-        for change in tries:
+        for change in all_changes(config, held, left[0]):
             try: rows = misfit_rows(traced(with_change(config, change), held, where, run=False))
             except (UserError, KeyError, ZeroDivisionError): continue   # no model can be built so
             if len(rows) < len(best): best, own = rows, change
@@ -271,6 +295,13 @@ def check_shapes(
         found["changes"] = [dict(key=".".join(map(str, p)), now=at_path(asked, p), fits=v) for p, v in changes.items()]
     return found
 
+# %% ../../nbs/analysis/31_shape_trace.ipynb #0305e809
+def misfit_text(wrong: dict) -> str:
+    "What does not fit"
+    if wrong["found"] is None: return f"{wrong['name']} is missing (expected {wrong['expected']})"
+    if wrong["expected"] is None: return f"{wrong['name']} {wrong['found']} is not in the model"
+    return f"{wrong['name']}: expected {wrong['expected']}, found {wrong['found']}"
+
 # %% ../../nbs/analysis/31_shape_trace.ipynb #1a70611c
 def first_misfit(
     found: dict, # of `check_shapes`
@@ -278,43 +309,48 @@ def first_misfit(
     "The first tensor that does not fit, in a sentence, and what to do"
     wrong = next((r for r in found["tensors"] if not r["fits"]), None)
     if wrong is None: return None
-    if wrong["found"] is None: said = f"{wrong['name']} is missing (expected {wrong['expected']})"
-    elif wrong["expected"] is None: said = f"{wrong['name']} {wrong['found']} is not in the model"
-    else: said = f"{wrong['name']}: expected {wrong['expected']}, found {wrong['found']}"
+    said = misfit_text(wrong)
     if found["layout"]: return f"{said}; {found['layout']}"
     if not found["changes"]: return f"{said}; no single change of the configuration makes it fit"
     advice = ", ".join(f"{c['key']}: {c['now']} -> {c['fits']}" for c in found["changes"])
     rest = f", and {found['left']} tensors still do not fit" if found["left"] else ", and everything fits"
     return f"{said}; change {advice}{rest}"
 
+# %% ../../nbs/analysis/31_shape_trace.ipynb #4d218f51
+def shape_text(shape: list[int] | None) -> str:
+    "A shape in a table"
+    return "–" if shape is None else " x ".join(map(str, shape)) or "1"
+
 # %% ../../nbs/analysis/31_shape_trace.ipynb #2bbf2e9d
 def shapes_text(
-    found: dict, # of `check_shapes`
+    result: dict, # of `check_shapes`
 ) -> str: # for a terminal
     "A line for each tensor, from the embedding to the head"
-    def said(shape): return "–" if shape is None else " x ".join(map(str, shape)) or "1"
-    width = max(len(r["name"]) for r in found["tensors"])
+    width = max(len(r["name"]) for r in result["tensors"])
     lines = [f"{'tensor':<{width}}  {'expected':>16}  {'found':>16}  flow of 5 tokens"]
-    for r in found["tensors"]:
-        flow = "" if r["gives"] is None else f"{said(r['gives'][0])} -> {said(r['gives'][1])}"
+    for r in result["tensors"]:
+        flow = "" if r["gives"] is None else f"{shape_text(r['gives'][0])} -> {shape_text(r['gives'][1])}"
         flow = flow if r["fits"] else f"DOES NOT FIT  {flow}"
-        lines.append(f"{r['name']:<{width}}  {said(r['expected']):>16}  {said(r['found']):>16}  {flow}".rstrip())
+        expected, found = shape_text(r["expected"]), shape_text(r["found"])
+        lines.append(f"{r['name']:<{width}}  {expected:>16}  {found:>16}  {flow}".rstrip())
     return "\n".join(lines)
+
+# %% ../../nbs/analysis/31_shape_trace.ipynb #d79d5cde
+SHAPE_COLUMNS = dict(name="tensor", expected="expected", found="found", fits="fits", gives="five tokens flow")
 
 # %% ../../nbs/analysis/31_shape_trace.ipynb #c28dc140
 def draw_check(
     result: dict, # of kind check
 ) -> Markup:
     "The page of a trace"
-    def said(shape): return None if shape is None else "\u00a0×\u00a0".join(map(str, shape))
+    def said(shape): return None if shape is None else shape_text(shape).replace(" x ", "\u00a0×\u00a0")
     wrong, first = sum(not r["fits"] for r in result["tensors"]), first_misfit(result)
     rows = []
     for r in result["tensors"]:
         flow = None if r["gives"] is None else " → ".join(map(said, r["gives"]))
         rows.append(dict(name=r["name"], expected=said(r["expected"]), found=said(r["found"]), gives=flow,
                          fits="yes" if r["fits"] else Shown("no", "no", "bad")))
-    columns = dict(name="tensor", expected="expected", found="found", fits="fits", gives="five tokens flow")
     facts = {"tensors": str(len(rows)), "of them do not fit": str(wrong), "model": result["model_type"]}
     lead = "Every parameter in the order of use, as the configuration asks for it and as the checkpoint has it."
     return (heading("Shapes", lead) + note_html([first] if first else []) + facts_html(facts)
-            + section_html("Trace", table_html(rows, columns)))
+            + section_html("Trace", table_html(rows, SHAPE_COLUMNS)))

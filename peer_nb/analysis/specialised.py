@@ -11,8 +11,16 @@ from .routing_records import Records
 from ..stats import holm
 
 # %% auto #0
-__all__ = ['FEWEST_DOCUMENTS', 'BLOCK_ROWS', 'pair_counts', 'documents_of_rows', 'row_sums', 'tested', 'layer_tests',
-           'block_sums', 'specialised_rows']
+__all__ = ['FEWEST_DOCUMENTS', 'BLOCK_ROWS', 'pair_codes', 'pair_counts', 'documents_of_rows', 'row_sums', 'ratio_error',
+           'tested', 'label_counts', 'layer_tests', 'block_sums', 'family_p', 'specialised_rows']
+
+# %% ../../nbs/analysis/21_specialised.ipynb #22179635
+def pair_codes(
+    document: np.ndarray, # [tokens] number
+    keys: np.ndarray, # [tokens, retrievals] rows
+) -> np.ndarray: # [tokens * retrievals] int64
+    "Document and row in one number"
+    return ((document.astype(np.int64) << 32)[:, None] | keys.astype(np.int64)).ravel()
 
 # %% ../../nbs/analysis/21_specialised.ipynb #231c7c90
 def pair_counts(
@@ -23,16 +31,15 @@ def pair_counts(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # of each pair: document, row; [pairs, classes] retrievals
     "Who retrieved which row how often"
     keep = labels >= 0
-    document, labels, keys = document[keep], labels[keep], keys[keep].reshape(int(keep.sum()), -1)
-    each = (document.astype(np.int64) << 32)[:, None] | keys.astype(np.int64)  # [tokens, retrievals]
-    pairs, place = np.unique(each.ravel(), return_inverse=True)
+    document, labels, keys = document[keep], labels[keep], keys.reshape(len(keys), -1)[keep]
+    pairs, place = np.unique(pair_codes(document, keys), return_inverse=True)
     cells = place.reshape(-1) * classes + np.repeat(labels.astype(np.int64), keys.shape[1])
-    counts = np.bincount(cells, minlength=len(pairs) * classes).reshape(-1, classes)
-    return pairs >> 32, pairs & 0xFFFFFFFF, counts
+    return pairs >> 32, pairs & 0xFFFFFFFF, np.bincount(cells, minlength=len(pairs) * classes).reshape(-1, classes)
 
-# %% ../../nbs/analysis/21_specialised.ipynb #8e965cde
+# %% ../../nbs/analysis/21_specialised.ipynb #caa7e446
 FEWEST_DOCUMENTS, BLOCK_ROWS = 6, 2**18
 
+# %% ../../nbs/analysis/21_specialised.ipynb #8e965cde
 def documents_of_rows(
     records: Records, # of a model
     layer: int, # number
@@ -62,6 +69,16 @@ def row_sums(
     def summed(values): return np.stack([np.bincount(row, c, minlength=rows) for c in values.T.astype(np.float64)], 1)
     return np.stack([summed(t) for t in terms])
 
+# %% ../../nbs/analysis/21_specialised.ipynb #6c58181e
+def ratio_error(
+    sums: np.ndarray, # [7, rows, classes] of `row_sums`
+    share: np.ndarray, # [rows, classes]
+    d: np.ndarray, # [rows, 1] documents
+) -> np.ndarray: # [rows, classes]
+    "The standard error of a ratio of sums over documents, linearised"
+    _, total, own2, cross, _, _, total2 = sums
+    return np.sqrt((own2 - 2*share*cross + share**2*total2).clip(0) * d/(d - 1)) / total
+
 # %% ../../nbs/analysis/21_specialised.ipynb #3f498d22
 def tested(
     sums: np.ndarray, # [7, rows, classes] of `row_sums`, over all parts
@@ -69,17 +86,26 @@ def tested(
 ) -> dict[str, np.ndarray]: # share, low, high, beyond (mean of r), p: [rows, classes]
     "Shares with intervals, and tests, over documents"
     from scipy.special import stdtr, stdtrit
-    own, total, own2, cross, beyond, beyond2, total2 = sums
+    own, total, _, _, beyond, beyond2, _ = sums
     d = documents[:, None].astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):
         share, mean = own / total, beyond / d
         spread = np.sqrt(((beyond2 - d*mean**2) / (d - 1)).clip(0) / d)
         p = 2*stdtr(d - 1, -np.abs(mean) / spread)
-        error = np.sqrt((own2 - 2*share*cross + share**2*total2).clip(0) * d/(d - 1)) / total
-        half = stdtrit(d - 1, .975) * error
+        half = stdtrit(d - 1, .975) * ratio_error(sums, share, d)
     # without any spread there is nothing to test by
     p = np.where(spread > 1e-12*(1 + np.abs(mean)), p, np.nan)
     return dict(share=share, low=(share - half).clip(0, 1), high=(share + half).clip(0, 1), beyond=mean, p=p)
+
+# %% ../../nbs/analysis/21_specialised.ipynb #4dc53517
+def label_counts(
+    document: np.ndarray, # [tokens] number
+    labels: np.ndarray, # [tokens] class
+    classes: int, # how many
+) -> np.ndarray: # [documents, classes]
+    "How many tokens of each class a document has"
+    cells = document.astype(np.int64)*classes + labels
+    return np.bincount(cells, minlength=(int(document.max()) + 1)*classes).reshape(-1, classes)
 
 # %% ../../nbs/analysis/21_specialised.ipynb #13a92930
 def layer_tests(
@@ -92,8 +118,7 @@ def layer_tests(
     document = records.column("document")
     counted = documents_of_rows(records, layer, labels)
     enough, keep = np.flatnonzero(counted >= FEWEST_DOCUMENTS), labels >= 0
-    share = np.zeros((int(document.max()) + 1, classes))
-    np.add.at(share, (document[keep], labels[keep]), 1)
+    share = label_counts(document[keep], labels[keep], classes)
     base = share / share.sum(1, keepdims=True).clip(1)
     blocks = [enough[a:a + BLOCK_ROWS] for a in range(0, len(enough), BLOCK_ROWS)]
     found = [tested(block_sums(records, layer, (document, labels, base), rows), counted[rows]) for rows in blocks]
@@ -120,6 +145,15 @@ def block_sums(
         sums = sums + row_sums((of[mine], place[row[mine]], counts[mine]), base[of[mine]], len(rows))
     return sums
 
+# %% ../../nbs/analysis/21_specialised.ipynb #de73e049
+def family_p(
+    tests: list[np.ndarray], # p of each layer, nan where there was nothing to test by
+) -> tuple[np.ndarray, np.ndarray]: # all p, one after another; corrected by Holm
+    "All tests of all layers as one family"
+    every = np.concatenate([p.ravel() for p in tests]) if tests else np.zeros(0)
+    adjusted = holm([None if p != p else float(p) for p in every])
+    return every, np.array([np.nan if p is None else p for p in adjusted])
+
 # %% ../../nbs/analysis/21_specialised.ipynb #c6f9b3fb
 def specialised_rows(
     layers: dict[int, dict[str, np.ndarray]], # layer -> of `layer_tests`
@@ -127,8 +161,7 @@ def specialised_rows(
     most: int = 40, # rows of each class that are listed, the surest first
 ) -> dict: # tested, found by layer and class, rows
     "Rows that one class retrieves more than its share"
-    every = np.concatenate([found["p"].ravel() for found in layers.values()]) if layers else np.zeros(0)
-    adjusted = np.array([np.nan if p is None else p for p in holm([None if p != p else float(p) for p in every])])
+    every, adjusted = family_p([found["p"] for found in layers.values()])
     rows, counts, start = [], [], 0
     for layer, found in layers.items():
         mine = adjusted[start:start + found["p"].size].reshape(found["p"].shape)

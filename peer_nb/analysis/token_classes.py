@@ -25,9 +25,10 @@ PIECES = re.compile(rf"(?P<numbers>\d+(?:[.,]\d+)*)|(?P<words>[^\W\d_]+(?:['’]
                     rf"|(?P<joined>(?<=[^\W\d_]){SIGNS}(?=[^\W\d_]))|(?P<operators>{SIGNS})")
 NAMES = dict(space="white space", joined="punctuation")
 
-# %% ../../nbs/analysis/17_token_classes.ipynb #9ca65067
+# %% ../../nbs/analysis/17_token_classes.ipynb #710cc7db
 CATEGORIES = dict(N="numbers", P="punctuation", S="punctuation", M="words", Z="white space")
 
+# %% ../../nbs/analysis/17_token_classes.ipynb #9ca65067
 def other_class(
     char: str, # one that no pattern takes
 ) -> str: # one of CLASSES
@@ -45,9 +46,10 @@ def character_classes(
     for i in np.flatnonzero(found < 0): found[i] = CLASSES.index(other_class(text[i]))
     return found
 
-# %% ../../nbs/analysis/17_token_classes.ipynb #6f09516d
+# %% ../../nbs/analysis/17_token_classes.ipynb #279485b1
 COLOURED = dict(zip(CLASSES, ("#bfd7f5", "#f6cdb3", "#bfe3c0", "#e3cbe8", "transparent", "#eee")))
 
+# %% ../../nbs/analysis/17_token_classes.ipynb #6f09516d
 class ColouredClasses:
     "A text whose characters are coloured by class"
     def __init__(self, text: str): self.text = text
