@@ -384,7 +384,7 @@ def finish(
     runs.write_csv()
     runs.write_parquet()
     page = write_report(runs)
-    print("", *summary_lines(runs.rows, plan), f"page: {page}", sep="\n")
+    print("", *summary_lines(runs.rows, plan, runs), f"page: {page}", sep="\n")
     return 0 if {run.state for run in runs} <= {*FINISHED} else 1
 
 # %% ../../nbs/running/09_command.ipynb #c740ba15
