@@ -35,12 +35,15 @@ SPLIT_WORDS = dict(test="test", test_held_out="test, pairs never trained on")
 
 # %% ../../nbs/bridge/33_evaluation_page.ipynb #d9d38f2e
 def compared(
-    row: dict[str, Any], # of `against`
+    pair: dict[str, Any], # of `against`
+    share: float, # of the other arm
 ) -> str:
-    "Who is better, in words"
-    gap, sure = row["difference"], row["p_holm"] is not None and row["p_holm"] <= .05
-    if not sure: return "not told apart from"
-    return "better than" if gap > 0 else "worse than"
+    "The bridge and another arm, in words; the direction is said also where it is not sure"
+    gap, p = pair["difference"], pair["p_holm"]
+    size = f"{100*abs(gap):.1f} points {'more' if gap > 0 else 'fewer'}" if round(gap, 3) else "as many"
+    sure = "one pair, nothing to test" if p is None else f"p = {p:.2g} after Holm"
+    doubt = "" if p is not None and p <= .05 else ", which may be chance"
+    return f"against {WORDS[pair['other']]} ({share:.1%}): {size} ({sure}){doubt}"
 
 # %% ../../nbs/bridge/33_evaluation_page.ipynb #9eaedba2
 def control_sentence(
@@ -63,10 +66,8 @@ def plain_sentences(
     by, versus = {row["arm"]: row for row in rows}, {pair["other"]: pair for pair in pairs}
     said, bridge, floor = [], by.get("latent"), by.get("target_alone")
     if bridge is None: return ["The bridge itself was not asked."]
-    if pair := versus.get("cascade"):
-        said.append(f"The bridge ({bridge['em']:.1%}) is {compared(pair)} the same through text ({by['cascade']['em']:.1%}).")
-    for name in ("target_alone", "source_alone", "budget_first", "budget_last"):
-        if pair := versus.get(name): said.append(f"It is {compared(pair)} {WORDS[name]} ({by[name]['em']:.1%}).")
+    for name in ("cascade", "target_alone", "source_alone", "budget_first", "budget_last"):
+        if pair := versus.get(name): said.append(f"The bridge ({bridge['em']:.1%}) {compared(pair, by[name]['em'])}.")
     if floor: said += [control_sentence(by[name], floor) for name in CONTROLS if name in by]
     if floor: said.append(f"Both models' caches together: {bridge['cache_saved']} against the target alone; "
                           f"time: {bridge['time_saved']}.")
@@ -86,8 +87,8 @@ def shares_figure(
 # %% ../../nbs/bridge/33_evaluation_page.ipynb #ca257a05
 COST_COLUMNS = dict(
     arm="arm", em="exact", range="95 % interval", f1="F1", invalid="invalid", tokens="tokens read", soft="soft tokens",
-    compression="compression", target_cache="target's cache, MB", source_cache="source's", cache_saved="both, against target alone",
-    latency="latency, s", p90="90th percentile", first="first token, s", time_saved="time, against target alone")
+    compression="compression", target_cache="target's cache, MB", source_cache="source's", cache_saved="both against target alone",
+    latency="latency, s", p90="90th percentile", first="first token, s", time_saved="time against target alone")
 
 def cost_cells(
     row: dict[str, Any], # of `arm_table`
@@ -96,7 +97,8 @@ def cost_cells(
     wide = "–" if row["low"] is None else f"{row['low']:.3f} – {row['high']:.3f}"
     short = {key: Shown(decimals(row[key], 3), row[key], "n") for key in ("em", "f1", "invalid", "latency", "p90", "first")}
     packed = row["compression"]
-    return row | short | dict(arm=WORDS[row["arm"]], range=Shown(wide, row["low"], "n"),
+    short |= {key: Shown(row[key] or "–", row[key], "keep") for key in ("cache_saved", "time_saved")}
+    return row | short | dict(arm=Shown(WORDS[row["arm"]], WORDS[row["arm"]], "keep"), range=Shown(wide, row["low"], "n"),
                               compression=f"{packed:.2g}×" if isinstance(packed, float) else packed)
 
 # %% ../../nbs/bridge/33_evaluation_page.ipynb #62e2b619
@@ -108,7 +110,8 @@ def pair_cells(
 ) -> dict[str, Any]: # as PAIR_COLUMNS
     "A row for people"
     wide = "–" if row["low"] is None else f"{signed(row['low'])} – {signed(row['high'])}"
-    return row | dict(other=WORDS[row["other"]], difference=Shown(signed(row["difference"]), row["difference"], "n"),
+    test = Shown(row["test"], row["test"], "keep")
+    return row | dict(test=test, other=Shown(WORDS[row["other"]], WORDS[row["other"]], "keep"), difference=Shown(signed(row["difference"]), row["difference"], "n"),
                       range=Shown(wide, row["low"], "n"))
 
 # %% ../../nbs/bridge/33_evaluation_page.ipynb #272f88b8

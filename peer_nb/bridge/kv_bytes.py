@@ -114,5 +114,5 @@ def saved_text(
     if unit == "%": gone = 100*(before - after)/before if before else 0.0
     else: gone = before - after
     if gone == 0: return "saves nothing"
-    size = f"{abs(gone):.3g} {unit}"
+    size = "under 1 %" if unit == "%" and abs(gone) < 1 else f"{abs(gone):.3g} {unit}"
     return f"saves {size}" if gone > 0 else f"costs {size} more"
