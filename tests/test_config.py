@@ -85,6 +85,8 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.mla_config.rope_scaling.mscale_all_dim": ("models/mla.py", "logits, under yarn"),
     "model_config.memory_kind": (MODEL, "tables of the memory layers"),
     "model_config.memory_layers": (MODEL, "which layers hold a memory"),
+    "model_config.attention_kind": (MODEL, "names and shapes of the attention's projections"),
+    "model_config.num_key_value_heads": ("models/heads.py", "shape of the projections of keys and values; size of the cache"),
     "model_config.share_memory": (MODEL, "number of different tables"),
     "model_config.tie_word_embeddings": (HF, "whether the head has weights of its own"),
     "model_config.dropout": (MODEL, "logits in training"),
@@ -234,6 +236,7 @@ CHANGES = {   # key below model_config: overrides that change it and what must c
     "mla_config.qk_rope_head_dim": {"mla_config.qk_rope_head_dim": 4}, "mla_config.v_head_dim": {"mla_config.v_head_dim": 8},
     "mla_config.qk_nope_head_dim": {"mla_config.qk_nope_head_dim": 16}, "mla_config.rope_theta": {"mla_config.rope_theta": 10.0},
     "memory_kind": dict(memory_kind="pkm"), "memory_layers": dict(memory_layers=[0, 1]), "share_memory": dict(share_memory=True, memory_layers=[0, 1]),
+    "attention_kind": dict(attention_kind="mha"), "num_key_value_heads": dict(attention_kind="gqa", num_key_value_heads=1),
     "tie_word_embeddings": dict(tie_word_embeddings=True), "dropout": dict(dropout=0.5)}
 YARN = dict(rope_type="yarn", factor=4, original_max_position_embeddings=256, mscale=1, mscale_all_dim=0.5)
 SCALING = {name: {f"mla_config.rope_scaling.{name}": value} for name, value in dict(rope_type="linear", factor=8, original_max_position_embeddings=16,
@@ -395,7 +398,7 @@ FROM_ONE = """rank window hidden_size num_hidden_layers num_attention_heads inte
     num_heads expert_hidden_size query_dim log_freq q_lora_rank kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim per_device_train_batch_size
     per_device_eval_batch_size gradient_accumulation_steps max_steps max_tokens steps_per_epoch logging_steps save_steps save_total_limit eval_steps
     max_seq_length eval_batch_size original_max_position_embeddings loss_chunk_size soft_tokens depth bottleneck heads max_new_tokens patience curve_items
-    train_items validation_items test_items""".split()
+    train_items validation_items test_items num_key_value_heads""".split()
 ABOVE_ZERO = """alpha initializer_range layer_norm_eps usage_threshold rope_theta learning_rate adam_epsilon max_grad_norm table_max_grad_norm
     num_train_epochs weight beta_fast beta_slow mscale mscale_all_dim""".split()
 below, above = st.floats(max_value=-1e-9, allow_infinity=False), st.floats(min_value=1.001, allow_infinity=False)

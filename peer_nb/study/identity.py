@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import peer_nb
-from ..config import Config, flatten
+from ..config import Config, flatten, plain_keys
 from ..files import UserError, sha256_of
 from ..pretrained import content_hash, pretrained_folder
 
@@ -45,7 +45,7 @@ def section_hashes(
     known = {begun: content_hash(pretrained_folder(begun))} if begun else {}
     ends = [bridge.source.model, bridge.target.model] if bridge else []
     known |= {name: content_hash(pretrained_folder(name)) for name in ends if Path(name).expanduser().is_dir()}
-    for key, value in flatten(config).items():
+    for key, value in flatten(plain_keys(config)).items():
         if key in MODEL_KEYS: value = known.get(value, value)
         if key.startswith(ignored) and any(key == n or key.startswith(n + ".") for n in ignored): continue
         sections[key.partition(".")[0]][key] = value
