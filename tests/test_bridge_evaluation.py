@@ -13,7 +13,7 @@ from jsonschema import validate
 from peer_nb.bridge.answers import grade, normal_words, read_number, trimmed, words_f1
 from peer_nb.bridge.arms import ARMS, partners, possible_arms
 from peer_nb.bridge.bridge import Bridge
-from peer_nb.bridge.evaluation import SAMPLE_SCHEMA, Asking, ask_arms, sample_lines, turns
+from peer_nb.bridge.evaluation import SAMPLE_SCHEMA, Asking, ask_arms, answer_lines, turns
 from peer_nb.bridge.generation import continued, embedded, quantised, soft_bytes
 from peer_nb.bridge.kv_bytes import cache_bytes, cache_kind, real_cache_bytes, saved_text
 from peer_nb.bridge.items import needle_items
@@ -81,7 +81,8 @@ CONFIGS = {
     "no window in use": (hf.Qwen2Config(**SIZES, num_key_value_heads=2, use_sliding_window=False), "GQA"),
     "gpt2": (hf.GPT2Config(vocab_size=40, n_embd=32, n_layer=3, n_head=4, **ENDS), "MHA"), "one head": (hf.GPTBigCodeConfig(vocab_size=40, n_embd=32, n_layer=3, n_head=4, multi_query=True, **ENDS), "MQA"),
     "opt": (hf.OPTConfig(vocab_size=40, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=16, word_embed_proj_dim=32, max_position_embeddings=64), "MHA"),
-    "deepseek": (hf.DeepseekV3Config(**SIZES, num_key_value_heads=4, first_k_dense_replace=3, **LATENT), "MLA"), "ours": (PeerMLAConfig(**SIZES, use_peer=False, mla_config=LATENT), "MLA")}
+    "deepseek": (hf.DeepseekV3Config(**SIZES, num_key_value_heads=4, first_k_dense_replace=3, **LATENT), "MLA"), "ours": (PeerMLAConfig(**SIZES, use_peer=False, mla_config=LATENT), "MLA"),
+    "ours, grouped": (PeerMLAConfig(**SIZES, use_peer=False, attention_kind="gqa", num_key_value_heads=2), "GQA"), "ours, one": (PeerMLAConfig(**SIZES, use_peer=False, attention_kind="mqa"), "MQA")}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -156,7 +157,7 @@ def bridge(tmp_path_factory):
 def items(bridge): return needle_items(bridge.options, "test", 6)
 
 
-def asking(**more): return Asking(**dict(seed=3, config_hash="abc", rule="exact") | more)
+def asking(**more): return Asking(**dict(seed=3, config_hash="abc") | more)
 
 
 def test_every_arm_counts_its_caches(bridge, items):
@@ -164,7 +165,7 @@ def test_every_arm_counts_its_caches(bridge, items):
     widths = dict(source=bridge.source.config, target=bridge.target.config)
     for arm in possible_arms(items):
         reply = ARMS[arm](bridge, items[:1], items[1:2])
-        line, = sample_lines(bridge, arm, items[:1], reply, asking())
+        line, = answer_lines(bridge, arm, items[:1], reply, asking())
         who = "source" if arm == "source_alone" else "target"
         assert line[f"kv_mb_{who}"]*1e6 == real_cache_bytes(reply.found.cache)
         prompt = len(bridge.source_tokenizer(items[0].source_prompt)["input_ids"])

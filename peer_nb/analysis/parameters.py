@@ -212,7 +212,7 @@ def translator_parameters(
 ) -> int:
     "What a translator holds"
     w = t.bottleneck
-    block = 4*w*w + 4*w*w + 6*w*w + 3*w + 3 # attention to itself, to the source, SwiGLU of twice the width, norms, gates
+    block = 4*w*w + 4*w*w + 6*w*w + 3*w + 3 # attention to itself, to the source, SwiGLU of width 2w; norms, gates
     return t.soft_tokens*w + source_width + source_width*w + t.depth*block + w + w*target_width + 1
 
 # %% ../../nbs/analysis/00_parameters.ipynb #bfd90b29

@@ -260,7 +260,7 @@ class _Planner:
 
     def count(self, config: Config) -> tuple[dict, float | None]: # parameters, training FLOPs per token
         from peer_nb.analysis.parameters import count_bridge, count_run, training_cost
-        if config.bridge_config: return count_bridge(config.bridge_config), None
+        if b := config.bridge_config: return count_bridge(b) | {"steps": config.train_config.max_steps}, None
         counted = count_run(config)
         trained, each = training_cost(config, counted)
         window = config.eval_config.window
@@ -268,7 +268,6 @@ class _Planner:
 
     def steps(self, config: Config) -> dict[str, int]: # of the optimizer; unknown where only the data can tell
         tokens = planned_tokens(config, self.plan.world_size)
-        if config.bridge_config: return {"steps": config.train_config.max_steps}
         return {} if tokens is None else {"steps": math.ceil(tokens/step_tokens(config, self.plan.world_size))}
 
     def lengthened(self, own: dict, config: Config, each: float) -> dict: # overrides of the duration
