@@ -16,6 +16,7 @@ from pathlib import Path
 from ..config import Config, MLAConfig, ModelConfig, PeerConfig
 from ..files import UserError
 from ..lora_targets import adapter_parameters
+from ..models.options import key_value_heads
 from ..pretrained import longest, model_facts, model_sizes, pretrained_folder, tensor_shapes
 
 # %% ../../nbs/analysis/00_parameters.ipynb #28cf284a
@@ -25,7 +26,7 @@ class ParameterCount:
     total: int # all parameters
     active: int # parameters that one token reads
     embedding: int # input embedding, and the head if it isn't tied
-    attention: int # latent attention with its inner norms
+    attention: int # attention with its inner norms
     dense_mlp: int # feed-forward layers without memory
     norms: int # block norms and the final one
     memory_tables: int # expert or value tables
@@ -73,8 +74,11 @@ def attention_cost(
     c: ModelConfig, # the model
     context: int, # tokens that a query attends to
 ) -> tuple[int, int]: # parameters, FLOPs per token
-    "One latent attention layer"
+    "One attention layer"
     m, d, heads = c.mla_config, c.hidden_size, c.num_attention_heads
+    if c.attention_kind != "mla":
+        stored = d // heads * key_value_heads(c.attention_kind, heads, c.num_key_value_heads)
+        return 2*d*d + 2*d*stored, 4*d*d + 4*d*stored + 4*context*d
     qk = m.qk_nope_head_dim + m.qk_rope_head_dim
     query = d*heads*qk if m.q_lora_rank is None else m.q_lora_rank * (d + heads*qk)
     down = d*(m.kv_lora_rank + m.qk_rope_head_dim)
@@ -236,6 +240,9 @@ def cache_numbers(
 ) -> tuple[int, int]: # ours; keys and values of every head, for comparison
     "Numbers that a cache holds per token, over all layers"
     c = as_model_config(model_config)
-    m = c.mla_config
+    m, layers = c.mla_config, c.num_hidden_layers
+    if c.attention_kind != "mla":
+        stored = key_value_heads(c.attention_kind, c.num_attention_heads, c.num_key_value_heads)
+        return layers * 2*stored*(c.hidden_size // c.num_attention_heads), layers * 2*c.hidden_size
     every_head = c.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim)
-    return c.num_hidden_layers * (m.kv_lora_rank + m.qk_rope_head_dim), c.num_hidden_layers * every_head
+    return layers * (m.kv_lora_rank + m.qk_rope_head_dim), layers * every_head

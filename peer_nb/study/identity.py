@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import peer_nb
-from ..config import Config, flatten
+from ..config import Config, flatten, plain_keys
 from ..files import UserError, sha256_of
 from ..pretrained import content_hash, pretrained_folder
 
@@ -38,7 +38,7 @@ def section_hashes(
     ignored = (*NOT_IDENTITY, "train_config.seed", *(["model_config.peer_config"] if bare else []))
     begun = config.model_config.pretrained
     known = {begun: content_hash(pretrained_folder(begun))} if begun else {}
-    for key, value in flatten(config).items():
+    for key, value in flatten(plain_keys(config)).items():
         if key in ("model_config.pretrained", "dataset_config.tokenizer_name"): value = known.get(value, value)
         if key.startswith(ignored) and any(key == n or key.startswith(n + ".") for n in ignored): continue
         sections[key.partition(".")[0]][key] = value
