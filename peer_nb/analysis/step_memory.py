@@ -15,6 +15,7 @@ from .parameters import count_parameters, layer_rows, memory_layer_numbers
 from ..config import Config, ModelConfig
 from ..files import UserError
 from ..formats import size_text
+from ..models.options import key_value_heads
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #60126422
 BLOCK = 256 # entries of an 8-bit state that share one float32 scale
@@ -33,8 +34,11 @@ def attention_activations(
     c: ModelConfig, # the model
     width: int, # bytes of a number in a matrix product: 4, or 2 under autocast
 ) -> int: # bytes per token
-    "What latent attention and its norm keep for the backward pass"
+    "What attention and its norm keep for the backward pass"
     m, d, heads = c.mla_config, c.hidden_size, c.num_attention_heads
+    if c.attention_kind != "mla":
+        stored = key_value_heads(c.attention_kind, heads, c.num_key_value_heads)
+        return 8*d + (4*d if width == 4 else 6*d) + width * (d + 2*d*stored//heads + 2*d) + 4*heads
     inner = 12 if width == 4 else 8                                    # input, normalised and output of an inner norm
     qk, rope = m.qk_nope_head_dim + m.qk_rope_head_dim, m.qk_rope_head_dim if width == 4 else 0
     norm = 8*d + 4*d                      # two float32 rows; one operand, or two in half precision

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Count', 'Index', 'Even', 'Positive', 'Decay', 'Sizes', 'Allowed', 'taken_apart', 'is_allowed', 'refuse_out_of_range',
-           'PeerConfig', 'RopeScaling', 'MLAConfig', 'ModelConfig']
+           'PeerConfig', 'RopeScaling', 'MLAConfig', 'ModelConfig', 'key_value_heads', 'attention_problem']
 
 # %% ../../nbs/models/00_options.ipynb #49576c93
 from collections.abc import Callable
@@ -111,7 +111,7 @@ class RopeScaling:
 # %% ../../nbs/models/00_options.ipynb #8760e8cb
 @dataclass
 class MLAConfig:
-    "Multi-head latent attention"
+    "Multi-head latent attention; of the other kinds of attention only the rotation"
     q_lora_rank: Count | None = 1536 # rank of the query projection; null for a full one
     kv_lora_rank: Count = 512 # width of the key/value latent, which is what the cache holds
     qk_rope_head_dim: Even = 64 # rotary part of a query/key head
@@ -136,6 +136,9 @@ class ModelConfig:
     peer_start_layer: Index = 2 # first layer (0-based) whose feed-forward is a memory layer
     peer_config: PeerConfig = field(default_factory=PeerConfig) # the memory layers
     mla_config: MLAConfig = field(default_factory=MLAConfig) # the attention
+    # latent attention, or keys and values of every head (mha), of a few (gqa), of one (mqa)
+    attention_kind: Literal["mla", "mha", "gqa", "mqa"] = "mla"
+    num_key_value_heads: Count | None = None # heads of keys and values; null: as attention_kind says, gqa needs it
     memory_kind: Literal["peer", "pkm", "memory_plus"] = "peer" # PEER experts, product-key memory, or Memory+
     memory_layers: list[Index] | None = None # which layers hold memory; null: all from peer_start_layer on
     share_memory: bool = False # all memory layers use one table
@@ -144,3 +147,31 @@ class ModelConfig:
     loss_chunk_size: Count | None = None # tokens whose logits exist at once when a loss is computed; null: all
     # start from a causal model instead: a folder or a hub name; every key above stays at its default then
     pretrained: Annotated[str, Allowed("text, not empty", lambda x: bool(x.strip()))] | None = None
+
+# %% ../../nbs/models/00_options.ipynb #f6d9f998
+def key_value_heads(
+    kind: str, # attention_kind
+    heads: int, # num_attention_heads
+    given: int | None, # num_key_value_heads
+) -> int: # a divisor of `heads`; ValueError where there is none
+    "Heads of keys and values"
+    own = {"mla": heads, "mha": heads, "mqa": 1}.get(kind)
+    if given is None and own is None:
+        raise ValueError(f"is missing; attention_kind: {kind} needs it: a divisor of num_attention_heads = {heads}")
+    if None not in (given, own) and given != own:
+        raise ValueError(f"{given} contradicts attention_kind: {kind}, which has {own}; leave it out, or choose gqa")
+    found = own or given
+    if heads % found: raise ValueError(f"{found} does not divide num_attention_heads = {heads}; choose a divisor")
+    return found
+
+# %% ../../nbs/models/00_options.ipynb #d83dd010
+def attention_problem(
+    c: ModelConfig, # or a model's configuration: attention_kind, num_key_value_heads and sizes
+) -> tuple[str, str] | None: # the key, and what is wrong with it
+    "What contradicts itself in the attention"
+    try: key_value_heads(c.attention_kind, c.num_attention_heads, vars(c).get("num_key_value_heads"))
+    except ValueError as error: return "num_key_value_heads", str(error)
+    if c.attention_kind != "mla" and c.hidden_size % (2*c.num_attention_heads):
+        return "num_attention_heads", (f"{c.num_attention_heads} heads cannot share hidden_size = {c.hidden_size} in "
+            f"even widths, which attention_kind: {c.attention_kind} needs; change one of them")
+    return None
