@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['NO_RUNS', 'OVER', 'NOT_ASKED', 'in_arm', 'usable', 'usable_runs', 'Contrast', 'contrast', 'table_rows', 'Design',
-           'design_of', 'Effect', 'results_of', 'effect', 'item_evidence', 'Answer', 'answer', 'levels_text', 'how_far',
-           'no_interval', 'answer_text', 'effects_table', 'interactions']
+__all__ = ['NO_RUNS', 'MIXED', 'OVER', 'NOT_ASKED', 'in_arm', 'usable', 'usable_runs', 'Contrast', 'contrast', 'table_rows',
+           'Design', 'design_of', 'Effect', 'results_of', 'effect', 'item_evidence', 'Answer', 'answer', 'levels_text',
+           'how_far', 'no_interval', 'answer_text', 'effects_table', 'interactions']
 
 # %% ../../nbs/findings/00_effects.ipynb #65df7f72
 def in_arm(
@@ -198,6 +198,7 @@ class Effect:
 
 # %% ../../nbs/findings/00_effects.ipynb #8642063a
 NO_RUNS = "no runs of both yet"
+MIXED = "these runs cannot tell it from what their seeds do"
 
 def results_of(
     rows: Sequence[Mapping[str, Any]], # every planned run
@@ -244,7 +245,9 @@ def effect(
     def told(contrast): return [_compared(design, contrast, y, there, kind, sign, null) for kind in both]
     found = told(planned)
     if not math.isnan(found[0].mean): return Effect(*found)
-    return Effect(*told(np.ascontiguousarray(part)), False, "only where runs of both are there")
+    found = told(np.ascontiguousarray(part))
+    mixed = math.isnan(found[0].mean)
+    return Effect(*found, False, MIXED if mixed else "only where runs of both are there")
 
 # %% ../../nbs/findings/00_effects.ipynb #e8f77673
 def item_evidence(

@@ -22,7 +22,8 @@ __all__ = ['DESIGNS', 'design_places', 'main_contrasts', 'World', 'seeds_of', 'm
 
 # %% ../../nbs/findings/08_simulated_studies.ipynb #b7a739cb
 DESIGNS = {"full 2×2×2": ((2, 2, 2), "full"), "full 3×2": ((3, 2), "full"),
-           "one factor 3, 3, 2": ((3, 3, 2), "one_factor"), "pairs 2, 2, 2, 2": ((2, 2, 2, 2), "pairs"), "list of 4": ((4,), "full")}
+           "one factor 3, 3, 2": ((3, 3, 2), "one_factor"), "pairs 2, 2, 2, 2": ((2, 2, 2, 2), "pairs"),
+           "list of 4": ((4,), "full")}
 
 def design_places(
     name: str, # one of DESIGNS

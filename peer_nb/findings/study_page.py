@@ -30,12 +30,12 @@ from ..study.run import FILES, FINISHED, RUNS, STUDY, file_name
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['TOP', 'CLAIMS', 'MATCHED', 'CLOCK', 'EFFECTS', 'BESIDE', 'INTERACTIONS', 'COST', 'PEAKS', 'EXPERTS', 'RUNS_TABLE',
-           'TAKEN', 'CHANGES', 'END', 'VERDICTS', 'match_sentences', 'shown_metrics', 'compared', 'facts', 'top_part',
-           'arm_text', 'claim_text', 'claims_part', 'matched_part', 'clock_part', 'effect_rows', 'noise_sentence',
-           'variance_sentence', 'effects_part', 'interactions_part', 'costs_part', 'address', 'peaks_part',
-           'more_parts', 'experts_part', 'run_table', 'runs_part', 'taken_from', 'manifests', 'run_environments',
-           'commands', 'end_part', 'page_effects', 'study_page', 'write_figures', 'write_report']
+__all__ = ['UNITS', 'TOP', 'CLAIMS', 'MATCHED', 'CLOCK', 'EFFECTS', 'BESIDE', 'INTERACTIONS', 'COST', 'PEAKS', 'EXPERTS',
+           'RUNS_TABLE', 'TAKEN', 'CHANGES', 'END', 'VERDICTS', 'match_sentences', 'shown_metrics', 'compared',
+           'unit_of', 'facts', 'top_part', 'arm_text', 'claim_text', 'claims_part', 'matched_part', 'clock_part',
+           'effect_rows', 'noise_sentence', 'variance_sentence', 'effects_part', 'interactions_part', 'costs_part',
+           'address', 'peaks_part', 'more_parts', 'experts_part', 'run_table', 'runs_part', 'taken_from', 'manifests',
+           'run_environments', 'commands', 'end_part', 'page_effects', 'study_page', 'write_figures', 'write_report']
 
 # %% ../../nbs/findings/06_study_page.ipynb #442aca98
 def _range(m: Match) -> str:
@@ -81,7 +81,17 @@ def compared(
     seeds = sorted({c.seed for c in plan.cells})
     axes = " × ".join(f"{len(levels)} levels of {axis}" for axis, levels in plan.axes.items())
     repeated = f"{len(seeds)} seeds" if len(seeds) > 1 else f"one seed ({seeds[0]})"
-    return f"{len(plan.cells)} runs compare {axes} with {repeated}."
+    how = {"blocks": ", each for a balanced block of combinations", "distinct": ", one for each run"}
+    return f"{len(plan.cells)} runs compare {axes} with {repeated}{how.get(plan.study.get('pairing'), '')}."
+
+# %% ../../nbs/findings/06_study_page.ipynb #fe47bd01
+UNITS = {"bits_per_byte": " bits per byte", "loss": " nats per token", "answer_logprob": " nats"}
+
+def unit_of(
+    metric: str, # a column
+) -> str: # with a space before it; empty for a share or a ratio
+    "The unit of a metric"
+    return UNITS.get(metric.partition(":")[0].rpartition("/")[2], "")
 
 # %% ../../nbs/findings/06_study_page.ipynb #ad8b61f8
 def facts(
@@ -92,11 +102,11 @@ def facts(
     done, best = rows[rows.state.isin(FINISHED)], best_run(rows, plan)
     count, others = done_words(rows)
     out = [(f"{count} of {len(rows)}", f"runs done{others}")]
-    if best: out.append((f"{best[plan.metric]:.4f}", f"best {plan.metric}, run {best['run']}"))
+    if best: out.append((f"{best[plan.metric]:.4f}{unit_of(plan.metric)}", f"best {plan.metric}, run {best['run']}"))
     tokens, own = done.tokens.dropna(), done[done.state == "DONE"]
     if len(tokens):
         low, high = f"{tokens.min():,.0f}", f"{tokens.max():,.0f}"
-        out.append((low if tokens.min() == tokens.max() else f"{low} to {high}", "tokens trained on per run"))
+        out.append(((low if tokens.min() == tokens.max() else f"{low} to {high}") + " tokens", "trained on per run"))
     if len(own): out.append((f"{own.run_seconds.sum()/60:.1f} min", "of run time in all"))
     return out
 
