@@ -35,8 +35,9 @@ from .heads import HeadAttention
 from .kernels.ops import differentiated_again, transformed, twin_gradients
 from .mla import LatentAttention, RMSNorm, attention_function, is_plain_linear, refuse_keywords
 from .mla import rotary_angles
-from .options import MLAConfig, ModelConfig, PeerConfig, RopeScaling, attention_problem, key_value_heads
-from .options import refuse_out_of_range
+from .moe import ExpertGate, GatedMLP, MixtureOfExperts, RoutedExperts
+from .options import MLAConfig, ModelConfig, MoeConfig, PeerConfig, RopeScaling, attention_problem
+from .options import adds_to_loss, key_value_heads, moe_problem, refuse_out_of_range
 from .peer import MEMORY_KINDS, MemoryTable
 from .product_keys import ProductKeyRouter, check_router
 
@@ -54,8 +55,8 @@ def refuse_unknown(
             raise ValueError(f"{where} has no key {name!r}; did you mean {near[0]!r}? Known: {', '.join(known)}")
 
 # %% ../../nbs/models/05_causal_lm.ipynb #9e78a9e0
-SECTIONS = {"peer_config": PeerConfig, "mla_config": MLAConfig}
-INSIDE = {f.name: name for name, section in SECTIONS.items() for f in fields(section)} # key -> its section
+SECTIONS = {"moe_config": MoeConfig, "peer_config": PeerConfig, "mla_config": MLAConfig}
+INSIDE = {f.name: name for name, section in SECTIONS.items() for f in fields(section)} # key -> its section, the last
 INSIDE |= {"rope_parameters": "mla_config"} # transformers' name for base and stretching together
 ELSEWHERE = {f.name for kind in (DeepseekV3Config, LlamaConfig) for f in fields(kind)}
 ELSEWHERE -= {f.name for f in fields(PreTrainedConfig)}
@@ -136,6 +137,7 @@ class PeerMLAConfig(PreTrainedConfig, ModelConfig):
 
     peer_config: dict | None = None # keys of `PeerConfig`
     mla_config: dict | None = None # keys of `MLAConfig`
+    moe_config: dict | None = None # keys of `MoeConfig`
     use_cache: bool = True # return a cache when not training
     pad_token_id: int | None = None # for batched generation
     bos_token_id: int | None = None # begins a text
@@ -231,27 +233,22 @@ def check(self: PeerMLAConfig):
     if not set(named) <= set(range(last + 1)) or len(set(named)) < len(named):
         raise ValueError(f"memory_layers={named}: name each layer once, from 0 to {last}")
     if problem := attention_problem(self): raise ValueError(": ".join(problem))
-    if self.memory_layer_indices:
+    moe = self.memory_layer_indices and self.memory_kind == "moe"
+    if moe and (problem := moe_problem(MoeConfig(**self.moe_config))):
+        raise ValueError(f"moe_config.{problem[0]}: {problem[1]}")
+    if moe and self.share_memory: raise ValueError("share_memory: a mixture of experts has no table to share")
+    if self.memory_layer_indices and not moe:
         p = PeerConfig(**self.peer_config).layer_arguments()
         names = ("num_experts", "num_experts_per_tok", "product_key_dim", "query_dim", "score", "query_norm")
         check_router(*(p[name] for name in names))
 
 # %% ../../nbs/models/05_causal_lm.ipynb #993dc056
-class DenseMLP(nn.Module):
+class DenseMLP(GatedMLP):
     "The gated feed-forward of layers without memory"
     def __init__(self,
         config: PeerMLAConfig, # gives hidden_size and intermediate_size
     ):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self,
-        x: Tensor, # [..., d]
-    ) -> Tensor: # [..., d]
-        "Up, gate, down"
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        super().__init__(config.hidden_size, config.intermediate_size)
 
 # %% ../../nbs/models/05_causal_lm.ipynb #e779c5f9
 ATTENTION_KINDS = {"mla": LatentAttention} | dict.fromkeys(("mha", "gqa", "mqa"), HeadAttention)
@@ -269,7 +266,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.self_attn = ATTENTION_KINDS[config.attention_kind](config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = config.dropout
-        if layer_idx in config.memory_layer_indices:
+        here, self.routed = layer_idx in config.memory_layer_indices, False
+        if here and config.memory_kind == "moe":
+            self.mlp, self.routed = MixtureOfExperts(config.hidden_size, MoeConfig(**config.moe_config)), True
+        elif here:
             options = PeerConfig(**config.peer_config).layer_arguments()
             options |= dict(eps=config.layer_norm_eps, tables_of=tables_of)
             self.memory = MEMORY_KINDS[config.memory_kind](config.hidden_size, **options)
@@ -279,13 +279,15 @@ class DecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor, # [B, T, d]
         attention_mask=None, # as the attention implementation takes it
         token_mask: Tensor | None = None, # [B, T] True for real tokens; None: all
+        balance_terms: list | None = None, # gets what a mixture of experts adds to the loss
         **kwargs, # for the attention
     ) -> tuple[Tensor, Tensor | None]: # hidden states [B, T, d], attention weights
         "Both branches"
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs)
         h = hidden_states + F.dropout(attended, self.dropout, self.training)
         x = self.post_attention_layernorm(h)
-        x = self.memory(x, token_mask) if hasattr(self, "memory") else self.mlp(x)
+        if self.routed: x = self.mlp(x, token_mask, balance_terms)
+        else: x = self.memory(x, token_mask) if hasattr(self, "memory") else self.mlp(x)
         return h + F.dropout(x, self.dropout, self.training), weights
 
 # %% ../../nbs/models/05_causal_lm.ipynb #5fd36409
@@ -306,6 +308,7 @@ class PeerMLAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
 
@@ -324,6 +327,9 @@ class PeerMLAPreTrainedModel(PreTrainedModel):
         "Initial values of one module"
         if isinstance(module, MemoryTable): init.normal_(module.weight, mean=0.0, std=module.init_std)
         else: super()._init_weights(module)
+        if isinstance(module, RoutedExperts | ExpertGate):
+            for weight in module.parameters(): init.normal_(weight, mean=0.0, std=self.config.initializer_range)
+            for buffer in module.buffers(): init.zeros_(buffer)
         if isinstance(module, ProductKeyRouter): init.uniform_(module.sub_keys, -module.key_bound, module.key_bound)
 
 # %% ../../nbs/models/05_causal_lm.ipynb #90631f99
@@ -514,6 +520,7 @@ class PeerMLAModel(PeerMLAPreTrainedModel):
         max_seqlen: int | None = None, # length of the longest of these documents
         use_cache: bool | None = None, # return a cache; None: `config.use_cache`, not in training, nor for documents
         output_hidden_states: bool | None = None, # also return each layer's input and the final output
+        balance_terms: list | None = None, # gets what mixtures of experts add to the training loss
         output_attentions: bool | None = None, # also return each layer's weights [B, H, T, S], by eager attention
         **kwargs, # for the attention; return_dict=False: a tuple
     ) -> BaseModelOutputWithPast:
@@ -529,7 +536,7 @@ class PeerMLAModel(PeerMLAPreTrainedModel):
         alone = dict(attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache or None)
         if cu_seqlens is not None: refuse_with_documents(**alone)
         shared = self.shared_inputs(h, attention_mask, position_ids, past_key_values, cu_seqlens, max_seqlen,
-            output_attentions)
+            output_attentions) | ({} if balance_terms is None else dict(balance_terms=balance_terms))
         if use_cache and past_key_values is None: past_key_values = DynamicCache(config=self.config)
         hidden, attentions = [], []
         for layer in self.layers[:self.config.num_hidden_layers]:                # fewer for an early exit
@@ -710,17 +717,43 @@ class PeerMLAForCausalLM(PeerMLAPreTrainedModel, GenerationMixin):
         "Logits, and the loss where labels are given"
         cu_seqlens = take_borders(kwargs, cu_seqlens, position_ids)
         if num_items_in_batch is not None: self.refuse_sparse()
+        terms = [] if labels is not None and self.adds_to_loss() else None
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, cu_seqlens=cu_seqlens, use_cache=use_cache,
-            return_dict=True, **kwargs)
+            return_dict=True, balance_terms=terms, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden, loss, logits = out.last_hidden_state[:, keep], None, None        # [B, kept, d]
         chunked = labels is not None and self.loss_in_chunks()
         if not chunked: logits = self.lm_head(hidden)                            # [B, kept, vocab]
         if labels is not None: loss = self.next_token_loss(hidden, logits, labels, cu_seqlens, num_items_in_batch)
+        if terms: loss = self.with_terms(loss, terms, labels, num_items_in_batch)
         if chunked and not self.training and not torch.is_grad_enabled(): logits = self.lm_head(hidden)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values,
             hidden_states=out.hidden_states, attentions=out.attentions)
+
+# %% ../../nbs/models/05_causal_lm.ipynb #5c06b360
+@patch
+def adds_to_loss(self: PeerMLAForCausalLM) -> bool:
+    "Whether this pass trains routers by a loss of their own"
+    experts = self.training and self.config.memory_kind == "moe" and self.config.memory_layer_indices
+    return bool(experts) and adds_to_loss(MoeConfig(**self.config.moe_config))
+
+@patch
+def with_terms(self: PeerMLAForCausalLM,
+    loss: Tensor, # scalar
+    terms: list[Tensor], # scalars, of the layers
+    labels: Tensor, # [B, T], unshifted
+    num_items_in_batch: int | Tensor | None, # predictions of the whole step; None: this batch is all
+) -> Tensor: # scalar: the same number, with their gradient too
+    "Add the gradient of the balance terms"
+    total = sum(terms)
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and not total.requires_grad:
+        trained = any(m.weight.requires_grad for m in self.modules() if isinstance(m, ExpertGate))
+        if trained:
+            raise ValueError("moe_config.balance: reentrant checkpointing loses the gradient of a balance loss: use "
+                             "gradient_checkpointing_enable({'use_reentrant': False}), or balance: loss_free")
+    share = 1 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+    return loss + (total - total.detach()) * share
 
 # %% ../../nbs/models/05_causal_lm.ipynb #d2159931
 @patch
