@@ -29,11 +29,12 @@ from ..config import Config, ConfigError, apply_overrides, config_from_dict, dif
 from ..data.corpora import task_arguments
 from ..files import UserError, read_json, sha256_of, write_json
 from ..tasks.registry import find_task
+from .sparse_layer import residual_rows
 
 # %% auto #0
 __all__ = ['DURATION', 'THRESHOLD', 'COUNTED', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver',
-           'matched_tokens', 'wall_seconds', 'named', 'default_seeds', 'make_plan', 'Match', 'matching', 'save_plan',
-           'load_plan', 'plan_differences', 'code_differences']
+           'matched_tokens', 'wall_seconds', 'named', 'default_seeds', 'make_plan', 'Match', 'matching',
+           'plan_residuals', 'save_plan', 'load_plan', 'plan_differences', 'code_differences']
 
 # %% ../../nbs/study/05_plan.ipynb #f6e533bf
 def run_id(
@@ -417,6 +418,14 @@ def matching(
             out.append(Match(axis, quantity, min(values) if known else None, max(values) if known else None,
                              max(spreads) if known else None))
     return out
+
+# %% ../../nbs/study/05_plan.ipynb #5d04ee8b
+def plan_residuals(
+    plan: Plan, # any
+) -> list[dict[str, str]]: # for a table; empty where no axis is sparse_layer
+    "By how much each arm of the axis `sparse_layer` misses the base"
+    levels, m = plan.study["axes"].get("sparse_layer", {}), plan.start.model_config
+    return residual_rows(plan.start, levels) if levels and m.use_peer and not m.pretrained else []
 
 # %% ../../nbs/study/05_plan.ipynb #b318164e
 def save_plan(

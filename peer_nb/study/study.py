@@ -19,13 +19,14 @@ from ..config import Config, ConfigError, Count, DataMix, Seed, Text, apply_over
 from ..config import convert, read_yaml, to_dict
 from ..models.options import Allowed, Positive
 from ..files import UserError, at_home, sha256_of
+from .sparse_layer import sparse_layer_levels
 
 # %% auto #0
-__all__ = ['Design', 'NOTHING', 'READERS', 'BUILTIN_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study', 'check_study_keys',
-           'read_constraints', 'dropped', 'read_reuse', 'check_budget', 'check_seeds', 'study_from_dict', 'load_study',
-           'neighbours', 'combinations', 'expert_setup_levels', 'selection_heads_levels', 'data_mix_levels',
-           'check_axis', 'axis_levels', 'builtin_axes', 'heldout_sets', 'shared_overrides', 'check_owned',
-           'check_levels', 'cell_overrides', 'step_tokens', 'planned_tokens']
+__all__ = ['Design', 'NOTHING', 'READERS', 'BUILTIN_AXES', 'ASKED_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study',
+           'check_study_keys', 'read_constraints', 'dropped', 'read_reuse', 'check_budget', 'check_seeds',
+           'study_from_dict', 'load_study', 'neighbours', 'combinations', 'expert_setup_levels',
+           'selection_heads_levels', 'data_mix_levels', 'check_axis', 'axis_levels', 'builtin_axes', 'heldout_sets',
+           'shared_overrides', 'check_owned', 'check_levels', 'cell_overrides', 'step_tokens', 'planned_tokens']
 
 # %% ../../nbs/study/02_study.ipynb #60cea7fe
 @dataclass
@@ -313,6 +314,7 @@ def data_mix_levels(
 
 # %% ../../nbs/study/02_study.ipynb #75eea4e3
 BUILTIN_AXES = ("data_mix", "expert_setup", "selection_heads")
+ASKED_AXES = ("sparse_layer",) # only where they are named
 
 # %% ../../nbs/study/02_study.ipynb #e8ae0aad
 def check_axis(
@@ -320,22 +322,25 @@ def check_axis(
     base: Config, # what its levels are relative to
 ):
     "Refuse an axis that is not built in, or that has nothing to vary"
-    if axis not in BUILTIN_AXES:
-        near = "".join(f"; did you mean {name!r}?" for name in get_close_matches(axis, BUILTIN_AXES, 1, 0.4))
-        raise UserError(f"--axes: unknown axis {axis!r}{near} Known: {', '.join(BUILTIN_AXES)}")
+    known = BUILTIN_AXES + ASKED_AXES
+    if axis not in known:
+        near = "".join(f"; did you mean {name!r}?" for name in get_close_matches(axis, known, 1, 0.4))
+        raise UserError(f"--axes: unknown axis {axis!r}{near} Known: {', '.join(known)}")
     if axis != "data_mix" and not base.model_config.use_peer:
         raise UserError(f"--axes {axis}: the base has no memory layers (model_config.use_peer is false), so there "
                         f"is nothing to vary")
 
 # %% ../../nbs/study/02_study.ipynb #aa569855
 def axis_levels(
-    axis: str, # one of BUILTIN_AXES
+    axis: str, # one of BUILTIN_AXES or ASKED_AXES
     base: Config, # what the levels are relative to
     mixes: dict[str, DataMix], # custom data mixes by key
+    residual: float = 0.03, # by how much an arm of sparse_layer may miss the base
 ) -> tuple[dict[str, dict], dict[str, str]]: # level: overrides; level left out: reason
     "The levels of a built-in axis that the base can have"
-    make = expert_setup_levels if axis == "expert_setup" else selection_heads_levels
-    levels, missing = data_mix_levels(base, mixes) if axis == "data_mix" else make(base)
+    makers = dict(data_mix=lambda base: data_mix_levels(base, mixes), expert_setup=expert_setup_levels,
+                  selection_heads=selection_heads_levels, sparse_layer=lambda base: sparse_layer_levels(base, residual))
+    levels, missing = makers[axis](base)
     for level, overrides in levels.items():
         try: apply_overrides(base, overrides)
         except ConfigError as e: missing[level] = str(e)
@@ -346,12 +351,13 @@ def builtin_axes(
     base: Config, # what the levels are relative to
     names: Iterable[str] = BUILTIN_AXES, # which axes
     mixes: dict[str, DataMix] | None = None, # custom data mixes by key
+    residual: float = 0.03, # by how much an arm of sparse_layer may miss the base
 ) -> tuple[dict[str, dict], dict[str, str]]: # axis, level, overrides; "axis: level" left out: reason
     "The built-in axes around a base; levels that the base cannot have are left out with their reason"
     axes, left_out = {}, {}
     for axis in names:
         check_axis(axis, base)
-        axes[axis], missing = axis_levels(axis, base, mixes or {})
+        axes[axis], missing = axis_levels(axis, base, mixes or {}, residual)
         left_out |= {f"{axis}: {level}": why for level, why in missing.items()}
     return axes, left_out
 
