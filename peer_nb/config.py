@@ -299,6 +299,25 @@ def _adapter_problems(cfg: Config) -> Problems:
         if getattr(cfg.train_config, key):
             yield f"train_config.{key}", "contradicts lora_config: adapters are trained and nothing else; leave one out"
 
+# %% ../nbs/02_config.ipynb #38257676
+def _bridge_problems(cfg: Config) -> Problems:
+    "What a translator between two models cannot be"
+    if cfg.bridge_config is None: return
+    b, here, rows = cfg.bridge_config, "bridge_config.", cfg.train_config.per_device_train_batch_size
+    if b.translator.bottleneck % b.translator.heads:
+        yield here + "translator.bottleneck", (f"{b.translator.bottleneck} does not divide evenly among "
+            f"heads = {b.translator.heads}")
+    contrast = b.losses.info_nce
+    if contrast.on and rows < 32:
+        yield here + "losses.info_nce", (f"tells the items of a batch apart, which {rows} items hardly need: set "
+            "train_config.per_device_train_batch_size to 32 or more, or losses.info_nce.on: false")
+    if not any(loss.on for loss in vars(b.losses).values()):
+        yield here + "losses", "none of them is on, so nothing would be learned"
+    if b.data.task != "needle" and b.data.path is None:
+        yield here + "data.path", f"is missing; {b.data.task} is read from a file or a folder"
+    if b.data.task == "needle" and b.data.path is not None:
+        yield here + "data.path", "contradicts data.task: needle, whose items are generated; leave one out"
+
 # %% ../nbs/02_config.ipynb #be1f7f9d
 def to_dict(
     cfg: Any, # a Config or one of its sections
@@ -318,7 +337,7 @@ def validate(
         *_train_problems(cfg.train_config, cfg.model_config.peer_config),
         *_data_problems(cfg.dataset_config, cfg.model_config),
         *_entry_problems(cfg.eval_config.datasets or [], "eval_config.datasets"),
-        *_adapter_problems(cfg)]
+        *_adapter_problems(cfg), *_bridge_problems(cfg)]
     for key, problem in problems: raise ConfigError(str(file), key, problem)
     return cfg
 
@@ -526,7 +545,7 @@ def diff_configs(
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 # %% ../nbs/02_config.ipynb #2625cd36
-LATER = ("model_config.attention_kind", "model_config.num_key_value_heads", "model_config.moe_config")
+LATER = ("bridge_config", "model_config.attention_kind", "model_config.num_key_value_heads", "model_config.moe_config")
 
 def plain_keys(
     cfg: Config, # a whole configuration
