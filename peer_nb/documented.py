@@ -93,8 +93,8 @@ def fields_table(
 @cache
 def _owners() -> dict[str, str]:
     "Name of each documented symbol: its module"
-    from peer_nb._modidx import d
-    return {name.removeprefix(module + "."): module for module, names in d["syms"].items() for name in names}
+    symbols = import_module("peer_nb._modidx").d["syms"]
+    return {name.removeprefix(module + "."): module for module, names in symbols.items() for name in names}
 
 def exported(
     symbol: Any, # what a notebook has defined
