@@ -87,7 +87,7 @@ def fair_scale(
     "A scale on which no single interval flattens the others"
     arms = sorted(arm for d in dots for arm in d.arms if arm > 0)
     if not arms: return None
-    usual, values = arms[len(arms)//2 if len(arms) > 2 else 0], [zero, *(d.value for d in dots)]
+    usual, values = arms[len(arms)//3], [zero, *(d.value for d in dots)]
     room = max(2.5*usual, 0.35*(max(values) - min(values)))
     low = max(min(values) - room, min([zero, *(d.value - d.arms[1] for d in dots)]))
     high = min(max(values) + room, max([zero, *(d.value + d.arms[0] for d in dots)]))

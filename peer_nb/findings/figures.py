@@ -117,7 +117,7 @@ def interval_figure(
 ) -> go.Figure: # interactive
     "Differences to the first level with their intervals, then interactions"
     dots = effect_dots(effects, joint)
-    return dots_figure(dots, "difference to the first level", zero=0, scale=fair_scale(dots))
+    return dots_figure(dots, "difference", zero=0, scale=fair_scale(dots))
 
 # %% ../../nbs/findings/04_figures.ipynb #1d6612cc
 def level_colours(
