@@ -2,15 +2,22 @@
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
+from jsonschema import validate
 
 from peer_nb.bridge.answers import grade, normal_words, read_number, trimmed, words_f1
+from peer_nb.bridge.arms import ARMS, partners, possible_arms
+from peer_nb.bridge.bridge import Bridge
+from peer_nb.bridge.evaluation import SAMPLE_SCHEMA, Asking, ask_arms, answer_lines, turns
 from peer_nb.bridge.generation import continued, embedded, quantised, soft_bytes
 from peer_nb.bridge.kv_bytes import cache_bytes, cache_kind, real_cache_bytes, saved_text
+from peer_nb.bridge.items import needle_items
+from peer_nb.config import config_from_dict
 from peer_nb.files import UserError
 from peer_nb.models.causal_lm import PeerMLAConfig
 
@@ -74,7 +81,8 @@ CONFIGS = {
     "no window in use": (hf.Qwen2Config(**SIZES, num_key_value_heads=2, use_sliding_window=False), "GQA"),
     "gpt2": (hf.GPT2Config(vocab_size=40, n_embd=32, n_layer=3, n_head=4, **ENDS), "MHA"), "one head": (hf.GPTBigCodeConfig(vocab_size=40, n_embd=32, n_layer=3, n_head=4, multi_query=True, **ENDS), "MQA"),
     "opt": (hf.OPTConfig(vocab_size=40, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=16, word_embed_proj_dim=32, max_position_embeddings=64), "MHA"),
-    "deepseek": (hf.DeepseekV3Config(**SIZES, num_key_value_heads=4, first_k_dense_replace=3, **LATENT), "MLA"), "ours": (PeerMLAConfig(**SIZES, use_peer=False, mla_config=LATENT), "MLA")}
+    "deepseek": (hf.DeepseekV3Config(**SIZES, num_key_value_heads=4, first_k_dense_replace=3, **LATENT), "MLA"), "ours": (PeerMLAConfig(**SIZES, use_peer=False, mla_config=LATENT), "MLA"),
+    "ours, grouped": (PeerMLAConfig(**SIZES, use_peer=False, attention_kind="gqa", num_key_value_heads=2), "GQA"), "ours, one": (PeerMLAConfig(**SIZES, use_peer=False, attention_kind="mqa"), "MQA")}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -121,3 +129,108 @@ def test_soft_tokens_of_few_bits():
         assert torch.allclose(torch.fake_quantize_per_tensor_affine(row, step, 0, -127, 127), got, atol=1e-6)
     errors = [(quantised(soft, bits) - soft).abs().mean() for bits in (8, 4, 2)]
     assert errors == sorted(errors) and soft_bytes(64, 48, 4) == 64*24 + 128 and soft_bytes(64, 48, 16) == 64*96
+
+
+# ---- arms, on two models that nobody has trained -------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def bridge(tmp_path_factory):
+    "A Mistral with grouped heads, a Llama of another width and tokenizer, and a translator whose gates are open"
+    from peer_nb.bridge.needle_models import needle_tokenizer
+    place = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    for name, config in (("source", hf.MistralConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, sliding_window=None, eos_token_id=0)),
+                         ("target", hf.LlamaConfig(vocab_size=70, hidden_size=24, num_hidden_layers=2, intermediate_size=32, num_attention_heads=2, eos_token_id=0))):
+        tokenizer = needle_tokenizer(name)
+        config.vocab_size = len(tokenizer)
+        hf.AutoModelForCausalLM.from_config(config).save_pretrained(place/name)
+        tokenizer.save_pretrained(place/name)
+    cfg = config_from_dict(dict(train_config=dict(max_steps=1), bridge_config=dict(source=dict(model=str(place/"source")), target=dict(model=str(place/"target")),
+                           translator=dict(soft_tokens=4, bottleneck=16, heads=2), evaluate=dict(max_new_tokens=3, stop=[";"]))))
+    made = Bridge.new(cfg)
+    with torch.no_grad():
+        for block in made.translator.blocks: block.gates.fill_(1.)
+    return made
+
+
+@pytest.fixture(scope="module")
+def items(bridge): return needle_items(bridge.options, "test", 6)
+
+
+def asking(**more): return Asking(**dict(seed=3, config_hash="abc") | more)
+
+
+def test_every_arm_counts_its_caches(bridge, items):
+    "Against the tensors of the caches themselves, one item at a time"
+    widths = dict(source=bridge.source.config, target=bridge.target.config)
+    for arm in possible_arms(items):
+        reply = ARMS[arm](bridge, items[:1], items[1:2])
+        line, = answer_lines(bridge, arm, items[:1], reply, asking())
+        who = "source" if arm == "source_alone" else "target"
+        assert line[f"kv_mb_{who}"]*1e6 == real_cache_bytes(reply.found.cache)
+        prompt = len(bridge.source_tokenizer(items[0].source_prompt)["input_ids"])
+        read = cache_bytes(widths["source"], prompt, 4)/1e6
+        if reply.soft: assert line["kv_mb_source"] == read and line["soft_len"] == 4
+        elif arm == "cascade": assert line["kv_mb_source"] >= read
+        elif arm != "source_alone": assert line["kv_mb_source"] == 0
+        assert 0 < line["ttft_s"] <= line["latency_s"] and line["out_len"] <= 3
+        if arm.startswith("budget"): assert line["in_len"] == 4
+        validate(line, SAMPLE_SCHEMA)
+
+
+def test_arms_read_what_they_say(bridge, items, monkeypatch):
+    "What goes into the model, against embeddings that are put together here"
+    seen = {}
+    def spy(model, embeds, mask, *rest):
+        seen["rows"] = [row[keep.bool()] for row, keep in zip(embeds, mask)]
+        return continued(model, embeds, mask, *rest)
+    monkeypatch.setattr("peer_nb.bridge.arms.continued", spy)
+    table, soft = bridge.target.get_input_embeddings().weight, bridge.soft_tokens(items)
+    words = lambda text: table[bridge.target_tokenizer(text)["input_ids"]]
+    other, zero = soft.roll(-1, 0), bridge.translator(torch.zeros(1, 5, 32), torch.ones(1, 5, dtype=torch.bool))[0]
+    last, instruction = items[-1], words("=")
+    expected = dict(target_alone=words(last.target_prompt), budget_first=words(last.target_prompt)[:4], budget_last=words(last.target_prompt)[-4:], oracle=words(last.oracle),
+                    latent=torch.cat([soft[-1], instruction]), latent_with_text=torch.cat([soft[-1], words(last.target_prompt)]), shuffled_source=torch.cat([other[-1], instruction]),
+                    zero_source=torch.cat([zero, instruction]), latent_8bit=torch.cat([quantised(soft, 8)[-1], instruction]))
+    for arm, rows in expected.items():
+        ARMS[arm](bridge, items, partners(items))
+        assert torch.allclose(seen["rows"][-1], rows, atol=1e-5), arm
+    reply = ARMS["cascade"](bridge, items, partners(items))
+    said = ARMS["source_alone"](bridge, items, partners(items)).texts[-1].strip()
+    ARMS["cascade"](bridge, items, partners(items))
+    assert torch.equal(seen["rows"][-1], words(last.cascade.format(text=said))) and reply.before > 0
+
+
+def test_frozen_models_stay_as_they_are(bridge, items):
+    before = [p.clone() for model in (bridge.source, bridge.target) for p in model.parameters()]
+    for arm in possible_arms(items): ARMS[arm](bridge, items, partners(items))
+    after = [p for model in (bridge.source, bridge.target) for p in model.parameters()]
+    assert all(a.equal(b) for a, b in zip(before, after))
+
+
+def test_an_evaluation_goes_on_where_it_was_killed(bridge, items, tmp_path, monkeypatch):
+    "The same answers, none of them twice, and none anew"
+    arms, splits = ["target_alone", "latent", "zero_source"], dict(test=items)
+    plain = [{k: v for k, v in line.items() if k in ("arm", "id", "pred", "em", "in_len")} for line in
+             ask_arms(bridge, splits, tmp_path/"whole", asking(), dict(weights="w"), arms, batch=2, say=lambda line: None)]
+    assert [line["arm"] for line in plain[::2]] == [arm for order in turns(arms, 3) for arm in order]   # they take turns
+    ask_arms(bridge, splits, tmp_path/"cut", asking(), dict(weights="w"), arms, batch=2, say=lambda line: None)
+    file = tmp_path/"cut"/"samples.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(True)[:7]) + b'{"arm": "lat')   # torn in the middle of a batch
+    asked = []
+    real = ARMS["latent"]
+    monkeypatch.setitem(ARMS, "latent", lambda b, some, others: asked.append([i.id for i in some]) or real(b, some, others))
+    again = ask_arms(bridge, splits, tmp_path/"cut", asking(), dict(weights="w"), arms, batch=2, say=lambda line: None)
+    key = lambda line: (line["arm"], line["id"])
+    assert sorted(map(key, again)) == sorted(map(key, plain)) and len({*map(key, again)}) == len(again)
+    short = {key(l): (l["pred"], l["em"], l["in_len"]) for l in again}
+    assert short == {key(l): (l["pred"], l["em"], l["in_len"]) for l in plain}
+    assert asked[0] == [items[0].id, items[1].id] and sum(map(len, asked[1:])) == 6 - sum(key(l)[0] == "latent" for l in again[:7])
+    with pytest.raises(UserError, match="weights .w there, other now"):
+        ask_arms(bridge, splits, tmp_path/"cut", asking(), dict(weights="other"), arms, batch=2)
+
+
+def test_bad_arms_are_refused(bridge, items):
+    with pytest.raises(UserError, match="item test-0: the data do not say"): ARMS["oracle"](bridge, [replace(items[0], oracle="")], items[1:2])
+    with pytest.raises(UserError, match="unknown; known: source_alone"): possible_arms(items, ["latnt"])
+    with pytest.raises(UserError, match="one item alone"): partners(items[:1])

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ..evaluation.loading import longest_context
 from ..files import UserError
 
-if TYPE_CHECKING: from transformers import PreTrainedModel
+if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['left_padded', 'embedded', 'settled_clock', 'FirstToken', 'Continued', 'upto_end', 'end_tokens', 'continued',
-           'quantised', 'soft_bytes']
+__all__ = ['left_padded', 'embedded', 'settled_clock', 'Ending', 'Continued', 'end_tokens', 'continued', 'quantised',
+           'soft_bytes']
 
 # %% ../../nbs/bridge/02_generation.ipynb #55123680
 def left_padded(
@@ -53,31 +53,34 @@ def settled_clock(
     return time.perf_counter()
 
 # %% ../../nbs/bridge/02_generation.ipynb #3046abb4
-class FirstToken:
-    "Notes when `generate` has its first token; never stops it"
-    def __init__(self): self.at = None
+class Ending:
+    "Tells `generate` which rows have ended, and keeps when the first token was there and how long each row is"
+    def __init__(self,
+        ends: set[int], # tokens that end a text
+        stops: Sequence[str] = (), # texts that end an answer
+        tokenizer: PreTrainedTokenizerBase | None = None, # needed where there are stops
+    ): self.ends, self.stops, self.tokenizer, self.at, self.lengths = ends, stops, tokenizer, None, {}
+
+    def ended(self, row: list[int]) -> bool:
+        "Whether a row is complete"
+        if row[-1] in self.ends: return True
+        return bool(self.stops) and any(stop in self.tokenizer.decode(row) for stop in self.stops)
+
     def __call__(self, ids: Tensor, scores: Any, **kwargs) -> Tensor:
         if self.at is None: self.at = settled_clock(ids.device)
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for n, row in enumerate(ids.tolist()):
+            if n not in self.lengths and self.ended(row): self.lengths[n] = len(row)
+        return torch.tensor([n in self.lengths for n in range(len(ids))], device=ids.device)
 
 # %% ../../nbs/bridge/02_generation.ipynb #d6d99ae2
 @dataclass(frozen=True)
 class Continued:
     "What a model made of a batch"
-    tokens: list[list[int]] # new ones of each row, up to and with the end of text
+    tokens: list[list[int]] # new ones of each row, with the one that ended it
     in_tokens: list[int] # rows of vectors that each was given
     first: float # seconds until the first token
     seconds: float # until the last
     cache: Any # of transformers, as it was left
-
-# %% ../../nbs/bridge/02_generation.ipynb #0f3dd719
-def upto_end(
-    ids: list[int], # new tokens
-    ends: set[int], # tokens that end a text
-) -> list[int]:
-    "Tokens up to the first that ends the text, and that one"
-    stop = next((n for n, token in enumerate(ids) if token in ends), len(ids))
-    return ids[:stop + 1]
 
 # %% ../../nbs/bridge/02_generation.ipynb #6233e8e7
 def end_tokens(
@@ -96,6 +99,8 @@ def continued(
     mask: Tensor, # [B, T]
     new_tokens: int, # at most
     repetition_penalty: float = 1.0, # 1: none
+    stops: Sequence[str] = (), # texts that end an answer
+    tokenizer: PreTrainedTokenizerBase | None = None, # of the model; needed where there are stops
 ) -> Continued:
     "Greedy continuations of vectors"
     from transformers import GenerationConfig, StoppingCriteriaList
@@ -106,12 +111,12 @@ def continued(
     how = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, repetition_penalty=repetition_penalty,
                            eos_token_id=sorted(ends) or None, pad_token_id=min(ends, default=0),
                            return_dict_in_generate=True)
-    first, begin = FirstToken(), settled_clock(embeds.device)
+    ending, begin = Ending(ends, stops, tokenizer), settled_clock(embeds.device)
     out = model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=how,
-                         stopping_criteria=StoppingCriteriaList([first]))
+                         stopping_criteria=StoppingCriteriaList([ending]))
     end = settled_clock(embeds.device)
-    tokens = [upto_end(ids, ends) for ids in out.sequences.tolist()]
-    return Continued(tokens, mask.sum(1).tolist(), first.at - begin, end - begin, out.past_key_values)
+    tokens = [row[:ending.lengths.get(n, len(row))] for n, row in enumerate(out.sequences.tolist())]
+    return Continued(tokens, mask.sum(1).tolist(), ending.at - begin, end - begin, out.past_key_values)
 
 # %% ../../nbs/bridge/02_generation.ipynb #2adf3eef
 def quantised(

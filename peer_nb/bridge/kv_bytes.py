@@ -54,6 +54,7 @@ def mla_section(
 ) -> Any: # with kv_lora_rank and qk_rope_head_dim; None: no latent is kept
     "Where a model says the sizes of its latent"
     own = getattr(config, "mla_config", None)
+    if getattr(config, "attention_kind", "mla") != "mla": return None   # ours, with heads of keys and values
     if isinstance(own, dict): return own
     if own is not None: return vars(own)
     return config.to_dict() if getattr(config, "kv_lora_rank", None) else None
@@ -114,5 +115,5 @@ def saved_text(
     if unit == "%": gone = 100*(before - after)/before if before else 0.0
     else: gone = before - after
     if gone == 0: return "saves nothing"
-    size = f"{abs(gone):.3g} {unit}"
+    size = "under 1 %" if unit == "%" and abs(gone) < 1 else f"{abs(gone):.3g} {unit}"
     return f"saves {size}" if gone > 0 else f"costs {size} more"

@@ -103,9 +103,10 @@ def estimated_memory(
     config: Config, # of a cell
     counted: dict[str, Any], # its parameters
     world_size: int = 1, # GPUs of a run
-) -> int: # bytes on one device, without the libraries
+) -> int | None: # bytes on one device, without the libraries; None for a bridge, whose frozen models decide
     "About how much memory training takes"
     from peer_nb.analysis.parameters import memory_layer_count
+    if config.bridge_config: return None
     m, t = config.model_config, config.train_config
     length = config.dataset_config.max_seq_length
     tokens = t.per_device_train_batch_size*length
@@ -212,7 +213,7 @@ def plan_row(
             "total": short_number(c.parameters["total"]), "active": short_number(c.parameters["active"]),
             "tokens": short_number(c.tokens), "FLOPs": short_number(c.flops),
             "time": duration(estimated_seconds(c, seen.rate, wall_seconds(plan))),
-            "memory": short_number(memory) + "B",
+            "memory": "–" if memory is None else short_number(memory) + "B",
             "reuse": str(sum(cell.id in (seen.reuse or {}) for cell in group) or ""),
             "differs from the base in": difference(c.overrides)}
 

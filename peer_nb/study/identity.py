@@ -18,8 +18,9 @@ from ..files import UserError, sha256_of
 from ..pretrained import content_hash, pretrained_folder
 
 # %% auto #0
-__all__ = ['NOT_IDENTITY', 'TEMPLATE_PARAMETERS', 'section_hashes', 'identity', 'find_template', 'code_cells', 'parsed',
-           'template_hash', 'declared_metrics', 'imports', 'executed', 'source_hash', 'beside', 'package_hash']
+__all__ = ['NOT_IDENTITY', 'MODEL_KEYS', 'PATHS', 'TEMPLATE_PARAMETERS', 'section_hashes', 'identity', 'find_template',
+           'code_cells', 'parsed', 'template_hash', 'declared_metrics', 'imports', 'executed', 'source_hash', 'beside',
+           'package_hash']
 
 # %% ../../nbs/study/03_identity.ipynb #d622d8cf
 NOT_IDENTITY = (
@@ -29,17 +30,23 @@ NOT_IDENTITY = (
     "model_config.peer_config.log_expert_usage", "model_config.peer_config.log_freq",
     "model_config.peer_config.usage_threshold")
 
+MODEL_KEYS = ("model_config.pretrained", "dataset_config.tokenizer_name", "bridge_config.source.model",
+              "bridge_config.target.model") # a folder counts by its content
+PATHS = ("bridge_config.data.path",) # what lies there is in the fingerprint of the data
+
 def section_hashes(
     config: Config, # resolved
 ) -> dict[str, str]: # section: hash of what matters in it
     "What a configuration is, by section; memory layers that a model lacks don't matter, nor where a base lies"
     sections = {f.name: {} for f in fields(Config)}
     bare = not config.model_config.use_peer or config.model_config.memory_layers == []
-    ignored = (*NOT_IDENTITY, "train_config.seed", *(["model_config.peer_config"] if bare else []))
-    begun = config.model_config.pretrained
+    ignored = (*NOT_IDENTITY, *PATHS, "train_config.seed", *(["model_config.peer_config"] if bare else []))
+    begun, bridge = config.model_config.pretrained, config.bridge_config
     known = {begun: content_hash(pretrained_folder(begun))} if begun else {}
+    ends = [bridge.source.model, bridge.target.model] if bridge else []
+    known |= {name: content_hash(pretrained_folder(name)) for name in ends if Path(name).expanduser().is_dir()}
     for key, value in flatten(plain_keys(config)).items():
-        if key in ("model_config.pretrained", "dataset_config.tokenizer_name"): value = known.get(value, value)
+        if key in MODEL_KEYS: value = known.get(value, value)
         if key.startswith(ignored) and any(key == n or key.startswith(n + ".") for n in ignored): continue
         sections[key.partition(".")[0]][key] = value
     return {name: sha256_of(values) for name, values in sections.items()}

@@ -258,8 +258,9 @@ class _Planner:
     # tokens per second of a configuration, where that is known
     speed: Callable[[Config], float | None] = lambda config: None
 
-    def count(self, config: Config) -> tuple[dict, float]: # parameters, training FLOPs per token
-        from peer_nb.analysis.parameters import count_run, training_cost
+    def count(self, config: Config) -> tuple[dict, float | None]: # parameters, training FLOPs per token
+        from peer_nb.analysis.parameters import count_bridge, count_run, training_cost
+        if b := config.bridge_config: return count_bridge(b) | {"steps": config.train_config.max_steps}, None
         counted = count_run(config)
         trained, each = training_cost(config, counted)
         window = config.eval_config.window

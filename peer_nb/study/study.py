@@ -464,6 +464,9 @@ def planned_tokens(
 ) -> int | None: # None where only the data can tell
     "Tokens that a run will train on; a UserError where the run could never end"
     train, data, step = config.train_config, config.dataset_config, step_tokens(config, world_size)
+    if config.bridge_config and train.max_steps is None:
+        raise UserError("train_config.max_steps: is missing; a bridge trains on items, and steps say how long")
+    if config.bridge_config: return None   # its items are no rows of tokens
     if train.max_tokens is not None: return train.max_tokens
     if train.max_steps is not None: return train.max_steps * step
     if train.num_train_epochs is None:
