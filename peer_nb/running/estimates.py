@@ -14,16 +14,17 @@ from typing import Any
 from fastcore.basics import patch
 
 from ..formats import duration, ratio_text, short_number, text_table
-from ..study.plan import Cell, Match, Plan, load_plan, matching, wall_seconds
+from ..study.plan import Cell, Match, Plan, load_plan, matching, plan_residuals, wall_seconds
 from ..study.run import Run, studies_in
-from ..stats import detectable
+from ..factorial import factor_columns, precision, smallest_found, weights
+from ..findings.effects import Design, design_of
 from ..config import Config
 from ..files import UserError
 
 # %% auto #0
 __all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'estimated_memory',
            'pair_spread', 'detectable_effects', 'difference', 'Forecast', 'outlook', 'plan_row', 'plan_rows',
-           'match_rows', 'totals', 'plan_text']
+           'match_rows', 'totals', 'residual_lines', 'plan_text']
 
 # %% ../../nbs/running/05_estimates.ipynb #ed0f3173
 @dataclass(frozen=True)
@@ -103,9 +104,10 @@ def estimated_memory(
     config: Config, # of a cell
     counted: dict[str, Any], # its parameters
     world_size: int = 1, # GPUs of a run
-) -> int: # bytes on one device, without the libraries
+) -> int | None: # bytes on one device, without the libraries; None for a bridge, whose frozen models decide
     "About how much memory training takes"
     from peer_nb.analysis.parameters import memory_layer_count
+    if config.bridge_config: return None
     m, t = config.model_config, config.train_config
     length = config.dataset_config.max_seq_length
     tokens = t.per_device_train_batch_size*length
@@ -140,25 +142,42 @@ def pair_spread(
     return math.sqrt(2*squares/degrees) if degrees else None
 
 # %% ../../nbs/running/05_estimates.ipynb #4f3399a0
+def _contrasts(plan: Plan, variance_of: Design) -> dict[str, tuple[float, float]]:
+    "Per axis: standard error of its first effect where a run's noise is 1, degrees of freedom"
+    import numpy as np
+    columns, out = factor_columns(variance_of.places, [len(own) for own in variance_of.levels]), {}
+    for axis, (first, *others) in plan.axes.items():
+        found = [variance_of.difference({axis: level}, {axis: first}) for level in others]
+        if not found or any(one is None for one in found): continue
+        w = weights(columns, np.array(found), variance_of.seeds, variance=variance_of.variance)
+        out[axis] = max(precision(w), key=lambda p: math.inf if math.isnan(p[0]) else p[0])
+    return out
+
+# %% ../../nbs/running/05_estimates.ipynb #2fcc3cb5
 def detectable_effects(
     plan: Plan, # of a study
     spread: float | None, # of a difference between seeds; None: not known
 ) -> list[str]: # lines
-    "The smallest effects that the seeds of a plan can show"
-    seeds = len({c.seed for c in plan.cells})
-    questions = sum(len(l) - 1 for l in plan.axes.values()) + len(plan.study["claims"])
+    "The smallest effects that the seeds of a plan can show, by the model that will judge them"
+    design = design_of([c.levels | {"seed": c.seed} for c in plan.cells], plan.axes)
+    seeds, questions = len({*design.seeds}), sum(len(l) - 1 for l in plan.axes.values()) + len(plan.study["claims"])
     if seeds < 2:
         return ["One seed: differences will be anecdotal, no effect of any size can be told from chance. Give `seeds: "
                 "[1, 2, 3]`."]
-    unit = f"units of {plan.metric}" if spread else "standard deviations of a paired difference"
-    show = lambda pairs, n: f"{detectable((spread or 1.0)/math.sqrt(pairs), seeds, 0.05/n):.3g}"
+    unit, noise = f"units of {plan.metric}", (spread or 1.0)/math.sqrt(2)
+    if not spread: unit = "standard deviations of a paired difference"
     known = f" (a paired difference varies by {spread:.3g} between seeds in earlier studies)" if spread else ""
     out = [f"{seeds} seeds, power 80 %: smallest effect that can be told from chance, in {unit}{known}"]
-    for axis, levels in plan.axes.items():
-        pairs = max(1, min(sum(c.levels[axis] == l for c in plan.cells) for l in levels)//seeds)
-        several = f", {show(pairs, questions)} as one of {questions} questions" if questions > 1 else ""
-        out.append(f"  {axis}: {show(pairs, 1)} alone{several} ({pairs} pair{'s' if pairs > 1 else ''} a seed)")
-    return out
+    for axis, (error, degrees) in _contrasts(plan, design).items():
+        show = lambda n: f"{smallest_found(noise*error, degrees, 0.05/n):.3g}"
+        pairs = max(1, min(sum(c.levels[axis] == l for c in plan.cells) for l in plan.axes[axis])//seeds)
+        beside = f"{pairs} pair{'s' if pairs > 1 else ''} a seed"
+        if design.variance == "runs": beside = f"{degrees:.3g} degrees of freedom"
+        several = f", {show(questions)} as one of {questions} questions" if questions > 1 else ""
+        out.append(f"  {axis}: {show(1)} alone{several} ({beside})")
+    aliased = [axis for axis, levels in plan.axes.items() if len(levels) > 1 and axis not in _contrasts(plan, design)]
+    others = {axis: " and ".join(design.aliased(axis)) for axis in aliased}
+    return out + [f"  {axis}: cannot be told" + (f" from {other}" if other else "") for axis, other in others.items()]
 
 # %% ../../nbs/running/05_estimates.ipynb #218402ea
 def difference(
@@ -212,7 +231,7 @@ def plan_row(
             "total": short_number(c.parameters["total"]), "active": short_number(c.parameters["active"]),
             "tokens": short_number(c.tokens), "FLOPs": short_number(c.flops),
             "time": duration(estimated_seconds(c, seen.rate, wall_seconds(plan))),
-            "memory": short_number(memory) + "B",
+            "memory": "–" if memory is None else short_number(memory) + "B",
             "reuse": str(sum(cell.id in (seen.reuse or {}) for cell in group) or ""),
             "differs from the base in": difference(c.overrides)}
 
@@ -264,6 +283,15 @@ def totals(
     return [*out, f"time: about {duration(spent(seen.rate.flops_per_second))}, {seen.slots} at a time "
                   f"({fast} to {slow}; {short_number(seen.rate.flops_per_second)} FLOP/s {known})"]
 
+# %% ../../nbs/running/05_estimates.ipynb #a7795c8d
+def residual_lines(
+    plan: Plan, # any
+) -> list[str]: # none where no axis is sparse_layer
+    "By how much sparse layers miss the base, as a table"
+    found = plan_residuals(plan)
+    if not found: return []
+    return [text_table(found), "(of the base; arms are sized to equal active FLOPs and parameters)", ""]
+
 # %% ../../nbs/running/05_estimates.ipynb #cddc27f0
 def plan_text(
     plan: Plan, # any
@@ -280,6 +308,7 @@ def plan_text(
     return "\n".join([text_table(rows), *([f"… and {more} combinations more"] if more else []), "",
                       *totals(plan, seen), "",
                       f"budget: {matched}", text_table(match_rows(plan)), "(! more than 5 %: not matched)", "",
+                      *residual_lines(plan),
                       *detectable_effects(plan, seen.spread), *([""] if claims else []), *claims,
                       *([""] if plan.left_out else []),
                       *(f"left out: {what}: {why}" for what, why in plan.left_out.items())])
