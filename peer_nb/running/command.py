@@ -28,7 +28,7 @@ from .speed import Speeds, clocked_plan
 from .estimates import finished_runs, measured_rate, outlook, plan_text
 from ..study.claims import better
 from ..study.one_axis import as_study, is_one_axis, pinned_value, read_one_axis, starting_config
-from ..training.bases import base_folder
+from ..training.bases import base_folder, with_base_made
 from ..study.places import at, read_place
 from ..study.plan import Cell, Plan, code_differences, load_plan, make_plan, plan_differences, save_plan
 from ..children import on_signals, start_child
@@ -114,6 +114,7 @@ def read_request(
     if tokens is not None and tokens < 1: raise UserError(f"--tokens {tokens}: every run needs at least one token")
     if study is not None: request = _from_file(study, base_config, axes, custom_datasets, overrides)
     else: request = _from_axes(base_config, axes, custom_datasets, overrides)
+    with_base_made(request.base)
     if tokens is not None: request.study.budget.tokens = tokens
     if notebook is not None: request.study.notebook = notebook
     if seeds and len({*seeds}) < len(seeds):
