@@ -46,7 +46,7 @@ KNOWER = Base(
     "a table of 512 numbers",
     dict(vocab_size=257, hidden_size=64, word_embed_proj_dim=64, ffn_dim=192, num_hidden_layers=1,
          num_attention_heads=4, max_position_embeddings=128, dropout=0.0, init_std=0.05),
-    dict(datasets=[dict(name="old", task="digit_lookup", mask="digit_lookup", task_arguments=OLD_TABLE)],
+    dict(datasets=[dict(name="digits", task="digit_lookup", mask="digit_lookup", task_arguments=OLD_TABLE)],
          tokenizer_name="bytes", max_seq_length=120, packing="varlen"),
     dict(per_device_train_batch_size=2, num_train_epochs=100, lr_scheduler_type="cosine", warmup_ratio=0.05,
          weight_decay=0.0,
