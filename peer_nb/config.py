@@ -444,7 +444,9 @@ def _undressed(value: Any) -> Any:
 # %% ../nbs/02_config.ipynb #e974e75f
 def _overridden(cfg: Config, overrides: dict[str, Any] | list[str]) -> Config:
     "A new configuration with single values changed; contradictions are not looked for"
-    tree = to_dict(cfg)
+    tree, pretrained = to_dict(cfg), cfg.model_config.pretrained
+    # a model's own tokenizer goes with it
+    if pretrained and cfg.dataset_config.tokenizer_name == pretrained: tree["dataset_config"]["tokenizer_name"] = None
     for key, value in parse_overrides(overrides).items(): _set(tree, str(key).split("."), _undressed(value), str(key))
     return _build(Config, tree, "override", "")
 

@@ -131,3 +131,22 @@ def test_a_study_may_begin_with_a_base_that_is_made_on_the_spot(bases, tmp_path,
         request = read_request(None, STUDIES/"where.yaml", None, None, None, None, [])
         assert request.base.model_config.pretrained == request.base.dataset_config.tokenizer_name == str(cached_base("digits:opt"))
     assert len(made) == 1 and "digits:opt" in made[0]
+
+
+def test_another_model_comes_with_its_own_tokenizer(tmp_path):
+    (tmp_path/"run.yaml").write_text("model_config: {pretrained: first}")
+    changed = load_config(tmp_path/"run.yaml", ["model_config.pretrained=second"])
+    assert changed.dataset_config.tokenizer_name == "second"
+    assert apply_overrides(changed, {"dataset_config.tokenizer_name": "bytes", "model_config.pretrained": "third"}).dataset_config.tokenizer_name == "bytes"
+
+
+def test_a_plain_run_may_begin_with_such_a_base(tmp_path, monkeypatch):
+    from peer_nb.running import train
+    monkeypatch.setattr(train, "base_folder", lambda name: f"made/{name}")
+    (tmp_path/"run.yaml").write_text("model_config: {pretrained: digits:opt}")
+    words = ["--config", str(tmp_path/"run.yaml"), "--resume"]
+    made = [*words, "model_config.pretrained=made/digits:opt"]
+    assert train.with_base(words) == made and train.with_base([f"--config={words[1]}"])[-1] == made[-1]
+    assert train.with_base([*words, "model_config.pretrained=a"]) == [*words, "model_config.pretrained=a"]
+    assert train.with_base(["model_config.pretrained=python:opt"]) == ["model_config.pretrained=made/python:opt"]
+    assert train.with_base(["--merge", "a", "b"]) == ["--merge", "a", "b"]
