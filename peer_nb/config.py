@@ -32,8 +32,8 @@ _all_ = ["UserError"]
 # %% auto #0
 __all__ = ['Problems', 'RECORDING', 'LARGEST', 'describe', 'convert', 'KnownKey', 'known_keys', 'to_dict', 'validate',
            'config_from_dict', 'parse_yaml', 'read_yaml', 'parse_overrides', 'apply_overrides', 'load_config',
-           'to_yaml', 'save_config', 'flatten', 'diff_configs', 'config_hash', 'DataMix', 'load_data_mixes',
-           'field_meanings', 'config_table', 'UserError']
+           'yaml_text', 'to_yaml', 'save_config', 'flatten', 'diff_configs', 'config_hash', 'DataMix',
+           'load_data_mixes', 'field_meanings', 'config_table', 'UserError']
 
 # %% ../nbs/02_config.ipynb #35c1d121
 def _number(value: Any) -> Decimal | None:
@@ -484,11 +484,20 @@ _Writer.add_representer(list, _write_sequence)
 _Writer.add_representer(str, _write_text)
 _Writer.ignore_aliases = lambda self, data: True   # a list that comes twice is written twice
 
+
+# %% ../nbs/02_config.ipynb #b3848628
+def yaml_text(
+    data: Any, # plain: dictionaries, lists, text, numbers
+) -> str: # as `parse_yaml` reads it; text that it would take for a number, such as 1e-2, stands in quotes
+    "Data in the way of a configuration file"
+    return yaml.dump(data, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=120)
+
+# %% ../nbs/02_config.ipynb #45f778c8
 def to_yaml(
     cfg: Config, # a whole configuration
 ) -> str:
     "Every key of a configuration, as a file states it"
-    return yaml.dump(to_dict(cfg), Dumper=_Writer, sort_keys=False, allow_unicode=True, width=120)
+    return yaml_text(to_dict(cfg))
 
 # %% ../nbs/02_config.ipynb #f1f97292
 def save_config(

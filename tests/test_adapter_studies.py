@@ -35,12 +35,15 @@ def test_stored_bits_are_the_entropy_that_is_left_away():
 @given(bits=st.floats(0.1, 6), noise=st.floats(0.01, 0.1))
 @settings(max_examples=30, deadline=None)
 def test_the_capacity_of_a_learner_that_is_known_is_found(bits, noise):
-    "Runs whose table fits tell nothing, and change nothing"
-    def learner(facts, rank, seed): return Held(facts, rank, seed, 100*rank, 0.0, min(bits*(1 + noise*(seed - 1))*100*rank, stored_bits(facts, 0)))
-    full = [learner(10_000, rank, seed) for rank in (1, 4) for seed in (0, 1, 2)]
-    found = capacity([*full, *(Held(1, 64, seed, 6400, 1.0, stored_bits(1, 0)) for seed in (0, 1, 2))])
-    assert found.mean == pytest.approx(bits) and found.n == 3 and found.low < bits < found.high
-    assert capacity([]).n == 0
+    "By scipy's interval; a table that fits, and one that is too much, change nothing"
+    from scipy.special import stdtrit
+    each = [bits*(1 + noise*(seed - 1)) for seed in (0, 1, 2)]
+    def runs(facts, held): return [Held(facts, 4, seed, 400, 0.0, min(held[seed], stored_bits(facts, 0))) for seed in (0, 1, 2)]
+    found = capacity([*runs(1, [1e9]*3), *runs(10_000, [400*b for b in each]), *runs(20_000, [1.0, 2.0, 3.0])])
+    table, c = found[4]
+    half = stdtrit(2, 0.975)*np.std(each, ddof=1)/np.sqrt(3)
+    assert table == 10_000 and [c.mean, c.low, c.high] == pytest.approx([bits, bits - half, bits + half]) and list(found) == [4]
+    assert capacity([]) == {}
 
 
 def test_the_least_rank_that_was_enough():
@@ -150,3 +153,12 @@ def test_a_plain_run_may_begin_with_such_a_base(tmp_path, monkeypatch):
     assert train.with_base([*words, "model_config.pretrained=a"]) == [*words, "model_config.pretrained=a"]
     assert train.with_base(["model_config.pretrained=python:opt"]) == ["model_config.pretrained=made/python:opt"]
     assert train.with_base(["--merge", "a", "b"]) == ["--merge", "a", "b"]
+
+
+def test_a_level_that_looks_like_a_number_is_found_again(tmp_path):
+    "The study's own copy of its file, whose claims are compared with the plan's"
+    from peer_nb.config import read_yaml, yaml_text
+    study = read_yaml(STUDIES/"where.yaml")
+    (tmp_path/"study.yaml").write_text(yaml_text(study))
+    again = load_study(tmp_path/"study.yaml")
+    assert again.claims == load_study(STUDIES/"where.yaml").claims and again.claims[0]["a"]["learning_rate"] == "1e-2"

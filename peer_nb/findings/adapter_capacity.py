@@ -43,13 +43,15 @@ class Held:
 # %% ../../nbs/findings/08_adapter_capacity.ipynb #236576e1
 def capacity(
     runs: Iterable[Held], # of a study
-    fits: float = 0.9, # share of a table from which on it counts as stored
-) -> Comparison: # bits per trained parameter; of no seed where every table fitted
-    "How much adapters hold, by the runs that were given more"
-    seeds: dict[int, list[float]] = {}
-    for run in runs:
-        if run.share < fits: seeds.setdefault(run.seed, []).append(run.per_parameter)
-    return compare(sum(values)/len(values) for values in seeds.values())
+) -> dict[int, tuple[int, Comparison]]: # rank -> table of which most was stored, bits per trained parameter
+    "How much adapters hold"
+    cells: dict[int, dict[int, list[Held]]] = {}
+    for run in runs: cells.setdefault(run.rank, {}).setdefault(run.facts, []).append(run)
+    out = {}
+    for rank, tables in sorted(cells.items()):
+        facts = max(tables, key=lambda facts: sum(run.bits for run in tables[facts])/len(tables[facts]))
+        out[rank] = facts, compare(run.per_parameter for run in tables[facts])
+    return out
 
 # %% ../../nbs/findings/08_adapter_capacity.ipynb #8c4460a8
 def needed_rank(

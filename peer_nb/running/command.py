@@ -15,8 +15,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-import yaml
-
 import peer_nb
 from .local import EACH, Devices, Event, Local, choose_devices, cpu_processes, gpu_devices
 from ..study.run import BASE, FINISHED, PLAN, RUNS, STUDY, Run, file_name
@@ -37,7 +35,7 @@ from ..study.study import BUILTIN_AXES, Budget, Primary, Study, builtin_axes, lo
 from ..formats import clock
 from .watch import Screen, follow, live_lines, look_at, status_line, table_text
 from ..cli import make_main
-from ..config import Config, convert, load_config, load_data_mixes, parse_overrides, save_config
+from ..config import Config, convert, load_config, load_data_mixes, parse_overrides, save_config, yaml_text
 from ..files import UserError, folder_lock, writable_folder, write_atomic
 
 # %% auto #0
@@ -159,7 +157,7 @@ def make_folder(
     folder = _new_folder(first)
     save_config(plan.start, folder/BASE)
     again = {**plan.study, "base_config": BASE, "seeds": sorted({c.seed for c in plan.cells})}
-    write_atomic(folder/STUDY, yaml.safe_dump(again, sort_keys=False, allow_unicode=True))
+    write_atomic(folder/STUDY, yaml_text(again))
     (folder/RUNS).mkdir()
     save_plan(plan, folder, created=time.strftime("%Y-%m-%d %H:%M:%S%z"), device=device, git=git_state(), **beside)
     return folder
