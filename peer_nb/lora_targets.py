@@ -107,7 +107,8 @@ def equal_ranks(
     parameters: int, # that each set should train
 ) -> dict[str, tuple[int, int]]: # name -> rank, parameters that it trains
     "Ranks at which adapters of different modules train nearly as many parameters; `UserError` where none can"
-    def trained(words, rank): return adapter_parameters(LoraConfig(rank=rank, target_modules=words), model_type, tensors)
+    def trained(words, rank):
+        return adapter_parameters(LoraConfig(rank=rank, target_modules=words), model_type, tensors)
     out = {}
     for name, words in sets.items():
         rank = max(1, round(parameters/trained(words, 1)))

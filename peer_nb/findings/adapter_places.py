@@ -21,7 +21,7 @@ def cross_fitted(
     common = set.intersection(*(set(seeds) for seeds in scores.values())) if scores else set()
     out = {}
     for seed in sorted(common) if len(common) > 1 else []:
-        others = {rate: sum(value for s, value in own.items() if s != seed and s in common) for rate, own in scores.items()}
+        others = {rate: sum(own[other] for other in common - {seed}) for rate, own in scores.items()}
         rate = max(others, key=lambda rate: sign*others[rate])
         out[seed] = rate, scores[rate][seed]
     return out

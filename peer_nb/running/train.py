@@ -105,7 +105,8 @@ def with_base(
         section = read_yaml(paths[-1]).get("model_config")
         given = [section.get("pretrained")] if isinstance(section, dict) else []
     if not given or given[-1] not in BASES: return words
-    return [*(word for word in words if not word.startswith(f"{PRETRAINED}=")), f"{PRETRAINED}={base_folder(given[-1])}"]
+    rest = [word for word in words if not word.startswith(f"{PRETRAINED}=")]
+    return [*rest, f"{PRETRAINED}={base_folder(given[-1])}"]
 
 # %% ../../nbs/running/10_train.ipynb #4b6e9a74
 def main(

@@ -123,8 +123,8 @@ def base_folder(
             raise UserError(f"base: {name}: those that can be made here are called {', '.join(BASES)}")
         return name
     if (folder := cached_base(name)).is_dir(): return str(folder)
-    print(f"the base {name} is made now: a small OPT learns {BASES[name].teaches}, in minutes; done once, then found in "
-          f"{folder}", flush=True)
+    print(f"the base {name} is made now: a small OPT learns {BASES[name].teaches}, in minutes; done once, then found "
+          f"in {folder}", flush=True)
     child = start_child(f"from peer_nb.training.bases import make; make({name!r})")
     if child.wait(): raise UserError(f"base: {name} could not be made; what went wrong stands above")
     return str(folder)
