@@ -157,7 +157,9 @@ def make_folder(
     first = writable_folder(output_dir)/f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = _new_folder(first)
     save_config(plan.start, folder/BASE)
-    again = {**plan.study, "base_config": BASE, "seeds": sorted({c.seed for c in plan.cells})}
+    seeds = sorted({c.seed for c in plan.cells})
+    if "pairing" in plan.study: seeds = dict(pairing=plan.study["pairing"], values=plan.study["seeds"])
+    again = {k: v for k, v in plan.study.items() if k != "pairing"} | {"base_config": BASE, "seeds": seeds}
     write_atomic(folder/STUDY, yaml_text(again))
     (folder/RUNS).mkdir()
     save_plan(plan, folder, created=time.strftime("%Y-%m-%d %H:%M:%S%z"), device=device, git=git_state(), **beside)
@@ -384,7 +386,7 @@ def finish(
     runs.write_csv()
     runs.write_parquet()
     page = write_report(runs)
-    print("", *summary_lines(runs.rows, plan), f"page: {page}", sep="\n")
+    print("", *summary_lines(runs.rows, plan, runs), f"page: {page}", sep="\n")
     return 0 if {run.state for run in runs} <= {*FINISHED} else 1
 
 # %% ../../nbs/running/09_command.ipynb #c740ba15
