@@ -135,6 +135,7 @@ LOSSES_SCHEMA = {"title": "losses.json", **fields(
     smooth=WHOLE, lines=many(fields(line=TEXT, seeds=WHOLE, runs=many(_CURVE), tokens=many(NUMBER),
                                     mean=many(maybe(NUMBER)), low=many(maybe(NUMBER)), high=many(maybe(NUMBER)))))}
 
+# %% ../../nbs/analysis/24_losses.ipynb #48cab790
 def losses_result(
     words: Sequence[str], # FOLDER or LABEL=FOLDER
     column: str, # of the metrics
