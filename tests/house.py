@@ -93,7 +93,7 @@ def with_sidebar(text: str, contents: list) -> str:
 
 def main(what: str = "write"):
     new = renamed()
-    files = [p for p in [*ROOT.glob("nbs/**/*.ipynb"), ROOT/"CONTRIBUTING.md"] if ".ipynb_checkpoints" not in p.parts]
+    files = [p for p in [*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("configs/**/README.md"), ROOT/"CONTRIBUTING.md"] if ".ipynb_checkpoints" not in p.parts]
     if what == "check":
         quarto = (ROOT/"_quarto.yml").read_text()
         stale = with_sidebar(quarto, sidebar()) != quarto
