@@ -33,6 +33,7 @@ PARSED = {   # beginning of a command: why it is parsed and not run
     "peer-eval perplexity gpt2": "a model and a set of the hub", "peer-eval benchmark": "questions of the hub: test_benchmarks",
     "peer-train --merge": "a checkpoint with adapters: test_adapters", "torchrun": "eight processes: test_parallel", "peer-analyze usage output/checkpoint-1000 --mix": "a set of the hub",
     "peer-analyze intervene output/checkpoint-1000 data/digit_lookup --edits": "a person's file: test_edits",
+    "peer-bridge": "two models that are made before: test_bridge, test_bridge_evaluation",
     "peer-analyze swap": "exchanges facts that the model knows: test_interventions"}
 
 
@@ -192,7 +193,7 @@ LEAST = {   # command: its shortest form
     "peer-ablate run": ["--base-config", "configs/small.yaml", "--axes", "expert_setup", "--dry-run"], "peer-ablate plan": ["--base-config", "configs/small.yaml", "--axes", "expert_setup"],
     "peer-ablate watch": ["nowhere"], "peer-train": ["--config", "configs/small.yaml"], "peer-eval perplexity": ["output/checkpoint-1000"], "peer-eval benchmark": ["output/checkpoint-1000", "hellaswag"],
     "peer-eval recall": ["output/checkpoint-1000", "digits"], **{f"peer-data {task}": ["--output-dir", "new", "--force"] for task in ("synthetic_qa", "digit_lookup", "two_hop", "hashhop")},
-    "peer-data tokenization": ["digits"], "peer-analyze parameters": ["configs/small.yaml"], "peer-analyze usage": ["output/checkpoint-1000"],
+    "peer-bridge evaluate": ["output/needle"], "peer-data tokenization": ["digits"], "peer-analyze parameters": ["configs/small.yaml"], "peer-analyze usage": ["output/checkpoint-1000"],
     **{f"peer-analyze {name}": ["output/checkpoint-1000", "data/digit_lookup"] for name in ("ablate", "swap", "retrievals")}, "peer-analyze intervene": ["output/checkpoint-1000", "data/digit_lookup", "--drop", "0"]}
 ZERO = {"--gpus": "the CPU", "--seed": "a seed", "--seeds": "a seed", "--layer": "the first", "--layers": "the first", "--pairs": "don't look", "--threshold": "all are hot", "--fewshot": "no examples", "--top": "no list",
         "--num-novel": "none", "--num-known": "none", "--num-novel-ood": "none", "--num-eval": "none", "--num-samples": "none", "--val-fraction": "none", "--test-fraction": "none", "--resamples": "no interval",
