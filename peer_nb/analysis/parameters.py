@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'MADE', 'WIDTHS', 'ParameterCount', 'as_model_config', 'memory_layer_count', 'attention_cost', 'router_cost',
-           'count_parameters', 'attention_flops', 'count_pretrained', 'count_run', 'training_cost', 'model_width',
-           'translator_parameters', 'count_bridge', 'memory_layer_numbers', 'layer_rows', 'weight_bytes',
-           'cache_numbers']
+           'table_sizes', 'count_parameters', 'attention_flops', 'count_pretrained', 'count_run', 'training_cost',
+           'model_width', 'translator_parameters', 'count_bridge', 'memory_layer_numbers', 'layer_rows', 'weight_bytes',
+           'bytes_read', 'cache_numbers']
 
 # %% ../../nbs/analysis/00_parameters.ipynb #7a80541a
 import re
@@ -17,7 +17,7 @@ from pathlib import Path
 from ..config import Config, MLAConfig, ModelConfig, PeerConfig
 from ..files import UserError
 from ..lora_targets import adapter_parameters
-from ..models.options import key_value_heads
+from ..models.options import MoeConfig, key_value_heads
 from ..pretrained import longest, model_facts, model_sizes, pretrained_folder, tensor_shapes
 from ..schema import BridgeConfig, TranslatorConfig
 
@@ -59,7 +59,7 @@ def as_model_config(
     "The section as a dataclass"
     if isinstance(model_config, ModelConfig): return model_config
     given = dict(model_config)
-    for name, kind in (("peer_config", PeerConfig), ("mla_config", MLAConfig)):
+    for name, kind in (("peer_config", PeerConfig), ("mla_config", MLAConfig), ("moe_config", MoeConfig)):
         if not isinstance(given.get(name), kind): given[name] = kind(**(given.get(name) or {}))
     return ModelConfig(**given)
 
@@ -95,6 +95,10 @@ def router_cost(
 ) -> tuple[int, int]: # parameters, FLOPs per token
     "One memory layer without its tables"
     p, d = c.peer_config, c.hidden_size
+    if c.memory_kind == "moe":
+        m = c.moe_config
+        parameters = d * (m.n_routed_experts + 3*m.moe_intermediate_size*m.n_shared_experts)
+        return parameters, 2*parameters
     norm = p.query_norm or ("layer" if p.batch_norm_query else "none")
     queries = d * p.num_heads * p.query_dim
     sub_keys = sum(p.product_key_dim) * (p.query_dim // len(p.product_key_dim))
@@ -103,6 +107,16 @@ def router_cost(
     parameters = queries + norm_weights + sub_keys * (1 if p.shared_keys else p.num_heads) + gate
     return parameters, 2 * (queries + sub_keys * p.num_heads + gate)
 
+# %% ../../nbs/analysis/00_parameters.ipynb #2acf430f
+def table_sizes(
+    c: ModelConfig, # the model
+) -> tuple[int, int, int]: # numbers of a row, rows of a table, rows that a token reads
+    "The tables of one memory layer; a routed expert is a row of them"
+    p, m, d = c.peer_config, c.moe_config, c.hidden_size
+    if c.memory_kind == "moe": return 3*d*m.moe_intermediate_size, m.n_routed_experts, m.num_experts_per_tok
+    row = (2 if c.memory_kind == "peer" else 1) * p.expert_hidden_size * d
+    return row, prod(p.product_key_dim), p.num_heads * p.num_experts_per_tok
+
 # %% ../../nbs/analysis/00_parameters.ipynb #31d01aa0
 def count_parameters(
     model_config: ModelConfig | dict, # the `model_config` section
@@ -110,16 +124,15 @@ def count_parameters(
 ) -> ParameterCount:
     "Parameters and FLOPs of a model, from closed formulas"
     c = as_model_config(model_config)
-    p, d, layers, tied = c.peer_config, c.hidden_size, c.num_hidden_layers, c.tie_word_embeddings
+    d, layers, tied = c.hidden_size, c.num_hidden_layers, c.tie_word_embeddings
     context, memories = context or c.max_position_embeddings, memory_layer_count(c)
     dense = layers - memories
     attention, attention_flops = attention_cost(c, context)
     router, router_flops = router_cost(c)
-    row = (2 if c.memory_kind == "peer" else 1) * p.expert_hidden_size * d
-    rows = p.num_heads * p.num_experts_per_tok
+    row, held, rows = table_sizes(c)
     head, mlp, norms = c.vocab_size * d, 3 * d * c.intermediate_size, (2*layers + 1) * d
     embedding = head if tied else 2 * head
-    tables = prod(p.product_key_dim) * row * (min(memories, 1) if c.share_memory else memories)
+    tables = held * row * (min(memories, 1) if c.share_memory else memories)
     rest = layers*attention + dense*mlp + norms + memories*router
     flops = 2*head + layers*attention_flops + dense*2*mlp + memories*(router_flops + 2*rows*row)
     return ParameterCount(
@@ -273,6 +286,15 @@ def weight_bytes(
 ) -> dict[str, int]: # dtype -> bytes
     "What weights take in each format"
     return {name: width * parameters for name, width in WIDTHS.items()}
+
+# %% ../../nbs/analysis/00_parameters.ipynb #bcd8472e
+def bytes_read(
+    model_config: ModelConfig | dict, # the `model_config` section
+) -> int: # bytes, at the width that weights are stored with in training
+    "What one token reads of the weights, if it comes alone"
+    c = as_model_config(model_config)
+    count, half = count_parameters(c), c.peer_config.table_dtype == "bfloat16" and c.memory_kind != "moe"
+    return 4*count.active - (2*count.active_memory if half else 0)
 
 # %% ../../nbs/analysis/00_parameters.ipynb #4040022b
 def cache_numbers(

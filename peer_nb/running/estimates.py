@@ -14,7 +14,7 @@ from typing import Any
 from fastcore.basics import patch
 
 from ..formats import duration, ratio_text, short_number, text_table
-from ..study.plan import Cell, Match, Plan, load_plan, matching, wall_seconds
+from ..study.plan import Cell, Match, Plan, load_plan, matching, plan_residuals, wall_seconds
 from ..study.run import Run, studies_in
 from ..stats import detectable
 from ..config import Config
@@ -23,7 +23,7 @@ from ..files import UserError
 # %% auto #0
 __all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'estimated_memory',
            'pair_spread', 'detectable_effects', 'difference', 'Forecast', 'outlook', 'plan_row', 'plan_rows',
-           'match_rows', 'totals', 'plan_text']
+           'match_rows', 'totals', 'residual_lines', 'plan_text']
 
 # %% ../../nbs/running/05_estimates.ipynb #ed0f3173
 @dataclass(frozen=True)
@@ -265,6 +265,14 @@ def totals(
     return [*out, f"time: about {duration(spent(seen.rate.flops_per_second))}, {seen.slots} at a time "
                   f"({fast} to {slow}; {short_number(seen.rate.flops_per_second)} FLOP/s {known})"]
 
+# %% ../../nbs/running/05_estimates.ipynb #a7795c8d
+def residual_lines(
+    plan: Plan, # any
+) -> list[str]: # none where no axis is sparse_layer
+    "By how much sparse layers miss the base, as a table"
+    found = plan_residuals(plan)
+    return [text_table(found), "(of the base; arms are sized to equal active FLOPs and parameters)", ""] if found else []
+
 # %% ../../nbs/running/05_estimates.ipynb #cddc27f0
 def plan_text(
     plan: Plan, # any
@@ -281,6 +289,7 @@ def plan_text(
     return "\n".join([text_table(rows), *([f"… and {more} combinations more"] if more else []), "",
                       *totals(plan, seen), "",
                       f"budget: {matched}", text_table(match_rows(plan)), "(! more than 5 %: not matched)", "",
+                      *residual_lines(plan),
                       *detectable_effects(plan, seen.spread), *([""] if claims else []), *claims,
                       *([""] if plan.left_out else []),
                       *(f"left out: {what}: {why}" for what, why in plan.left_out.items())])
