@@ -8,14 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arms import ARMS
-from .comparison import Line, Point, against, arm_table
 from ..cli import check_least
 from ..files import UserError, read_json, read_jsonl, sha256_of, writable_folder
 from ..formats import decimals, text_table
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:   # torch takes seconds to import: not for --help
     from peer_nb.bridge.bridge import Bridge
+    from peer_nb.bridge.comparison import Line, Point
     from peer_nb.bridge.items import Item
 
 # %% auto #0
@@ -65,6 +64,7 @@ def run_curve(
     run: Path, # its folder
 ) -> list[Point]: # in order; empty where it was not evaluated while training
     "Validation and test shares of a run"
+    from peer_nb.bridge.comparison import Point
     keys, found = ("eval/validation/exact_match", "eval/test/exact_match"), {}
     for line in read_jsonl(run/"metrics.jsonl"):
         if all(key in line for key in keys): found[line["step"]] = Point(line["step"], *(line[key] for key in keys))
@@ -105,6 +105,8 @@ def evaluate_runs(
 
     peer-bridge evaluate output/needle
     peer-bridge evaluate output/needle --inference"""
+    from peer_nb.bridge.arms import ARMS
+    from peer_nb.bridge.comparison import arm_table
     check_least(1, items=items, batch=batch)
     lines, curves, kept, bridges = [], {}, {}, []
     name, batch = "inference" if inference else "evaluation", batch or (1 if inference else 64)
