@@ -40,6 +40,8 @@ def ablate(
     all: bool = False, # keys, layers, heads and positions
     # how a key is left out
     mode: Literal["drop", "renorm", "refill", "mean", "resample", "zero-key", "random-key"] = "drop",
+    # what stands in for a head of attention: nothing, its mean over the data, or what it writes for another question
+    head_mode: Literal["zero", "mean", "resample"] = "zero",
     layers: list[int] | None = None, # default: all memory layers
     splits: list[str] | None = None, # of the data; default: all with questions, but not train
     limit: int | None = None, # rows from the beginning of each split, or windows of text
@@ -61,7 +63,7 @@ def ablate(
                    seed=(seed, 0))
     from peer_nb.analysis.ablation import run_ablation
     asked = dict(splits=splits, limit=limit, start=start, window=window)
-    settings = dict(what=what, mode=mode, dtype=dtype, seed=seed, batch_tokens=batch_tokens)
+    settings = dict(what=what, mode=mode, head_mode=head_mode, dtype=dtype, seed=seed, batch_tokens=batch_tokens)
     output = Path(output or f"ablate-{checkpoint.resolve().name}-{data.resolve().name}")
     return run_ablation(checkpoint, data, asked, layers, settings, output, force)
 
