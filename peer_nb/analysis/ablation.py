@@ -523,9 +523,10 @@ def wanted_tokens(
 # %% ../../nbs/analysis/14_ablation.ipynb #b61d8770
 def curve_lines(
     curve: list[dict], # of `sweep`
+    swept: str = "weight", # what its points differ in
 ) -> list[str]: # for a terminal
-    "What an edit does and what else it does, a line for each of its weights"
-    weights = ["" if c["weight"] is None else f"weight {c['weight']:g}: " for c in curve]
+    "What an edit does and what else it does, a line for each point"
+    weights = ["" if c["weight"] is None else f"{swept} {c['weight']:g}: " for c in curve]
     shares = [", ".join(f"{name} {share_text(c[name])}" for name in ("efficacy", "collateral")) for c in curve]
     return [weight + share for weight, share in zip(weights, shares)]
 
