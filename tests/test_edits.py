@@ -13,7 +13,7 @@ from peer_nb.analysis.command import main
 from peer_nb.analysis.edits import asked_under, edit_effects, editing, judged, of_one_length, parse_edits, pattern_keys
 from peer_nb.analysis.hooks import reading
 from peer_nb.analysis.interventions import answers_of
-from peer_nb.analysis.rewriting import rewrite
+from peer_nb.analysis.rewriting import rewrite_rows
 from peer_nb.config import DatasetConfig
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.evaluation.recall import Encoded, Question, encode_questions
@@ -214,7 +214,7 @@ def test_keeping_more_changes_less_and_the_rest_of_a_table_stays(kind, encoded):
         table = getattr(model.model.layers[LAYER].memory, model.model.layers[LAYER].memory.table_names[-1]).weight
         before, wanted = table.detach().clone(), replace(encoded[0], answer=encoded[4].answer)
         first = asked(model, [wanted])[0][0]
-        done = rewrite(model, encoded, LAYER, {encoded[0].question.id: wanted.answer}, most=6, keep=keep)
+        done = rewrite_rows(model, encoded, LAYER, {encoded[0].question.id: wanted.answer}, most=6, keep=keep)
         assert asked(model, [wanted])[0][0] == pytest.approx(done.logprob, abs=1e-9)
         assert {*(table != before).any(1).nonzero()[:, 0].tolist()} <= {*done.rows.tolist()} and len(done.rows) == 6
         found[keep] = done.logprob - first, done.drift

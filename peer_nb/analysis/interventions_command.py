@@ -11,8 +11,8 @@ from typing import Literal
 from ..files import UserError
 
 # %% auto #0
-__all__ = ['Start', 'EDITS', 'COMMANDS', 'check_ablation', 'ablate', 'swap', 'edits_in', 'edits_of', 'intervene', 'rewrite',
-           'retrievals']
+__all__ = ['Start', 'EDITS', 'COMMANDS', 'check_ablation', 'check_questions', 'ablate', 'swap', 'edits_in', 'edits_of',
+           'intervene', 'rewrite', 'retrievals']
 
 # %% ../../nbs/analysis/16_interventions_command.ipynb #43b76b2e
 Start = Literal["auto", "separator", "nothing"] # how questions begin
@@ -32,6 +32,14 @@ def check_ablation(
         raise UserError(f"{checkpoint}: not a checkpoint folder (it has no config.json)")
     if "sub-keys" in what and mode not in ("drop", "renorm", "mean"):
         raise UserError(f"--mode {mode}: is for keys; sub-keys can be left out by drop, renorm, mean")
+
+# %% ../../nbs/analysis/16_interventions_command.ipynb #2023edef
+def check_questions(
+    data: Path, # folder of peer-data, or .jsonl
+    what: str, # that asks them
+):
+    "Refuse plain text"
+    if data.suffix not in ("", ".jsonl"): raise UserError(f"{data}: {what} need questions")
 
 # %% ../../nbs/analysis/16_interventions_command.ipynb #d584ac19
 def ablate(
@@ -85,7 +93,7 @@ def swap(
     peer-analyze swap output/checkpoint-1000 data/digit_lookup --output swaps"""
     checkpoint, data = Path(checkpoint), Path(data)
     check_ablation(checkpoint, [], "drop", facts=(facts, 2), limit=(limit, 1))
-    if data.suffix not in ("", ".jsonl"): raise UserError(f"{data}: swaps need questions")
+    check_questions(data, "swaps")
     from peer_nb.analysis.ablation import run_swap
     return run_swap(checkpoint, data, layer, facts, dict(splits=splits, limit=limit, start=start), output)
 
@@ -145,7 +153,7 @@ def intervene(
     peer-analyze intervene output/checkpoint-1000 data/digit_lookup --edits chain.yaml --save edited"""
     checkpoint, data = Path(checkpoint), Path(data)
     check_ablation(checkpoint, [], "drop", limit=(limit, 1))
-    if data.suffix not in ("", ".jsonl"): raise UserError(f"{data}: edits need questions")
+    check_questions(data, "edits")
     at = int(at) if at and at.lstrip("-").isdigit() else at
     options = dict(drop=drop, swap=swap, replace=replace, in_place_of=in_place_of, inject=inject, weight=weight,
                    pattern=pattern, key=key, at=at, head=head)
@@ -176,7 +184,7 @@ def rewrite(
     checkpoint, data = Path(checkpoint), Path(data)
     check_ablation(checkpoint, [], "drop", limit=(limit, 1), rows=(min(rows), 1))
     if keep < 0: raise UserError(f"--keep {keep:g}: too small, must be at least 0")
-    if data.suffix not in ("", ".jsonl"): raise UserError(f"{data}: facts are rewritten by questions")
+    check_questions(data, "new facts")
     if not aim or not want: raise UserError("give --aim, ids of questions, and --want, the answer that they shall get")
     from peer_nb.analysis.rewriting import run_rewrite
     change = dict(aim=list(aim), want=want, rows=tuple(rows), keep=keep)

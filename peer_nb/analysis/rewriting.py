@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .ablation import curve_lines, fitting_questions, wanted_tokens
@@ -27,8 +28,8 @@ from ..files import UserError, writable_folder, write_json
 from ..models.peer import MemoryLayer
 
 # %% auto #0
-__all__ = ['STEPS', 'KEEP', 'weightiest_rows', 'Listeners', 'listeners_of', 'rows_at_work', 'Rewriting', 'rewrite',
-           'wanted_logprob', 'rewriting_sweep', 'save_rewritten', 'run_rewrite']
+__all__ = ['STEPS', 'KEEP', 'weightiest_rows', 'Listeners', 'listeners_of', 'written_table', 'rows_at_work', 'Rewriting',
+           'rewrite_rows', 'wanted_logprob', 'rewriting_sweep', 'save_rewritten', 'run_rewrite']
 
 # %% ../../nbs/analysis/15_rewriting.ipynb #c3cf0d7b
 def weightiest_rows(
@@ -50,11 +51,13 @@ class Listeners:
     index: Tensor # [n, heads·k]
     out: Tensor # [n, d]
 
-    def drift(self,
-        layer: MemoryLayer, # whose rows have changed
-    ) -> Tensor: # scalar
-        "How far what they hear has moved, squared"
-        return (layer.read(self.x, self.weights, self.index) - self.out).square().sum()
+# %% ../../nbs/analysis/15_rewriting.ipynb #063c9239
+@patch
+def drift(self: Listeners,
+    layer: MemoryLayer, # whose rows have changed
+) -> Tensor: # scalar
+    "How far what they hear has moved, squared"
+    return (layer.read(self.x, self.weights, self.index) - self.out).square().sum()
 
 # %% ../../nbs/analysis/15_rewriting.ipynb #03d5b1c3
 @torch.no_grad()
@@ -74,6 +77,13 @@ def listeners_of(
     if not found: raise UserError("rewriting: there is no other question whose answer could be kept")
     return Listeners(*map(torch.cat, zip(*found)))
 
+# %% ../../nbs/analysis/15_rewriting.ipynb #a13513a5
+def written_table(
+    layer: MemoryLayer, # any
+) -> nn.Parameter: # [N, width]
+    "The table of what rows write"
+    return getattr(layer, layer.table_names[-1]).weight
+
 # %% ../../nbs/analysis/15_rewriting.ipynb #af05a559
 @contextmanager
 def rows_at_work(
@@ -81,7 +91,7 @@ def rows_at_work(
     rows: Tensor, # [R]
 ) -> Iterator[tuple[nn.Parameter, Tensor]]: # the table of what rows write; [R, width] what the rows hold now
     "A table whose rows may be tried; on an exception they are as before"
-    table, gradient = getattr(layer, layer.table_names[-1]).weight, layer.table_gradient
+    table, gradient = written_table(layer), layer.table_gradient
     before, layer.table_gradient = table.detach()[rows].clone(), "dense"
     try: yield table, before
     except BaseException:
@@ -94,15 +104,17 @@ def rows_at_work(
 class Rewriting:
     "Rows that were written anew"
     rows: Tensor # [R]
+    before: Tensor # [R, width] what they wrote
     change: Tensor # [R, width] of what they write
     logprob: float # of the wanted answers now, nats
     drift: float # of what other questions hear, squared
 
+# %% ../../nbs/analysis/15_rewriting.ipynb #3020f112
 STEPS = 60 # of L-BFGS, at most
 KEEP = .005 # what drift costs, nats for each squared unit
 
 # %% ../../nbs/analysis/15_rewriting.ipynb #84539890
-def rewrite(
+def rewrite_rows(
     model: nn.Module, # in evaluation mode; its table is changed
     encoded: Sequence[Encoded], # all questions
     layer: int, # with a memory
@@ -129,7 +141,7 @@ def rewrite(
         with torch.no_grad():
             table[rows] = before + change
             said = wanted_logprob(model, answers).item(), listeners.drift(memory).item()
-    return Rewriting(rows, change.detach(), *said)
+    return Rewriting(rows, before, change.detach(), *said)
 
 # %% ../../nbs/analysis/15_rewriting.ipynb #a23e8513
 def wanted_logprob(
@@ -154,14 +166,13 @@ def rewriting_sweep(
     refuse_shared_table(model, layer)
     check_aim(encoded, aim)
     before, curve = unedited(model, encoded), []
-    memory = chosen_layers(model, [layer])[layer]
-    table = getattr(memory, memory.table_names[-1]).weight
+    table = written_table(chosen_layers(model, [layer])[layer])
     for most in rows:
-        done = rewrite(model, encoded, layer, dict.fromkeys(aim, list(want)), most, keep)
+        done = rewrite_rows(model, encoded, layer, dict.fromkeys(aim, list(want)), most, keep)
         records = edit_effects(model, encoded, [], aim, list(want), before)
         curve.append(dict(weight=most, changed=len(done.rows), logprob=done.logprob, drift=done.drift,
                           **judged(records, True)))
-        with torch.no_grad(): table[done.rows] -= done.change
+        with torch.no_grad(): table[done.rows] = done.before
     lead = f"Rows of layer {layer} are written anew, so that {', '.join(aim)} get another answer."
     return dict(lead=lead, swept="rows", layer=layer, aim=list(aim), known=len(records), curve=curve, answers=records,
                 rows=done.rows.tolist(), change=done.change.tolist())
@@ -176,8 +187,7 @@ def save_rewritten(
     source: str | Path | None = None, # the checkpoint that was loaded; edits that it records are kept
 ) -> Path: # the checkpoint
     "Write a rewritten model"
-    memory = chosen_layers(model, [result["layer"]])[result["layer"]]
-    table = getattr(memory, memory.table_names[-1]).weight
+    table = written_table(chosen_layers(model, [result["layer"]])[result["layer"]])
     table[result["rows"]] += torch.tensor(result["change"], dtype=torch.float64).to(table)
     record = dict(edit="rewrite", layer=result["layer"], rows=result["rows"], aim=result["aim"])
     return write_edited(model, tokenizer, [record], folder, source)
