@@ -23,17 +23,18 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 
 from .files import UserError, sha256_of, write_atomic
-from .models.options import Allowed, Count, MLAConfig, ModelConfig, PeerConfig, RopeScaling, taken_apart
+from .models.options import Allowed, Count, MLAConfig, ModelConfig, PeerConfig, RopeScaling, attention_problem
+from .models.options import moe_problem, taken_apart
 from .schema import Config, ConfigError, DatasetConfig, DatasetEntry, EvalConfig, LoraConfig, MappingText, Seed
 from .schema import Text, TrainConfig, WandbConfig
 
 _all_ = ["UserError"]
 
 # %% auto #0
-__all__ = ['Problems', 'RECORDING', 'LARGEST', 'describe', 'convert', 'KnownKey', 'known_keys', 'to_dict', 'validate',
+__all__ = ['Problems', 'RECORDING', 'LARGEST', 'LATER', 'describe', 'convert', 'KnownKey', 'known_keys', 'to_dict', 'validate',
            'config_from_dict', 'parse_yaml', 'read_yaml', 'parse_overrides', 'apply_overrides', 'load_config',
-           'to_yaml', 'save_config', 'flatten', 'diff_configs', 'config_hash', 'DataMix', 'load_data_mixes',
-           'field_meanings', 'config_table', 'UserError']
+           'to_yaml', 'save_config', 'flatten', 'diff_configs', 'plain_keys', 'config_hash', 'DataMix',
+           'load_data_mixes', 'field_meanings', 'config_table', 'UserError']
 
 # %% ../nbs/02_config.ipynb #35c1d121
 def _number(value: Any) -> Decimal | None:
@@ -228,6 +229,10 @@ def _model_problems(m: ModelConfig) -> Problems:
         key = f"model_config.memory_layers.{i}"
         if layer >= m.num_hidden_layers: yield key, f"{layer} is not a layer; allowed: 0 to {m.num_hidden_layers - 1}"
         if layer in m.memory_layers[:i]: yield key, f"{layer} is named twice"
+    if problem := attention_problem(m): yield f"model_config.{problem[0]}", problem[1]
+    if m.use_peer and m.memory_kind == "moe":
+        if problem := moe_problem(m.moe_config): yield f"model_config.moe_config.{problem[0]}", problem[1]
+        if m.share_memory: yield "model_config.share_memory", "true has no meaning for memory_kind: moe; set it to false"
     yield from _memory_problems(m)
 
 # %% ../nbs/02_config.ipynb #cfcdd361
@@ -294,6 +299,25 @@ def _adapter_problems(cfg: Config) -> Problems:
         if getattr(cfg.train_config, key):
             yield f"train_config.{key}", "contradicts lora_config: adapters are trained and nothing else; leave one out"
 
+# %% ../nbs/02_config.ipynb #38257676
+def _bridge_problems(cfg: Config) -> Problems:
+    "What a translator between two models cannot be"
+    if cfg.bridge_config is None: return
+    b, here, rows = cfg.bridge_config, "bridge_config.", cfg.train_config.per_device_train_batch_size
+    if b.translator.bottleneck % b.translator.heads:
+        yield here + "translator.bottleneck", (f"{b.translator.bottleneck} does not divide evenly among "
+            f"heads = {b.translator.heads}")
+    contrast = b.losses.info_nce
+    if contrast.on and rows < 32:
+        yield here + "losses.info_nce", (f"tells the items of a batch apart, which {rows} items hardly need: set "
+            "train_config.per_device_train_batch_size to 32 or more, or losses.info_nce.on: false")
+    if not any(loss.on for loss in vars(b.losses).values()):
+        yield here + "losses", "none of them is on, so nothing would be learned"
+    if b.data.task != "needle" and b.data.path is None:
+        yield here + "data.path", f"is missing; {b.data.task} is read from a file or a folder"
+    if b.data.task == "needle" and b.data.path is not None:
+        yield here + "data.path", "contradicts data.task: needle, whose items are generated; leave one out"
+
 # %% ../nbs/02_config.ipynb #be1f7f9d
 def to_dict(
     cfg: Any, # a Config or one of its sections
@@ -313,7 +337,7 @@ def validate(
         *_train_problems(cfg.train_config, cfg.model_config.peer_config),
         *_data_problems(cfg.dataset_config, cfg.model_config),
         *_entry_problems(cfg.eval_config.datasets or [], "eval_config.datasets"),
-        *_adapter_problems(cfg)]
+        *_adapter_problems(cfg), *_bridge_problems(cfg)]
     for key, problem in problems: raise ConfigError(str(file), key, problem)
     return cfg
 
@@ -506,10 +530,10 @@ def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 # %% ../nbs/02_config.ipynb #280da2cd
 def flatten(
-    cfg: Any, # a Config or one of its sections
+    cfg: Any, # a Config or one of its sections, or what `to_dict` made of it
 ) -> dict[str, Any]: # dotted key -> value; an item of a list of sections by its index
     "Every value of a configuration under its dotted key"
-    return dict(_flat(to_dict(cfg), ""))
+    return dict(_flat(to_dict(cfg) if is_dataclass(cfg) else cfg, ""))
 
 # %% ../nbs/02_config.ipynb #cf4e1548
 def diff_configs(
@@ -521,11 +545,26 @@ def diff_configs(
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 # %% ../nbs/02_config.ipynb #2625cd36
+LATER = ("bridge_config", "model_config.attention_kind", "model_config.num_key_value_heads", "model_config.moe_config")
+
+def plain_keys(
+    cfg: Config, # a whole configuration
+) -> dict: # as `to_dict` makes it
+    "All keys but those of `LATER` that stand at their default"
+    tree, defaults = to_dict(cfg), to_dict(Config())
+    for key in LATER:
+        *path, last = key.split(".")
+        here, there = tree, defaults
+        for step in path: here, there = here[step], there[step]
+        if here[last] == there[last]: del here[last]
+    return tree
+
+# %% ../nbs/02_config.ipynb #6c7daec5
 def config_hash(
     cfg: Config, # a whole configuration
 ) -> str: # 64 hexadecimal digits
     "A fingerprint of all values"
-    return sha256_of(to_dict(_build(Config, to_dict(cfg), "", "")))
+    return sha256_of(plain_keys(_build(Config, to_dict(cfg), "", "")))
 
 # %% ../nbs/02_config.ipynb #8851d5f1
 @dataclass

@@ -25,7 +25,9 @@ ALIASES = {
     "gpt2": dict(qv=["c_attn"], attn=["c_attn", "attn.c_proj"], mlp=["c_fc", "mlp.c_proj"]),
     "gpt_neox": dict(qv=["query_key_value"], attn=["query_key_value", "attention.dense"],
                      mlp=["dense_h_to_4h", "dense_4h_to_h"]),
-    "deepseek_v3": LATENT, "peer_mla": LATENT | dict(memory=["expert_down", "expert_up", "values"])}
+    "deepseek_v3": LATENT,
+    "peer_mla": dict(qv=LATENT["qv"] + ["v_proj"], attn=LATENT["attn"] + ["k_proj", "v_proj"], mlp=LATENT["mlp"],
+                     memory=["expert_down", "expert_up", "values"])}
 
 def aliases_of(
     model_type: str, # of config.json

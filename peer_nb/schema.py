@@ -17,7 +17,8 @@ from .models.options import Allowed, Count, Index, ModelConfig, Decay, Positive
 # %% auto #0
 __all__ = ['Seed', 'NotNegative', 'Share', 'Part', 'Text', 'Tokenizer', 'Template', 'Levels', 'Initialization', 'Targets',
            'ConfigError', 'MappingText', 'OptimizationConfig', 'TrainConfig', 'DatasetEntry', 'DatasetConfig',
-           'EvalConfig', 'WandbConfig', 'LoraConfig', 'Config']
+           'EvalConfig', 'WandbConfig', 'LoraConfig', 'BridgeSource', 'BridgeTarget', 'TranslatorConfig', 'BridgeLoss',
+           'BridgeLosses', 'BridgeData', 'BridgeEvaluation', 'BridgeConfig', 'Config']
 
 # %% ../nbs/01_schema.ipynb #ba4356cc
 class ConfigError(UserError, ValueError):
@@ -196,6 +197,93 @@ class LoraConfig:
     target_modules: Targets = field(default_factory=lambda: ["all"])
     merge: bool = False # write the whole model with its adapters merged when the run is over
 
+# %% ../nbs/01_schema.ipynb #03d01f06
+@dataclass
+class BridgeSource:
+    "The model that reads first"
+    model: Text = "needle:source" # hub name, folder, or needle:source, which is made on the spot
+    layer: Index | None = 1 # whose hidden states are handed on: 0 the embeddings, 1 the first layer's; null: the last's
+    prompt: Template = "{question}" # what it reads
+
+# %% ../nbs/01_schema.ipynb #8b45f776
+@dataclass
+class BridgeTarget:
+    "The model that answers"
+    model: Text = "needle:target" # hub name, folder, or needle:target, which is made on the spot
+    prompt: Template = "{question}" # what it reads where it is given the text
+    instruction: str = "=" # what stands between the soft tokens and the answer where it is not
+
+# %% ../nbs/01_schema.ipynb #16089c60
+@dataclass
+class TranslatorConfig:
+    "From hidden states to soft tokens"
+    soft_tokens: Count = 8 # learned queries, a soft token of the target each
+    depth: Count = 2 # blocks of self-attention, cross-attention and SwiGLU
+    bottleneck: Count = 128 # width of the blocks
+    heads: Count = 4 # of attention; the bottleneck divides evenly among them
+    dropout: Decay = 0.0 # in the blocks
+    mode: Literal["prepend", "residual"] = "prepend" # soft tokens stand before the text, or are added to its first tokens
+
+# %% ../nbs/01_schema.ipynb #d5f61c20
+@dataclass
+class BridgeLoss:
+    "One loss of a bridge"
+    weight: Positive = 1.0 # in the sum
+    warm_up: Index = 0 # steps over which the weight rises from 0
+    on: bool = False # whether it is computed
+
+# %% ../nbs/01_schema.ipynb #269b3c82
+def _loss(weight: float, on: bool = False):
+    "A loss with a weight of its own where none is given"
+    return field(default_factory=lambda: BridgeLoss(weight, on=on))
+
+@dataclass
+class BridgeLosses:
+    "What a translator learns from"
+    nll: BridgeLoss = _loss(1.0, on=True) # cross-entropy of the answer after the soft tokens
+    kl: BridgeLoss = _loss(0.03) # from the target that is given its prompt, on the answer's positions
+    info_nce: BridgeLoss = _loss(0.05) # soft tokens nearer to their own prompt than to others; batches of 32 at least
+    prompt_alignment: BridgeLoss = _loss(0.001) # soft token k against the embedding of the prompt's token k
+    decode: BridgeLoss = _loss(1.0) # cross-entropy of the answer after soft tokens and prompt
+    rope_projection: BridgeLoss = _loss(0.001) # prompt alignment among the keys of the target's first layer
+
+# %% ../nbs/01_schema.ipynb #80d8eb04
+@dataclass
+class BridgeData:
+    "The items of a bridge"
+    task: Literal["needle", "gsm8k", "hotpotqa"] = "needle" # needle is generated; the others are read from a path
+    path: Text | None = None # file or folder of the items
+    train_items: Count = 8192 # at most
+    validation_items: Count = 512 # at most; choose the step that is kept
+    test_items: Count = 512 # at most; choose nothing
+    held_out_pairs: Part = 0.2 # needle: part of all pairs of operands that only the test has
+    seed: Seed = 1 # of generated items, and of which belong to which split
+    cache_hidden: bool = True # keep the source's hidden states as float16 files
+
+# %% ../nbs/01_schema.ipynb #e7fd1e20
+@dataclass
+class BridgeEvaluation:
+    "How a bridge answers, and which step of it is kept"
+    mode: Literal["soft_only", "soft_plus_text"] = "soft_only" # what follows the soft tokens: instruction, or prompt
+    max_new_tokens: Count = 8 # of an answer
+    stop: list[Text] = field(default_factory=list) # texts that end an answer
+    repetition_penalty: Annotated[float, Allowed("a number, at least 1", lambda x: x >= 1)] = 1.0 # 1: none
+    select_by: Literal["exact_match", "loss"] = "exact_match" # on the validation items
+    patience: Count | None = None # evaluations without a better one after which training ends; null: never
+    curve_items: Count = 256 # of each split that are asked while training
+
+# %% ../nbs/01_schema.ipynb #d749894c
+@dataclass
+class BridgeConfig:
+    "A translator between two frozen models; leave the section out or null for none"
+    source: BridgeSource = field(default_factory=BridgeSource) # the model that reads first
+    target: BridgeTarget = field(default_factory=BridgeTarget) # the model that answers
+    swap: bool = False # the two models change places
+    translator: TranslatorConfig = field(default_factory=TranslatorConfig) # between the two
+    losses: BridgeLosses = field(default_factory=BridgeLosses) # what it learns from
+    data: BridgeData = field(default_factory=BridgeData) # items
+    evaluate: BridgeEvaluation = field(default_factory=BridgeEvaluation) # answers
+
 # %% ../nbs/01_schema.ipynb #4a16114e
 @dataclass
 class Config:
@@ -206,6 +294,7 @@ class Config:
     eval_config: EvalConfig = field(default_factory=EvalConfig) # the evaluation
     wandb_config: WandbConfig | None = None # tracking
     lora_config: LoraConfig | None = None # adapters instead of the whole model
+    bridge_config: BridgeConfig | None = None # a translator between two frozen models; `peer-bridge` trains it
 
     def __post_init__(self):
         data = self.dataset_config

@@ -33,6 +33,8 @@ PARSED = {   # beginning of a command: why it is parsed and not run
     "peer-eval perplexity gpt2": "a model and a set of the hub", "peer-eval benchmark": "questions of the hub: test_benchmarks",
     "peer-train --merge": "a checkpoint with adapters: test_adapters", "torchrun": "eight processes: test_parallel", "peer-analyze usage output/checkpoint-1000 --mix": "a set of the hub",
     "peer-analyze intervene output/checkpoint-1000 data/digit_lookup --edits": "a person's file: test_edits",
+    "peer-analyze attention": "reads attention of a text: test_attention", "peer-analyze losses": "curves of a person's runs: test_repair", "peer-analyze explain": "a person's results: test_repair",
+    "peer-analyze salvage": "a person's broken file: test_repair", "peer-analyze checkpoint output/checkpoint-1000 --why": "a person's configuration: test_repair", "peer-analyze checkpoint somebody.safetensors": "the same",
     "peer-analyze swap": "exchanges facts that the model knows: test_interventions"}
 
 

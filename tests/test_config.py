@@ -27,7 +27,8 @@ quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_hea
 
 MODEL, OPTIONS, ROUTER, LOOP, OPTIM, CORPORA = "models/causal_lm.py", "models/options.py", "models/product_keys.py", "training/loop.py", "training/optim.py", "data/corpora.py"
 PACKING, PERPLEXITY, BENCHMARKS, TRACKING = "data/packing.py", "evaluation/perplexity.py", "evaluation/benchmarks.py", "training/tracking.py"
-ADAPTERS = "training/adapters.py"
+ADAPTERS, MOE = "training/adapters.py", "models/moe.py"
+TRANSLATOR, BRIDGE_ITEMS, BRIDGE_LOSSES, BRIDGE, BRIDGE_TRAINING = (f"bridge/{name}.py" for name in ("translator", "items", "losses", "bridge", "training"))
 HF = "transformers"   # read by the base class of the model; seen by test_every_model_key_changes_the_model
 
 ENTRY = {   # of each of the three lists of sources
@@ -84,6 +85,21 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.mla_config.rope_scaling.mscale_all_dim": ("models/mla.py", "logits, under yarn"),
     "model_config.memory_kind": (MODEL, "tables of the memory layers"),
     "model_config.memory_layers": (MODEL, "which layers hold a memory"),
+    "model_config.moe_config.n_routed_experts": (MOE, "shape of the experts' stacks"),
+    "model_config.moe_config.num_experts_per_tok": (MOE, "experts of a token; logits"),
+    "model_config.moe_config.n_shared_experts": (MOE, "shape of the shared experts"),
+    "model_config.moe_config.moe_intermediate_size": (MOE, "shape of the experts' stacks"),
+    "model_config.moe_config.n_group": (MOE, "which experts a token may choose; logits"),
+    "model_config.moe_config.topk_group": (MOE, "which experts a token may choose; logits"),
+    "model_config.moe_config.scoring": (MOE, "scores; logits"),
+    "model_config.moe_config.norm_topk_prob": (MOE, "weights of the experts; logits"),
+    "model_config.moe_config.routed_scaling_factor": (MOE, "weights of the experts; logits"),
+    "model_config.moe_config.balance": (MOE, "gradients of the router, or its bias after a step"),
+    "model_config.moe_config.balance_coefficient": (MOE, "gradients of the router"),
+    "model_config.moe_config.bias_update_rate": (MOE, "the router's bias after a step"),
+    "model_config.moe_config.z_loss_coefficient": (MOE, "gradients of the router"),
+    "model_config.attention_kind": (MODEL, "names and shapes of the attention's projections"),
+    "model_config.num_key_value_heads": ("models/heads.py", "shape of the projections of keys and values; size of the cache"),
     "model_config.share_memory": (MODEL, "number of different tables"),
     "model_config.tie_word_embeddings": (HF, "whether the head has weights of its own"),
     "model_config.dropout": (MODEL, "logits in training"),
@@ -151,6 +167,34 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "lora_config.lora_plus_ratio": (OPTIM, "learning rate of the B matrices' group"),
     "lora_config.target_modules": (ADAPTERS, "which modules have adapters"),
     "lora_config.merge": (LOOP, "whether a merged model is written at the end"),
+    "bridge_config.source.model": (BRIDGE, "whose hidden states are translated"),
+    "bridge_config.source.layer": (BRIDGE, "which hidden states are translated"),
+    "bridge_config.source.prompt": (BRIDGE_ITEMS, "what the source reads"),
+    "bridge_config.target.model": (BRIDGE, "who answers"),
+    "bridge_config.target.prompt": (BRIDGE_ITEMS, "what the prompted target reads"),
+    "bridge_config.target.instruction": (BRIDGE_ITEMS, "what follows the soft tokens"),
+    "bridge_config.swap": (BRIDGE, "which of the two models answers"),
+    "bridge_config.translator.soft_tokens": (TRANSLATOR, "number of soft tokens"),
+    "bridge_config.translator.depth": (TRANSLATOR, "number of blocks"),
+    "bridge_config.translator.bottleneck": (TRANSLATOR, "width of the blocks"),
+    "bridge_config.translator.heads": (TRANSLATOR, "soft tokens"),
+    "bridge_config.translator.dropout": (TRANSLATOR, "soft tokens in training"),
+    "bridge_config.translator.mode": (BRIDGE, "length of the target's input"),
+    **{f"bridge_config.losses.{loss}.{key}": (BRIDGE_LOSSES, seen) for loss in ("nll", "kl", "info_nce", "prompt_alignment", "decode", "rope_projection")
+       for key, seen in dict(weight="its part of the loss", warm_up="its part of the first losses", on="whether it is in the loss").items()},
+    "bridge_config.data.task": (BRIDGE_ITEMS, "which items are asked"),
+    "bridge_config.data.path": (BRIDGE_ITEMS, "where items are read from"),
+    **{f"bridge_config.data.{name}_items": (BRIDGE_ITEMS, "number of items") for name in ("train", "validation", "test")},
+    "bridge_config.data.held_out_pairs": (BRIDGE_ITEMS, "which pairs of operands only the test has"),
+    "bridge_config.data.seed": (BRIDGE_ITEMS, "which items there are"),
+    "bridge_config.data.cache_hidden": (BRIDGE, "whether hidden states are kept in files"),
+    "bridge_config.evaluate.mode": (BRIDGE, "what follows the soft tokens"),
+    "bridge_config.evaluate.max_new_tokens": (BRIDGE, "length of an answer"),
+    "bridge_config.evaluate.stop": (BRIDGE, "where an answer ends"),
+    "bridge_config.evaluate.repetition_penalty": (BRIDGE, "answers"),
+    "bridge_config.evaluate.select_by": (BRIDGE_TRAINING, "the step that is kept"),
+    "bridge_config.evaluate.patience": (BRIDGE_TRAINING, "the last step"),
+    "bridge_config.evaluate.curve_items": (BRIDGE_TRAINING, "items of a point of the curve"),
     "eval_config.window": (PERPLEXITY, "tokens of context of a scored token"),
     "wandb_config.project": (TRACKING, "project at Weights & Biases"),
     "wandb_config.entity": (TRACKING, "user or team at Weights & Biases"),
@@ -205,12 +249,19 @@ CHANGES = {   # key below model_config: overrides that change it and what must c
     "mla_config.qk_rope_head_dim": {"mla_config.qk_rope_head_dim": 4}, "mla_config.v_head_dim": {"mla_config.v_head_dim": 8},
     "mla_config.qk_nope_head_dim": {"mla_config.qk_nope_head_dim": 16}, "mla_config.rope_theta": {"mla_config.rope_theta": 10.0},
     "memory_kind": dict(memory_kind="pkm"), "memory_layers": dict(memory_layers=[0, 1]), "share_memory": dict(share_memory=True, memory_layers=[0, 1]),
+    "attention_kind": dict(attention_kind="mha"), "num_key_value_heads": dict(attention_kind="gqa", num_key_value_heads=1),
     "tie_word_embeddings": dict(tie_word_embeddings=True), "dropout": dict(dropout=0.5)}
 YARN = dict(rope_type="yarn", factor=4, original_max_position_embeddings=256, mscale=1, mscale_all_dim=0.5)
 SCALING = {name: {f"mla_config.rope_scaling.{name}": value} for name, value in dict(rope_type="linear", factor=8, original_max_position_embeddings=16,
     beta_fast=2, beta_slow=0.1, mscale=2, mscale_all_dim=1).items()}
+ROUTING = dict(n_routed_experts=16, num_experts_per_tok=4, n_shared_experts=2, moe_intermediate_size=8, norm_topk_prob=False, routed_scaling_factor=2.0)
+EXPERTS = {f"moe_config.{name}": {f"moe_config.{name}": value} for name, value in ROUTING.items()}   # of a model with experts
+EXPERTS |= dict.fromkeys(("moe_config.n_group", "moe_config.topk_group"), {"moe_config.n_group": 4, "moe_config.topk_group": 2})
+EXPERTS |= {"moe_config.scoring": {"moe_config.scoring": "softmax", "moe_config.balance": "none"}}
+CHANGES |= EXPERTS
 CHANGES |= {f"mla_config.rope_scaling.{name}": change for name, change in SCALING.items()}   # of a model that is stretched
 ELSEWHERE = {"max_position_embeddings", "pretrained", "loss_chunk_size", "peer_config.table_gradient", "peer_config.kernel",
+             *(f"moe_config.{name}" for name in ("balance", "balance_coefficient", "bias_update_rate", "z_loss_coefficient")),
              *(f"peer_config.{name}" for name in ("log_expert_usage", "log_freq", "usage_threshold"))}   # seen in what the model refuses, in another model, in what it returns beside logits, in gradients, in the graph, and in usage.jsonl
 
 
@@ -235,8 +286,10 @@ def test_every_model_key_changes_the_model():
     torch.testing.assert_close(fingerprint(base)[1], prints[None][1])   # the same twice
     stretched = apply_overrides(base, {"model_config.mla_config.rope_scaling": YARN, "model_config.initializer_range": 0.2})
     prints |= dict.fromkeys([f"mla_config.rope_scaling.{name}" for name in SCALING], fingerprint(stretched))
+    mixed = apply_overrides(base, {"model_config.memory_kind": "moe", "model_config.initializer_range": 0.2, "model_config.moe_config": dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=6)})
+    prints |= dict.fromkeys(EXPERTS, fingerprint(mixed))
     for key, change in CHANGES.items():
-        changed = apply_overrides(stretched if "rope_scaling" in key else base, {f"model_config.{name}": value for name, value in change.items()})
+        changed = apply_overrides(stretched if "rope_scaling" in key else mixed if key in EXPERTS else base, {f"model_config.{name}": value for name, value in change.items()})
         shapes, logits = fingerprint(changed)
         old_shapes, old_logits = prints.get(key, prints[None])
         assert shapes != old_shapes or not torch.allclose(logits, old_logits, atol=1e-6), f"model_config.{key} changes nothing"
@@ -284,7 +337,7 @@ def test_imports_nothing_heavy():
 # ---- every mistake is a ConfigError that names file and key --------------------------------------------------------------
 
 ENTRIES = [dict(name="a", path="a.txt"), dict(name="b", path="b.txt")]
-FULL = to_dict(config_from_dict(dict(model_config=dict(mla_config=dict(rope_scaling=YARN)), dataset_config=dict(datasets=ENTRIES, tokenizer_corpus=ENTRIES), eval_config=dict(datasets=ENTRIES), wandb_config={}, lora_config={})))
+FULL = to_dict(config_from_dict(dict(model_config=dict(mla_config=dict(rope_scaling=YARN)), dataset_config=dict(datasets=ENTRIES, tokenizer_corpus=ENTRIES), eval_config=dict(datasets=ENTRIES), wandb_config={}, lora_config={}, bridge_config={})))
 
 
 def parent_of(tree: dict, key: str):
@@ -365,15 +418,17 @@ def test_any_wrong_type(key, data):
 FROM_ONE = """rank window hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size max_position_embeddings num_experts num_experts_per_tok
     num_heads expert_hidden_size query_dim log_freq q_lora_rank kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim per_device_train_batch_size
     per_device_eval_batch_size gradient_accumulation_steps max_steps max_tokens steps_per_epoch logging_steps save_steps save_total_limit eval_steps
-    max_seq_length eval_batch_size original_max_position_embeddings loss_chunk_size""".split()
-ABOVE_ZERO = """alpha initializer_range layer_norm_eps usage_threshold rope_theta learning_rate adam_epsilon max_grad_norm table_max_grad_norm
+    max_seq_length eval_batch_size original_max_position_embeddings loss_chunk_size soft_tokens depth bottleneck heads max_new_tokens patience curve_items
+    train_items validation_items test_items num_key_value_heads
+    n_routed_experts moe_intermediate_size n_group topk_group""".split()
+ABOVE_ZERO = """alpha routed_scaling_factor initializer_range layer_norm_eps usage_threshold rope_theta learning_rate adam_epsilon max_grad_norm table_max_grad_norm
     num_train_epochs weight beta_fast beta_slow mscale mscale_all_dim""".split()
 below, above = st.floats(max_value=-1e-9, allow_infinity=False), st.floats(min_value=1.001, allow_infinity=False)
 OUT_OF_RANGE = (
     dict.fromkeys(FROM_ONE, st.integers(-2**63, 0)) | dict.fromkeys(ABOVE_ZERO, below | st.just(0)) |
-    dict.fromkeys(("weight_decay", "table_learning_rate", "table_weight_decay"), below) | dict.fromkeys(("peer_start_layer", "num_workers", "pretrained_layer_step"), st.integers(-2**63, -1)) |
+    dict.fromkeys(("weight_decay", "table_learning_rate", "table_weight_decay", "balance_coefficient", "bias_update_rate", "z_loss_coefficient"), below) | dict.fromkeys(("peer_start_layer", "num_workers", "pretrained_layer_step", "layer", "warm_up", "n_shared_experts"), st.integers(-2**63, -1)) |
     dict.fromkeys(("dropout", "adam_beta1", "adam_beta2"), below | above | st.just(1)) |
-    dict(factor=st.floats(max_value=0.999, allow_infinity=False), lora_plus_ratio=st.floats(max_value=0.999, allow_infinity=False), warmup_ratio=below | above, heldout_fraction=below | above | st.sampled_from([0, 1]), seed=st.integers(-2**63, -1) | st.integers(2**32, 2**63 - 1),
+    dict(factor=st.floats(max_value=0.999, allow_infinity=False), lora_plus_ratio=st.floats(max_value=0.999, allow_infinity=False), repetition_penalty=st.floats(max_value=0.999, allow_infinity=False), held_out_pairs=below | above | st.sampled_from([0, 1]), warmup_ratio=below | above, heldout_fraction=below | above | st.sampled_from([0, 1]), seed=st.integers(-2**63, -1) | st.integers(2**32, 2**63 - 1),
          product_key_dim=st.just([]), tokenizer_name=st.sampled_from(["corpus:", "corpus:bpe", "corpus:bpe:256", "corpus:bpe:-5", "corpus:wordpiece:500"]),
          text_template=st.sampled_from(["no field", "{", "}", "{}", "{0}", "{a.b}", "{a[0]}", "{a:{b}}"])))
 

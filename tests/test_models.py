@@ -69,13 +69,13 @@ def test_a_model_refuses_what_its_keys_cannot_take(wrong, said):
 def test_model_config_fields_and_defaults_are_the_packages():
     package, model = config.ModelConfig(), PeerMLAConfig()
     for f in fields(config.ModelConfig):
-        want, got = getattr(package, f.name), getattr(model, f.name)
-        assert got == (vars(want) if f.name in ("peer_config", "mla_config") else want), f.name
+        want, got = getattr(package, f.name), vars(model)[f.name]
+        assert got == (vars(want) if f.name in ("peer_config", "mla_config", "moe_config") else want), f.name
 
 
 def test_models_import_only_what_they_may():
     code = ("import sys, peer_nb.models.causal_lm; own = [m for m in sys.modules if m.startswith('peer_nb')]; "
-            "assert set(own) <= {'peer_nb', 'peer_nb.models'} | {'peer_nb.models.'+m for m in ('options', 'mla', 'product_keys', 'peer', 'causal_lm', 'kernels', 'kernels.ops')}, own")
+            "assert set(own) <= {'peer_nb', 'peer_nb.models'} | {'peer_nb.models.'+m for m in ('options', 'mla', 'heads', 'product_keys', 'peer', 'moe', 'causal_lm', 'kernels', 'kernels.ops')}, own")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -124,6 +124,8 @@ VARIANTS = {   # what a resume could spoil, beside what `config` has
     "consumed tables": {"model_config.peer_config.table_gradient": "consumed", "train_config.gradient_accumulation_steps": 1,
         "model_config.peer_config.expert_hidden_size": 4},
     "bfloat16, varlen packs, 2 workers": {"train_config.bf16": True, "dataset_config.packing": "varlen", "dataset_config.num_workers": 2},
+    "mixture of experts, loads of which move a bias": {"model_config.memory_kind": "moe", "model_config.moe_config": dict(n_routed_experts=6, num_experts_per_tok=2,
+        moe_intermediate_size=16, bias_update_rate=0.01), "model_config.peer_config.log_freq": 9, "train_config.gradient_checkpointing": True, "train_config.save_steps": 5},
     "float8, shared memory": {"train_config.fp8": True, "model_config.share_memory": True},
 }
 

@@ -29,6 +29,7 @@ from .reading import Written, format_of, local_files, read_rows
 from peer_nb.files import (
     UserError, at_home, cache_folder, file_hash, folder_lock, read_json, sha256_of, writable_folder, write_atomic,
     write_json)
+from ..schema import BridgeData
 from ..tasks.registry import find_mask, find_task
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast
@@ -40,7 +41,7 @@ __all__ = ['EOS', 'RECIPE', 'log', 'LEFT_OUT', 'LIBRARY', 'is_heldout', 'library
            'task_documents', 'check_entry', 'belongs', 'documents', 'summarise_parts', 'code_hash', 'generator_hash',
            'source_stamp', 'origin', 'is_streamed', 'unread', 'summary', 'byte_alphabet', 'train_bpe',
            'bytes_tokenizer', 'tokenizer_entries', 'bpe_size', 'tokenizer_identity', 'trained_bpe', 'load_tokenizer',
-           'check_datasets', 'eval_entries', 'check_heldout', 'data_manifest', 'data_fingerprint']
+           'check_datasets', 'eval_entries', 'check_heldout', 'data_manifest', 'item_hashes', 'data_fingerprint']
 
 # %% ../../nbs/data/01_corpora.ipynb #05009549
 EOS = "<|endoftext|>" # end, beginning and padding of the tokenizers made here
@@ -599,9 +600,22 @@ def data_manifest(cfg: Config) -> dict: # sources, heldout, tokenizer; plain val
         heldout_fraction=data.heldout_fraction,
         tokenizer=dict(name=data.tokenizer_name, sha256=tokenizer_identity(data)))
 
+# %% ../../nbs/data/01_corpora.ipynb #89acf581
+def item_hashes(
+    data: BridgeData, # of a bridge
+) -> dict[str, str]: # file: hash; of generated items nothing, since they follow from the configuration
+    "What the items of a bridge are read from"
+    if data.path is None: return {}
+    path = Path(data.path).expanduser()
+    files = sorted(path.glob("*.json*")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise UserError(f"bridge_config.data.path: {path}: no such file, and no folder with .json or .jsonl files")
+    return {file.name: file_hash(file) for file in files}
+
 # %% ../../nbs/data/01_corpora.ipynb #2e917ff9
 def data_fingerprint(cfg: Config) -> str: # sha256
     "A hash of what a run reads, wherever it lies"
+    if cfg.bridge_config: return sha256_of(item_hashes(cfg.bridge_config.data))
     manifest = data_manifest(cfg)
     plain = lambda sources: [{k: v for k, v in s.items() if k in ("name", "weight", "sha256")} for s in sources]
     sources, heldout = plain(manifest["sources"]), plain(manifest["heldout"])

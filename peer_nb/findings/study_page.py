@@ -23,7 +23,7 @@ from .summary import wall_time_rows, wall_time_sentence
 from .verdicts import Finding, study_findings
 from ..formats import decimals, ratio_text, short_number, size_text
 from ..page import figure_html, page_html, render, write_plotly
-from ..study.plan import Match, Plan, matching
+from ..study.plan import Match, Plan, matching, plan_residuals
 from ..study.run import FILES, FINISHED, RUNS, STUDY, file_name
 
 if TYPE_CHECKING: import pandas as pd
@@ -207,6 +207,15 @@ MATCHED = """
 {% endfor %}
 </table></div>
 <p><small>The largest relative difference; above 5 % a difference in the metric may come from it as well.</small></p>
+{% if residuals %}
+<div class="wide"><table>
+<tr>{% for head in residuals[0] %}<th{{ ' class="n"'|safe if not loop.first }}>{{ head }}</th>{% endfor %}</tr>
+{% for row in residuals %}
+<tr>{% for value in row.values() %}<td class="{{ 'keep' if loop.first else 'n' }}">{{ value }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+<p><small>Sparse layers were sized by search to the base's active FLOPs and parameters; this is what is left.</small></p>
+{% endif %}
 """
 
 # %% ../../nbs/findings/06_study_page.ipynb #70e5a084
@@ -217,7 +226,8 @@ def matched_part(
     found = matching(plan)
     match = {axis: [m for m in found if m.axis == axis] for axis in [*plan.axes, "all cells"]}
     quantities = [m.quantity for m in match["all cells"]]
-    return render(MATCHED, sentences=match_sentences(plan), match=match, quantities=quantities)
+    return render(MATCHED, sentences=match_sentences(plan), match=match, quantities=quantities,
+                  residuals=plan_residuals(plan))
 
 # %% ../../nbs/findings/06_study_page.ipynb #07e6d2b9
 CLOCK = """

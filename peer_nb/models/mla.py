@@ -106,15 +106,17 @@ def masked(
 
 # %% ../../nbs/models/01_mla.ipynb #4f1db555
 def eager_attention(
-    module: nn.Module, # the calling layer; not used, part of the common signature
+    module: nn.Module, # the calling layer; says how many query heads share a key, if several do
     query: Tensor, # [B, H, T, qk]
-    key: Tensor, # [B, H, S, qk]
-    value: Tensor, # [B, H, S, v]
+    key: Tensor, # [B, H / groups, S, qk]
+    value: Tensor, # [B, H / groups, S, v]
     attention_mask: Tensor | None, # [B or 1, 1, T, S], as `masked` takes it
     scaling: float, # factor on the scores
     **kwargs, # what other implementations take
 ) -> tuple[Tensor, Tensor]: # output [B, T, H, v], weights [B, H, T, S]
     "Softmax attention written out"
+    groups = getattr(module, "num_key_value_groups", 1)
+    if groups > 1: key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
     scores = masked(query @ key.transpose(-1, -2) * scaling, attention_mask)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights

@@ -86,11 +86,12 @@ def _from_file(study: Path, base_config: Path | None, axes: list[str] | None, mi
         raise UserError(f"{at(place, 'base_config')}: base_config: {e}") from e
 
 # %% ../../nbs/running/09_command.ipynb #545c25d5
-def _from_axes(base_config: Path, axes: list[str] | None, custom: Path | None, overrides: list[str]) -> Request:
+def _from_axes(base_config: Path, axes: list[str] | None, custom: Path | None, overrides: list[str],
+               residual: float = 0.03) -> Request:
     "A request that names built-in axes; without any, all of them that the base can have"
     base = load_config(base_config, overrides)
     mixes = load_data_mixes(custom) if custom else {}
-    levels, left_out = builtin_axes(base, dict.fromkeys(axes or BUILTIN_AXES), mixes)
+    levels, left_out = builtin_axes(base, dict.fromkeys(axes or BUILTIN_AXES), mixes, residual)
     # combining all: one level compares nothing
     for axis in [a for a, l in levels.items() if len(l) == 1 and len(levels) > 1 and not axes]:
         left_out[axis] = "has one level only" + ("; --custom-datasets adds data mixes" if axis == "data_mix" else "")
@@ -102,7 +103,7 @@ def _from_axes(base_config: Path, axes: list[str] | None, custom: Path | None, o
 def read_request(
     base_config: Path | None, study: Path | None, axes: list[str] | None, tokens: int | None,
     custom_datasets: Path | None, notebook: str | None, overrides: list[str], # all as `run` takes them
-    seeds: list[int] | None = None, primary: str | None = None,
+    seeds: list[int] | None = None, primary: str | None = None, residual: float = 0.03,
 ) -> Request | None: # None when neither a base nor a study was named
     "The study that a command line describes"
     if study is None and base_config is None:
@@ -113,7 +114,7 @@ def read_request(
         return None
     if tokens is not None and tokens < 1: raise UserError(f"--tokens {tokens}: every run needs at least one token")
     if study is not None: request = _from_file(study, base_config, axes, custom_datasets, overrides)
-    else: request = _from_axes(base_config, axes, custom_datasets, overrides)
+    else: request = _from_axes(base_config, axes, custom_datasets, overrides, residual)
     if tokens is not None: request.study.budget.tokens = tokens
     if notebook is not None: request.study.notebook = notebook
     if seeds and len({*seeds}) < len(seeds):
@@ -550,7 +551,8 @@ def begin_or_resume(
 def run(
     base_config: Path | None = None, # configuration that every run starts from
     study: Path | None = None, # study file with named levels, instead of --axes
-    axes: list[str] | None = None, # built-in axes: data_mix, expert_setup, selection_heads; all of them when left out
+    # built-in axes: data_mix, expert_setup, selection_heads (all of them when left out), sparse_layer
+    axes: list[str] | None = None,
     tokens: int | None = None, # tokens that each run trains on
     output_dir: Path = Path("ablation_results"), # where the study's folder is made
     gpus: int | None = None, # GPUs of each run, 4 when left out; 0 for the CPU
@@ -558,6 +560,7 @@ def run(
     custom_datasets: Path | None = None, # YAML file of data mixes for the axis data_mix
     notebook: str | None = None, # template by name or path, instead of train_and_evaluate
     seeds: list[int] | None = None, # every combination runs once with each
+    residual: float = 0.03, # by how much an arm of sparse_layer may miss the base's FLOPs and parameters
     primary: str | None = None, # metric that the study is about, such as docs/bits_per_byte or hellaswag/acc
     launcher: Literal["local", "slurm"] | None = None,
     # where runs run; with --resume where the study was started, else local
@@ -575,7 +578,8 @@ def run(
     overrides: list[str] = (), # of the base configuration
 ) -> int: # 0 when every run is done, 1 when one is not
     "Run an ablation study, or continue one"
-    request = read_request(base_config, study, axes, tokens, custom_datasets, notebook, overrides, seeds, primary)
+    request = read_request(base_config, study, axes, tokens, custom_datasets, notebook, overrides, seeds, primary,
+                           residual)
     place = Place(launcher, gpus, parallel, time, partition, [*slurm], processes)
     use = ReuseOptions(fresh, [*reuse_from], measure)
     _check_request(request, resume, dry_run, retry_failed, rerun)
@@ -588,7 +592,8 @@ def run(
 def plan(
     base_config: Path | None = None, # configuration that every run starts from
     study: Path | None = None, # study file with named levels, instead of --axes
-    axes: list[str] | None = None, # built-in axes: data_mix, expert_setup, selection_heads; all of them when left out
+    # built-in axes: data_mix, expert_setup, selection_heads (all of them when left out), sparse_layer
+    axes: list[str] | None = None,
     tokens: int | None = None, # tokens that each run trains on
     output_dir: Path = Path("ablation_results"), # earlier studies, whose finished runs tell time and spread
     gpus: int | None = None, # GPUs of each run, 4 when left out; 0 for the CPU
@@ -596,6 +601,7 @@ def plan(
     custom_datasets: Path | None = None, # YAML file of data mixes for the axis data_mix
     notebook: str | None = None, # template by name or path, instead of train_and_evaluate
     seeds: list[int] | None = None, # every combination runs once with each
+    residual: float = 0.03, # by how much an arm of sparse_layer may miss the base's FLOPs and parameters
     primary: str | None = None, # metric that the study is about, such as docs/bits_per_byte or hellaswag/acc
     processes: int | None = None, # of each run, on the CPU
     reuse_from: list[Path] = (), # folders of studies of another machine or user, as `run` would look there
@@ -604,7 +610,8 @@ def plan(
     overrides: list[str] = (), # of the base configuration
 ):
     "Show every run of a study and what is matched, without running anything"
-    request = read_request(base_config, study, axes, tokens, custom_datasets, notebook, overrides, seeds, primary)
+    request = read_request(base_config, study, axes, tokens, custom_datasets, notebook, overrides, seeds, primary,
+                           residual)
     if request is None: raise UserError("what to plan? give --base-config or --study")
     place, use = Place(gpus=gpus, parallel=parallel, processes=processes), ReuseOptions(fresh, [*reuse_from], measure)
     check_place(place)

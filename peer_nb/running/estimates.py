@@ -14,7 +14,7 @@ from typing import Any
 from fastcore.basics import patch
 
 from ..formats import duration, ratio_text, short_number, text_table
-from ..study.plan import Cell, Match, Plan, load_plan, matching, wall_seconds
+from ..study.plan import Cell, Match, Plan, load_plan, matching, plan_residuals, wall_seconds
 from ..study.run import Run, studies_in
 from ..stats import detectable
 from ..config import Config
@@ -23,7 +23,7 @@ from ..files import UserError
 # %% auto #0
 __all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'estimated_memory',
            'pair_spread', 'detectable_effects', 'difference', 'Forecast', 'outlook', 'plan_row', 'plan_rows',
-           'match_rows', 'totals', 'plan_text']
+           'match_rows', 'totals', 'residual_lines', 'plan_text']
 
 # %% ../../nbs/running/05_estimates.ipynb #ed0f3173
 @dataclass(frozen=True)
@@ -103,9 +103,10 @@ def estimated_memory(
     config: Config, # of a cell
     counted: dict[str, Any], # its parameters
     world_size: int = 1, # GPUs of a run
-) -> int: # bytes on one device, without the libraries
+) -> int | None: # bytes on one device, without the libraries; None for a bridge, whose frozen models decide
     "About how much memory training takes"
     from peer_nb.analysis.parameters import memory_layer_count
+    if config.bridge_config: return None
     m, t = config.model_config, config.train_config
     length = config.dataset_config.max_seq_length
     tokens = t.per_device_train_batch_size*length
@@ -212,7 +213,7 @@ def plan_row(
             "total": short_number(c.parameters["total"]), "active": short_number(c.parameters["active"]),
             "tokens": short_number(c.tokens), "FLOPs": short_number(c.flops),
             "time": duration(estimated_seconds(c, seen.rate, wall_seconds(plan))),
-            "memory": short_number(memory) + "B",
+            "memory": "–" if memory is None else short_number(memory) + "B",
             "reuse": str(sum(cell.id in (seen.reuse or {}) for cell in group) or ""),
             "differs from the base in": difference(c.overrides)}
 
@@ -264,6 +265,14 @@ def totals(
     return [*out, f"time: about {duration(spent(seen.rate.flops_per_second))}, {seen.slots} at a time "
                   f"({fast} to {slow}; {short_number(seen.rate.flops_per_second)} FLOP/s {known})"]
 
+# %% ../../nbs/running/05_estimates.ipynb #a7795c8d
+def residual_lines(
+    plan: Plan, # any
+) -> list[str]: # none where no axis is sparse_layer
+    "By how much sparse layers miss the base, as a table"
+    found = plan_residuals(plan)
+    return [text_table(found), "(of the base; arms are sized to equal active FLOPs and parameters)", ""] if found else []
+
 # %% ../../nbs/running/05_estimates.ipynb #cddc27f0
 def plan_text(
     plan: Plan, # any
@@ -280,6 +289,7 @@ def plan_text(
     return "\n".join([text_table(rows), *([f"… and {more} combinations more"] if more else []), "",
                       *totals(plan, seen), "",
                       f"budget: {matched}", text_table(match_rows(plan)), "(! more than 5 %: not matched)", "",
+                      *residual_lines(plan),
                       *detectable_effects(plan, seen.spread), *([""] if claims else []), *claims,
                       *([""] if plan.left_out else []),
                       *(f"left out: {what}: {why}" for what, why in plan.left_out.items())])

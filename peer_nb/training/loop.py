@@ -259,6 +259,9 @@ def account(self: Trainer,
     c.line_bits += bits; c.line_bytes += size
     return bits / size if size else None
 
+# %% ../../nbs/training/11_loop.ipynb #e869b86d
+from ..models.moe import update_expert_bias
+
 # %% ../../nbs/training/11_loop.ipynb #1e01fe7c
 @patch
 def step(self: Trainer) -> StepResult:
@@ -274,6 +277,7 @@ def step(self: Trainer) -> StepResult:
     share_sparse(self.model, self.processes)
     loss = self.total(part.item()) / self.world_size
     norm = self.update(buffers)
+    update_expert_bias(self.model)
     self.schedule.step()
     self.count_skipped(norm, loss, batches)
     bits = self.account(batches, count, loss, time.perf_counter() - start)

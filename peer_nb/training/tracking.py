@@ -28,14 +28,15 @@ from ..analysis.usage_statistics import EDGES, hot_rows, usage_histogram, usage_
 from ..config import Config, PeerConfig, flatten
 from ..files import UserError, append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from ..progress import Progress
+from ..models.moe import MixtureOfExperts
 from ..models.peer import ExpertUsage, MemoryLayer
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 
 # %% auto #0
 __all__ = ['log', 'SAMPLE', 'BUSIEST', 'CURVES', 'finite', 'keep_metrics', 'token_bytes', 'Heartbeat', 'memory_in_use',
-           'usage_record', 'UsageRecorder', 'check_wandb', 'has_wandb_key', 'start_wandb', 'log_checkpoint',
-           'usage_curves', 'Tracker', 'with_turnover']
+           'usage_record', 'max_violation', 'UsageRecorder', 'check_wandb', 'has_wandb_key', 'start_wandb',
+           'log_checkpoint', 'usage_curves', 'Tracker', 'with_turnover']
 
 # %% ../../nbs/training/05_tracking.ipynb #543a17d7
 log = logging.getLogger("peer_nb")
@@ -144,6 +145,14 @@ def usage_record(
     return dict(tokens=usage.tokens, usage=found["used"], unevenness=found["unevenness"], unused=histogram["unused"],
                 experts=histogram["rows"], hot=found["hot"], hottest=hottest, busiest=busiest)
 
+# %% ../../nbs/training/05_tracking.ipynb #e0cf3050
+def max_violation(
+    usage: ExpertUsage, # of a mixture of experts: tokens by expert
+) -> float: # 0 for an even load
+    "By how much the busiest expert is above the mean load (Wang et al. 2024, eq. 4)"
+    load = usage.uses()
+    return float(load.max() / load.mean().clamp(min=1e-12) - 1)
+
 # %% ../../nbs/training/05_tracking.ipynb #dc98b4b9
 class UsageRecorder:
     "Counts what the memory layers retrieve in the steps before a record"
@@ -153,7 +162,7 @@ class UsageRecorder:
         model: nn.Module,    # its memory layers are counted
         config: PeerConfig,  # log_expert_usage, log_freq, usage_threshold
     ):
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, MemoryLayer)}
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, MemoryLayer | MixtureOfExperts)}
         self.layers = layers if config.log_expert_usage else {}
         self.config = config
 
@@ -173,7 +182,10 @@ class UsageRecorder:
         if not self.layers or step % self.config.log_freq: return None
         threshold = self.config.usage_threshold
         record = {name: usage_record(layer.usage, threshold) for name, layer in self.layers.items() if layer.usage}
-        for layer in self.layers.values(): layer.collect_usage(False)
+        for name, layer in self.layers.items():
+            if name in record and isinstance(layer, MixtureOfExperts):
+                record[name]["max_violation"] = max_violation(layer.usage)
+            layer.collect_usage(False)
         return record
 
 # %% ../../nbs/training/05_tracking.ipynb #4ae243fc
@@ -204,7 +216,7 @@ def load_state_dict(self: UsageRecorder,
         layer.collect_usage(name in state)
         if name not in state: continue
         scores, layer.usage.tokens = state[name]["scores"], state[name]["tokens"]
-        layer.usage.scores = None if scores is None else scores.to(layer.keys.device)
+        layer.usage.scores = None if scores is None else scores.to(next(layer.parameters()).device)
 
 # %% ../../nbs/training/05_tracking.ipynb #ee1d2c79
 def check_wandb(

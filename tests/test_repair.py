@@ -1,0 +1,170 @@
+"Broken files give up complete records only; results are compared by the test that fits; curves show what they lack; a load's reasons are named."
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy import stats
+
+from peer_nb.analysis.command import main
+from peer_nb.analysis.explain import compared_sides, paired_text
+from peer_nb.analysis.losses import losses_result, read_curve
+from peer_nb.analysis.salvage import salvage_document, salvage_lines
+from peer_nb.analysis.why import QUESTIONS, reasons
+from peer_nb.analysis.worked_example import facts_config
+from peer_nb.config import DatasetConfig
+from peer_nb.data.corpora import load_tokenizer
+from peer_nb.files import UserError, write_json, write_jsonl
+from peer_nb.models.causal_lm import PeerMLAForCausalLM
+
+STUDY = Path(__file__).parent/"earlier_study"
+RUNS = sorted((STUDY/"runs").iterdir())
+
+
+def at(value, place):
+    for key in place: value = value[key]
+    return value
+
+
+def leaves(value) -> int: return sum(map(leaves, value.values() if isinstance(value, dict) else value)) if isinstance(value, (dict, list)) and value else 1
+
+
+def test_two_thousand_cuts_of_real_documents_change_no_record():
+    rng, files = random.Random(0), [RUNS[0]/"result.json", RUNS[0]/"heartbeat.json", RUNS[0]/"status.json", RUNS[3]/"result.json"]
+    for file in files:
+        data = file.read_bytes()
+        document, before = json.loads(data), -1
+        assert salvage_document(data).records == [([], document)]
+        for cut in sorted(rng.randrange(len(data.rstrip())) for _ in range(300)):
+            rest = salvage_document(data[:cut])
+            for place, value in rest.records: assert json.dumps(at(document, place)) == json.dumps(value), (file, cut, place)
+            kept = sum(leaves(value) for _, value in rest.records)
+            assert before <= kept <= leaves(document) and (rest.lost or cut == len(data))             # a later cut keeps no less
+            assert rest.lost[0][0] + rest.lost_bytes == cut
+            before = kept
+        assert kept >= .8*leaves(document)
+
+
+def test_cuts_and_damage_of_real_logs_cost_their_own_line():
+    rng = random.Random(1)
+    for file in (RUNS[0]/"metrics.jsonl", RUNS[1]/"items.jsonl"):
+        data = file.read_bytes()
+        lines = data.split(b"\n")[:-1]
+        for cut in (rng.randrange(len(data)) for _ in range(800)):
+            found = [value for _, value in salvage_lines(data[:cut]).records]
+            whole = data[:cut].split(b"\n")
+            assert found == [json.loads(line) for line in lines[:len(whole) - 1 + (len(whole[-1]) > 0 and whole[-1] == lines[len(whole) - 1])]]
+        place = rng.randrange(len(lines))
+        torn = b"\n".join(lines[:place] + [lines[place][:7] + b"\xff" + lines[place][8:]] + lines[place + 1:]) + b"\n"
+        rest = salvage_lines(torn)
+        assert [p for p, _ in rest.records] == [[n + 1] for n in range(len(lines)) if n != place] and len(rest.lost) == 1
+
+
+def test_salvage_writes_lines_as_they_were(tmp_path, capsys):
+    data = (RUNS[0]/"items.jsonl").read_bytes()
+    (tmp_path/"items.jsonl").write_bytes(data[:-30])
+    assert main(["salvage", str(tmp_path/"items.jsonl")]) == 0
+    kept = (tmp_path/"items.salvaged.jsonl").read_bytes()
+    assert data.startswith(kept) and len(kept) > .9*len(data) and "lost from byte" in capsys.readouterr().out
+    (tmp_path/"no.json").write_text("nothing")
+    for words, said in ((["no.json"], "holds no complete record"), (["none.json"], "cannot be read"), (["items.jsonl", "--output", str(tmp_path/"items.jsonl")], "is the broken file itself")):
+        assert main(["salvage", str(tmp_path/words[0]), *words[1:]]) == 2
+        assert said in capsys.readouterr().err
+
+
+def results(folder: Path, name: str, items: dict[str, list[float]], clusters=None) -> Path:
+    (folder/name).mkdir(parents=True)
+    lines = [dict(metric=m, item=str(n), value=float(v)) | ({} if clusters is None else dict(cluster=str(clusters[n]))) for m, values in items.items() for n, v in enumerate(values)]
+    write_jsonl(folder/name/"items.jsonl", lines)
+    return write_json(folder/name/"result.json", dict(metrics={m: float(np.mean(v)) for m, v in items.items()}, standard_errors={}))
+
+
+def test_items_are_compared_by_the_test_that_fits(tmp_path):
+    rng = np.random.default_rng(0)
+    right, loss, groups = rng.random((2, 200)) < [[.8], [.6]], rng.normal(size=(2, 200)), np.arange(200) // 4
+    a, b = (results(tmp_path, n, dict(right=right[i], loss=loss[i])) for i, n in enumerate("ab"))
+    found = {f.metric: f for f in compared_sides([a], [b], None)}
+    wins, losses = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
+    assert found["right"].method == "mcnemar" and found["right"].p == pytest.approx(stats.binomtest(wins, wins + losses).pvalue)
+    assert found["right"].difference == pytest.approx(right[0].mean() - right[1].mean()) and found["right"].effect == pytest.approx((wins - losses)/(wins + losses))
+    theirs = stats.bootstrap((loss[0] - loss[1],), np.mean, n_resamples=4999, method="BCa", rng=np.random.default_rng(0)).confidence_interval
+    assert found["loss"].method == "paired bootstrap" and (found["loss"].low, found["loss"].high) == pytest.approx(tuple(theirs), abs=.02)
+    assert not found["loss"].sure and "chance alone would do" in paired_text(found["loss"]) and found["right"].sure
+    c, d = (results(tmp_path, n, dict(right=right[i]), groups) for i, n in enumerate("cd"))
+    assert compared_sides([c], [d], None)[0].method == "paired bootstrap" and compared_sides([c], [d], None)[0].n == 50    # clusters: no coin tosses
+
+
+def test_seeds_are_compared_by_t(tmp_path):
+    values = np.random.default_rng(1).normal(size=(2, 4))
+    a, b = ([results(tmp_path, f"{arm}-seed{s}", dict(loss=[values[i, s]])) for s in range(4)] for i, arm in enumerate("ab"))
+    found, = compared_sides(a, b[::-1], "loss")                                                         # paired by seed, not by order
+    theirs = stats.ttest_rel(*values)
+    assert (found.p, found.low, found.high) == pytest.approx((theirs.pvalue, *theirs.confidence_interval())) and found.n == 4
+    with pytest.raises(UserError, match="no seed in common"): compared_sides(a[:2], b[2:], "loss")
+
+
+def test_a_real_run_is_explained(capsys, tmp_path):
+    assert main(["explain", str(RUNS[0]/"result.json")]) == 0
+    assert "docs/bits_per_byte is 2.6231, 95 % interval" in capsys.readouterr().out
+    command = ["explain", str(RUNS[0]/"result.json"), "--against", str(RUNS[2]/"result.json"), "--metric", "facts/test_known/exact_match", "--output", str(tmp_path/"out")]
+    assert main(command) == 0 and "McNemar" in capsys.readouterr().out and json.loads((tmp_path/"out"/"explain.json").read_text())["found"][0]["method"] == "mcnemar"
+    assert main(["explain", str(STUDY/"plan.json")]) == 2 and "not a result that can be explained" in capsys.readouterr().err
+
+
+def test_curves_of_a_real_study(tmp_path, capsys):
+    found = losses_result([str(STUDY)], "loss", 1)
+    assert {line["line"]: line["seeds"] for line in found["lines"]} == {"docs-16x16-1headx8": 2, "docs-16x16-4headsx8": 2}
+    for line in found["lines"]:
+        own = np.array([run["loss"] for run in line["runs"]])
+        assert np.allclose(line["mean"], own.mean(0)) and line["runs"][0]["tokens"] == line["tokens"]
+        low, high = stats.t.interval(.95, 1, own.mean(0), stats.sem(own, axis=0))
+        assert np.allclose(line["low"], low) and np.allclose(line["high"], high)
+    lines = (RUNS[0]/"metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path/"run").mkdir()
+    (tmp_path/"run"/"metrics.jsonl").write_text("".join(lines[:6] + lines[4:7] + lines[9:]))
+    curve = read_curve(tmp_path/"run")
+    assert len(curve.restarts) == 1 and len(curve.gaps) == 1 and len(curve.tokens) == len(lines) - 2
+    assert main(["losses", f"a={RUNS[0]}", f"a={tmp_path/'run'}", "--output", str(tmp_path/"out")]) == 0
+    assert "lacks lines between" in capsys.readouterr().out and (tmp_path/"out"/"losses.png").stat().st_size > 5000
+    assert "was restarted at" in (tmp_path/"out"/"losses.html").read_text()
+    assert main(["losses", str(tmp_path), "--output", str(tmp_path/"no")]) == 2 and not (tmp_path/"no").exists()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder, tokenizer = tmp_path_factory.mktemp("why")/"good", load_tokenizer(DatasetConfig(tokenizer_name="bytes"))
+    for part in (PeerMLAForCausalLM(facts_config(len(tokenizer), 32)), tokenizer): part.save_pretrained(folder)
+    return folder
+
+
+def _edit(folder: Path, change):
+    weights = load_file(folder/"model.safetensors")
+    change(weights)
+    save_file({n: w.contiguous() for n, w in weights.items()}, folder/"model.safetensors")
+
+
+HURT = {   # question -> what is done to a good folder
+    "missing": lambda f: _edit(f, lambda w: w.pop("model.norm.weight")),
+    "unexpected": lambda f: _edit(f, lambda w: w.update(extra=torch.ones(1))),
+    "shapes": lambda f: _edit(f, lambda w: w.update({"model.norm.weight": torch.ones(3)})),
+    "formats": lambda f: _edit(f, lambda w: w.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)})),
+    "tied weights": lambda f: (f/"config.json").write_text(json.dumps(json.loads((f/"config.json").read_text()) | dict(tie_word_embeddings=True))),
+    "files": lambda f: (f/"model.safetensors").rename(f/"model-1.safetensors") and (f/"model.safetensors.index.json").write_text(json.dumps(dict(weight_map=dict.fromkeys(load_file(f/"model-1.safetensors"), "model-1.safetensors") | {"a": "model-2.safetensors"}))),
+    "tokenizer": lambda f: (f/"tokenizer.json").write_text("{")}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_each_reason_is_found_and_no_other(good, tmp_path, question, capsys):
+    assert not any(reasons(good, good).values())
+    folder = tmp_path/"hurt"
+    shutil.copytree(good, folder)
+    HURT[question](folder)
+    assert [q for q, words in reasons(folder, folder).items() if words] == [question]
+    code = main(["checkpoint", str(folder), "--why", str(folder)])
+    assert question in ("unexpected", "formats") or code == 1
+    assert list(QUESTIONS) == [line.split(":")[0][2:].strip() for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
