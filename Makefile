@@ -77,6 +77,7 @@ readme: $(VENV)/dev ## write README.md from nbs/index.ipynb
 docs: $(VENV)/dev ## build the site into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto, which is not on the PATH. Install it from https://quarto.org/docs/get-started/ and run 'make docs' again."; exit 2; }
 	$(BIN)/python -c "from pathlib import Path; from plotly.offline import get_plotlyjs as js; Path('nbs/example/plotly.min.js').write_text(js())"
+	@touch README.md   # newer than its notebook, else nbdev writes it anew, in its own way
 	$(BIN)/nbdev_docs
 
 example: $(VENV)/dev ## publish the newest study of the demo on the site

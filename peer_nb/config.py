@@ -232,7 +232,8 @@ def _model_problems(m: ModelConfig) -> Problems:
     if problem := attention_problem(m): yield f"model_config.{problem[0]}", problem[1]
     if m.use_peer and m.memory_kind == "moe":
         if problem := moe_problem(m.moe_config): yield f"model_config.moe_config.{problem[0]}", problem[1]
-        if m.share_memory: yield "model_config.share_memory", "true has no meaning for memory_kind: moe; set it to false"
+        if m.share_memory:
+            yield "model_config.share_memory", "true has no meaning for memory_kind: moe; set it to false"
     yield from _memory_problems(m)
 
 # %% ../nbs/02_config.ipynb #cfcdd361

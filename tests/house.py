@@ -13,8 +13,9 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"""(\]\(|(?:href|src)=\\?["'])([\w./-]+?\.ipynb)(?=[#)"'\\\s])""")
-FIRST = ["index.ipynb", {"text": "A finished study", "href": "example/index.html"}, "architecture.ipynb", "where_to_add.ipynb", "benchmarks.ipynb"]
-LAST = ["experiments"]
+GUIDES = {"Start": "start", "How-to": "how_to", "Reference": "reference"}   # pages that export nothing, by what a reader wants
+BEFORE = {"How-to": ["where_to_add.ipynb"]}
+RESULTS = [{"text": "A finished study", "href": "example/index.html"}, "benchmarks.ipynb"]
 
 
 def rooms(root: Path = ROOT) -> dict[str, dict]:
@@ -73,12 +74,14 @@ def relink(text: str, path: Path, new: dict[Path, Path]) -> str:
 
 
 def sidebar(root: Path = ROOT) -> list:
-    "The contents of the site's sidebar"
-    nbs, out = root/"nbs", [*FIRST]
-    for room, about in rooms(root).items():
-        out.append({"section": about["title"], "contents": [str(p.relative_to(nbs)) for _, p in pages(room, root)]})
-    for folder in LAST: out.append({"section": folder.title(), "contents": [str(p.relative_to(nbs)) for p in sorted((nbs/folder).glob("*.ipynb"))]})
-    return out
+    "The contents of the site's sidebar: what people come for first, the modules last"
+    nbs = root/"nbs"
+    found = lambda folder: [str(p.relative_to(nbs)) for p in sorted((nbs/folder).glob("*.ipynb"))]
+    out = ["index.ipynb"]
+    for title, folder in GUIDES.items(): out.append({"section": title, "contents": BEFORE.get(title, []) + found(folder)})
+    out.append({"section": "Results", "contents": RESULTS + found("experiments")})
+    modules = [{"section": about["title"], "contents": [str(p.relative_to(nbs)) for _, p in pages(room, root)]} for room, about in rooms(root).items()]
+    return [*out, {"section": "Modules", "contents": ["architecture.ipynb", *modules]}]
 
 
 def with_sidebar(text: str, contents: list) -> str:

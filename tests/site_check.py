@@ -7,12 +7,14 @@
 import ast
 import configparser
 import csv
+import html
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
@@ -175,6 +177,7 @@ def readme(index: Path) -> str:
                 if shown: parts.append(shown if "text/markdown" in data else "\n".join("    " + line for line in shown.splitlines()))
     text = "\n\n".join(p.strip("\n") for p in parts) + "\n"
     text = text.replace("\n```\n\n```python\n", "\n\n")   # neighbouring cells read as one block
+    text = re.sub(r"(\[[^\]]*\]\([^)]*\))\{\.btn[^}]*\}", r"**\1**", text)   # buttons of the site
     text = text.replace("](example/", f"]({site_address()}/example/")   # a page that GitHub would show as source
     return re.sub(r"(\]\(|src=\")(?!https?:|#|nbs/|\.\./)([\w./-]+\.(?:png|svg|ipynb))", r"\1nbs/\2", text)
 
@@ -205,15 +208,48 @@ def lighten(page: Path):
             if len("".join(data.get("text/html", ""))) > 1_000_000: continue   # plotly.js itself, put before the first figure
             if found := data.get("application/vnd.plotly.v1+json"):
                 figure = from_json(json.dumps({k: found[k] for k in ("data", "layout") if k in found}))
-                data["text/html"] = to_html(figure, include_plotlyjs=script, full_html=False, div_id=f"figure-{(figures := figures + 1)}")
+                drawn = to_html(figure, include_plotlyjs=script, full_html=False, div_id=f"figure-{(figures := figures + 1)}")
+                data["text/html"] = drawn.splitlines(True)   # as Jupyter writes it
             if "text/markdown" in data: data.pop("text/plain", None)   # long, and may name folders
             kept.append(out)
         if "outputs" in cell: cell["outputs"] = kept
     page.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
+def browser() -> str | None:
+    "A Chromium of this machine"
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+LOOK = """<script>addEventListener("load", () => setTimeout(() => {
+  const wide = [...document.querySelectorAll("main *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1
+    && !e.closest("pre, table, .plotly-graph-div, .math, div[style*=overflow]"))
+  document.title = JSON.stringify({width: document.documentElement.scrollWidth, seen: innerWidth, wide: wide.slice(0, 3).map(e => e.outerHTML.slice(0, 80)),
+    dead: [...document.images].filter(i => !i.naturalWidth).map(i => i.getAttribute("src"))})
+}, 300))</script>"""
+
+
+def standing(page: Path, plotly: Path) -> str:
+    "A page by itself: what nbconvert draws, in the site's own styles"
+    body = re.sub(r"<script[^>]*plotly\.min\.js[^>]*></script>", f'<script src="{plotly.as_uri()}"></script>', to_html(page))
+    style = (ROOT/"nbs"/"styles.css").read_text()
+    frame = "body { margin: 0; font: 17px/1.5 sans-serif; } main { max-width: 860px; margin: auto; padding: 0 12px; } pre { white-space: pre-wrap; }"
+    return f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><base href="{page.parent.as_uri()}/">' \
+        f"<style>{frame}{style}</style>{LOOK}<main>{body}</main>"
+
+
+def looked_at(file: Path, width: int, dark: bool = False) -> tuple[dict, list[str]]:
+    "What a browser sees of a page: its width, what stands out of it, pictures that are not there; and what its console says"
+    with tempfile.TemporaryDirectory() as profile:
+        words = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", f"--user-data-dir={profile}", "--enable-logging=stderr",
+                 f"--window-size={width},900", *(["--blink-settings=preferredColorScheme=0"] if dark else []), "--virtual-time-budget=4000", "--dump-dom", file.as_uri()]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    found = re.search(r"<title>(\{.*?\})</title>", done.stdout, re.S)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(html.unescape(found[1])) if found else {}, console
+
+
 def main(what: str = "", *more: str):
-    import tempfile
     if what == "run":
         for page in pages():
             print(page.relative_to(ROOT), flush=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from jsonschema import validate
+from tiny_bridge import write_ends
 
 from peer_nb.bridge.answers import grade, normal_words, read_number, trimmed, words_f1
 from peer_nb.bridge.arms import ARMS, partners, possible_arms
@@ -135,16 +136,8 @@ def test_soft_tokens_of_few_bits():
 
 @pytest.fixture(scope="module")
 def bridge(tmp_path_factory):
-    "A Mistral with grouped heads, a Llama of another width and tokenizer, and a translator whose gates are open"
-    from peer_nb.bridge.needle_models import needle_tokenizer
-    place = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    for name, config in (("source", hf.MistralConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, sliding_window=None, eos_token_id=0)),
-                         ("target", hf.LlamaConfig(vocab_size=70, hidden_size=24, num_hidden_layers=2, intermediate_size=32, num_attention_heads=2, eos_token_id=0))):
-        tokenizer = needle_tokenizer(name)
-        config.vocab_size = len(tokenizer)
-        hf.AutoModelForCausalLM.from_config(config).save_pretrained(place/name)
-        tokenizer.save_pretrained(place/name)
+    "Two tiny models and a translator whose gates are open"
+    place = write_ends(tmp_path_factory.mktemp("models"))
     cfg = config_from_dict(dict(train_config=dict(max_steps=1), bridge_config=dict(source=dict(model=str(place/"source")), target=dict(model=str(place/"target")),
                            translator=dict(soft_tokens=4, bottleneck=16, heads=2), evaluate=dict(max_new_tokens=3, stop=[";"]))))
     made = Bridge.new(cfg)

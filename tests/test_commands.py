@@ -27,15 +27,17 @@ ELSEWHERE = {   # beginning of a command: why it is not tried here
     ".venv/bin/": "tools of others, in the environment that make has made",
     "peer-ablate plan --study depth.yaml": "test_recipes plans it", "peer-ablate --study depth.yaml": "test_recipes plans it",
     "peer-ablate --base-config configs/demo.yaml --axes expert_setup selection_heads --notebook coverage.ipynb": "test_recipes plans it",
-    "peer-eval benchmark CHECKPOINT units": "test_recipes asks it"}
+    "peer-eval benchmark CHECKPOINT units": "test_recipes asks it",
+    "peer-ablate --study configs/bridge/mistral_llama/": "items of the hub: test_bridge_study plans it"}
 PARSED = {   # beginning of a command: why it is parsed and not run
     "peer-ablate --resume": "continues a study: test_ablation", "peer-ablate watch": "watches a study: test_running",
     "peer-eval perplexity gpt2": "a model and a set of the hub", "peer-eval benchmark": "questions of the hub: test_benchmarks",
     "peer-train --merge": "a checkpoint with adapters: test_adapters", "torchrun": "eight processes: test_parallel", "peer-analyze usage output/checkpoint-1000 --mix": "a set of the hub",
     "peer-analyze intervene output/checkpoint-1000 data/digit_lookup --edits": "a person's file: test_edits",
-    "peer-analyze attention": "reads attention of a text: test_attention", "peer-analyze losses": "curves of a person's runs: test_repair", "peer-analyze explain": "a person's results: test_repair",
+    "peer-analyze convert": "a person's dense model: test_convert", "peer-analyze attention": "reads attention of a text: test_attention", "peer-analyze losses": "curves of a person's runs: test_repair", "peer-analyze explain": "a person's results: test_repair",
     "peer-analyze salvage": "a person's broken file: test_repair", "peer-analyze checkpoint output/checkpoint-1000 --why": "a person's configuration: test_repair", "peer-analyze checkpoint somebody.safetensors": "the same",
-    "peer-analyze swap": "exchanges facts that the model knows: test_interventions"}
+    "peer-analyze swap": "exchanges facts that the model knows: test_interventions",
+    "peer-bridge train": "makes two models first: test_bridge", "peer-bridge evaluate": "asks a run that is finished: test_bridge_evaluation", "peer-bridge tables": "studies that have run: test_bridge_study"}
 
 
 def pages() -> dict[str, list[str]]:
@@ -192,7 +194,7 @@ def test_what_measures_leaves_a_file_and_a_page(line, output, place, monkeypatch
 
 LEAST = {   # command: its shortest form
     "peer-ablate run": ["--base-config", "configs/small.yaml", "--axes", "expert_setup", "--dry-run"], "peer-ablate plan": ["--base-config", "configs/small.yaml", "--axes", "expert_setup"],
-    "peer-ablate watch": ["nowhere"], "peer-train": ["--config", "configs/small.yaml"], "peer-eval perplexity": ["output/checkpoint-1000"], "peer-eval benchmark": ["output/checkpoint-1000", "hellaswag"],
+    "peer-ablate watch": ["nowhere"], "peer-train": ["--config", "configs/small.yaml"], "peer-bridge evaluate": ["output/needle"], "peer-eval perplexity": ["output/checkpoint-1000"], "peer-eval benchmark": ["output/checkpoint-1000", "hellaswag"],
     "peer-eval recall": ["output/checkpoint-1000", "digits"], **{f"peer-data {task}": ["--output-dir", "new", "--force"] for task in ("synthetic_qa", "digit_lookup", "two_hop", "hashhop")},
     "peer-data tokenization": ["digits"], "peer-analyze parameters": ["configs/small.yaml"], "peer-analyze usage": ["output/checkpoint-1000"],
     **{f"peer-analyze {name}": ["output/checkpoint-1000", "data/digit_lookup"] for name in ("ablate", "swap", "retrievals")}, "peer-analyze rewrite": ["output/checkpoint-1000", "data/digit_lookup", "--aim", "x", "--want", "1"], "peer-analyze intervene": ["output/checkpoint-1000", "data/digit_lookup", "--drop", "0"]}

@@ -4,6 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import house
 import pytest
 import site_check as site
 
@@ -33,11 +34,16 @@ def test_quarto_finds_its_configuration():
     assert (site.ROOT/"nbs"/"_quarto.yml").resolve() == site.ROOT/"_quarto.yml"
 
 
-def test_every_page_converts(built):
+def test_every_page_has_a_title_and_no_traceback(built):
     for page in site.pages(built):
         assert site.front_matter(page).get("title"), f"{page.name} has no title"
-        html = site.to_html(page)
-        assert not re.search(r"\bTraceback \(most recent call last\)", html), f"{page.name} shows a traceback"
+        assert "Traceback (most recent call last)" not in site.outputs(page), f"{page.name} shows a traceback"
+
+
+def test_pages_convert(built):
+    "Some of each kind; tests/test_crawl.py looks at all of them"
+    for name in ("index", "start/00_quickstart", "reference/00_keys", "models/01_mla", "experiments/train_and_evaluate"):
+        assert "<h1" in site.to_html(built/f"{name}.ipynb"), name
 
 
 def test_internal_links_resolve(built):
@@ -57,6 +63,51 @@ def test_every_public_symbol_is_documented(built):
         shown = site.outputs(page)
         missing = [name for name in site.public_symbols(site.ROOT/"nbs"/page.relative_to(built)) if not re.search(rf"### {name}\b", shown)]
         assert not missing, f"{page.name} does not document {missing}"
+
+
+def test_what_fields_mean_is_on_the_page(built):
+    "The comments beside the fields of public dataclasses, as they are rendered; signatures carry no links; links to our own pages are relative"
+    import importlib
+    from dataclasses import is_dataclass
+    from peer_nb.documented import comments_of, table_cell
+    address, said = site.site_address(), 0
+    for page in site.pages(built):
+        notebook, shown = site.ROOT/"nbs"/page.relative_to(built), site.outputs(page)
+        assert not re.search(r"^    \w+:.*# .*\]\(", shown, re.M), f"{page.name}: a link inside a signature"
+        assert f"]({address}" not in shown + site.markdown(page), f"{page.name}: a link to our own site that names its address"
+        if not (module := house.exported(notebook)[0]): continue
+        own = importlib.import_module(f"peer_nb.{module}")
+        for name in site.public_symbols(notebook):
+            kind = getattr(own, name, None)
+            if not isinstance(kind, type) or not is_dataclass(kind): continue
+            lost = [text for text in comments_of(kind).values() if table_cell(text).split("`")[0] not in shown]
+            assert not lost, f"{page.name}: {name} says nowhere {lost}"
+            said += len(comments_of(kind))
+    assert said > 500
+
+
+def test_a_notebook_that_is_saved_without_an_edit_stays_the_same():
+    "What Jupyter writes, by the hook that CONTRIBUTING installs, is what lies there"
+    import nbformat
+    from nbdev.clean import clean_jupyter
+    for page in site.pages():
+        book = nbformat.read(page, as_version=4)
+        book.metadata["language_info"] = {"name": "python", "version": "3"}
+        model = dict(type="notebook", content=book)
+        clean_jupyter(str(page), model)
+        assert nbformat.writes(nbformat.from_dict(model["content"])).rstrip("\n") == page.read_text().rstrip("\n"), f"{page.name} would be another file"
+
+
+def test_the_page_of_commands_says_what_the_commands_say(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    from contextlib import redirect_stdout
+    import importlib.metadata
+    import io
+    page = site.outputs(site.ROOT/"nbs"/"reference"/"01_commands.ipynb")
+    for entry in importlib.metadata.entry_points(group="console_scripts"):
+        if not entry.value.startswith("peer_nb."): continue
+        with redirect_stdout(io.StringIO()) as out: entry.load()(["--help"])
+        assert out.getvalue().strip() in page, f"{entry.name}: run make pages"
 
 
 def test_readme_is_the_index_page(built):
@@ -90,3 +141,14 @@ def test_cells_with_imports_hold_nothing_else():
     mixed = [f"{page.name}: {''.join(cell['source']).splitlines()[0]}" for page in site.pages() for cell in json.loads(page.read_text())["cells"]
              if cell["cell_type"] == "code" and site.mixes_imports("".join(cell["source"]))]
     assert not mixed, "put the imports into a cell of their own:\n" + "\n".join(mixed)
+
+
+def test_every_configuration_is_explained_where_it_lies():
+    for readme in (site.ROOT/"configs").rglob("README.md"):
+        text = readme.read_text()
+        for file in readme.parent.rglob("*.yaml"):
+            nearer = file.parent/"README.md"
+            if nearer.exists() and nearer != readme: continue
+            if any((parent/"README.md").exists() for parent in file.parents if readme.parent in parent.parents): continue
+            assert f"`{file.relative_to(readme.parent)}`" in text, f"{readme.relative_to(site.ROOT)} does not name {file.name}"
+        for link in re.findall(r"\]\(([^)#]+)", text): assert (readme.parent/link).exists(), f"{readme.relative_to(site.ROOT)}: {link}"

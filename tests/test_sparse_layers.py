@@ -15,11 +15,11 @@ from peer_nb.analysis.parameters import cache_numbers, count_parameters, layer_r
 from peer_nb.config import Config, ConfigError, apply_overrides, config_from_dict, config_hash, load_config, to_dict
 from peer_nb.files import UserError
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
-from peer_nb.models.moe import MixtureOfExperts, balance_loss, grouped_linear, grouped_linear_reference, routed_experts_reference, update_expert_bias, within_groups
+from peer_nb.models.moe import MixtureOfExperts, balance_loss, fused_linear, fused_takes, grouped_linear, grouped_linear_reference, routed_experts_reference, update_expert_bias, within_groups
 from peer_nb.models.options import MoeConfig
 from peer_nb.study.identity import section_hashes
 from peer_nb.study.sparse_layer import SPARSE_KINDS, residual_of, residual_rows, sparse_layer_levels
-from peer_nb.study.study import BUILTIN_AXES, builtin_axes
+from peer_nb.study.study import BUILTIN_AXES, builtin_axes, load_study
 from peer_nb.training.tracking import UsageRecorder
 
 torch.set_num_threads(1)
@@ -196,7 +196,7 @@ def test_groups_stay_out_when_all_scores_are_negative():
     assert (best.values < 0).all() and all(len({int(e) // 3 for e in row}) == 1 for row in best.indices)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_grouped_path_is_its_slow_twin(seed):
     torch.manual_seed(seed)
     ends = torch.randint(0, 21, (5,)).sort().values
@@ -212,6 +212,15 @@ def test_the_grouped_path_is_its_slow_twin(seed):
         out = way(x, weights, index)
         results.append((out, *torch.autograd.grad(out.sin().sum(), (x, weights, *layer.experts.parameters()))))
     for a, b in zip(*results): torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_the_call_that_a_gpu_gets_is_the_twin():
+    "torch's grouped kernel also runs on the CPU, where only this test asks for it"
+    ends, g = torch.tensor([3, 3, 11, 20]), torch.randn(20, 16)
+    x, weight = torch.randn(20, 8).requires_grad_(), torch.randn(4, 16, 8).requires_grad_()
+    for a, b in zip(*[(out, *torch.autograd.grad(out, (x, weight), g)) for out in (fused_linear(x, weight, ends), grouped_linear_reference(x, weight, ends.tolist()))]):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert not fused_takes(x, weight)
 
 
 def test_balance_losses_are_transformers():
@@ -409,6 +418,17 @@ def test_a_shared_memory_is_no_base_of_sparse_layer():
     base = apply_overrides(load_config("configs/demo.yaml"), {"model_config.share_memory": True})
     with pytest.raises(UserError, match="share_memory: true"): builtin_axes(base, ["sparse_layer"])
     with pytest.raises(UserError, match="did you mean 'sparse_layer'"): builtin_axes(base, ["sparse_layers"])
+
+
+def test_the_study_of_sparse_layers_is_what_its_base_solves_to():
+    study = load_study("configs/studies/sparse_layers.yaml")
+    assert study.axes["sparse_layer"] == sparse_layer_levels(load_config(study.base_config))[0]
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_every_branch():
+    done = subprocess.run([sys.executable, "benchmarks/sparse_layers_cpu.py", "--tiny"], capture_output=True, text=True)
+    assert done.returncode == 0 and "moe beside transformers eager" in done.stdout, done.stderr
 
 
 # ---- identity ---------------------------------------------------------------------------------------------------------

@@ -225,7 +225,8 @@ def estimate_memory(
     added = one + (one // 2 if c.memory_kind == "peer" else one)
     tables = [one if n in holders else 0 for n in range(c.num_hidden_layers)] + [0]
     p = c.peer_config
-    pairs = 0 if c.memory_kind == "moe" else tokens * p.num_heads * p.num_experts_per_tok * (p.expert_hidden_size if c.memory_kind == "peer" else 1)
+    wide = dict(peer=p.expert_hidden_size, moe=0).get(c.memory_kind, 1)
+    pairs = tokens * p.num_heads * p.num_experts_per_tok * wide
     transient = [again + (36 * pairs + (0 if n in holders else added) if n in memories else 0)
                  for n, again in enumerate(recomputed)]
     states = round(8 * (count.total - count.memory_tables) + TABLE_STATES[kind] * count.memory_tables)

@@ -20,7 +20,7 @@ if TYPE_CHECKING: from peer_nb.bridge.bridge import Bridge
 
 # %% auto #0
 __all__ = ['End', 'Arm', 'ARMS', 'CONTROLS', 'Reply', 'prompt_ids', 'cache_ends', 'answer_from', 'source_alone', 'target_answers',
-           'target_alone', 'budget', 'cascade', 'oracle', 'latent', 'possible_arms', 'partners']
+           'target_alone', 'budget', 'cascade', 'oracle', 'soft_rows', 'latent', 'possible_arms', 'partners']
 
 # %% ../../nbs/bridge/07_arms.ipynb #5a1c60c8
 @dataclass
@@ -119,6 +119,18 @@ def oracle(bridge: Bridge, items: list[Item], others: list[Item]) -> Reply:
         raise UserError(f"item {missing}: the data do not say what a perfect source would write; leave out the oracle")
     return target_answers(bridge, prompt_ids(bridge, "target", [item.oracle for item in items]))
 
+# %% ../../nbs/bridge/07_arms.ipynb #97c4f9b8
+def soft_rows(
+    bridge: Bridge, # whose target reads
+    soft: torch.Tensor, # [B, K, width]
+    texts: list[str], # that follow the soft tokens
+) -> list[torch.Tensor]: # [tokens, width] each
+    "Soft tokens and what follows them, in the target's embeddings"
+    known = bridge.text_rows(texts)
+    bridge.room_for(soft, known)
+    ids = [torch.tensor([row], dtype=torch.long, device=bridge.target.device) for row in known]
+    return [bridge.vectors(row, soft[n:n + 1])[0] for n, row in enumerate(ids)]
+
 # %% ../../nbs/bridge/07_arms.ipynb #ca36c6e2
 def latent(
     bridge: Bridge, # trained
@@ -135,7 +147,7 @@ def latent(
         soft = bridge.soft_tokens(read, hidden="zero" if hidden == "zero" else "own")
         if bits: soft = quantised(soft, bits)
         after = [item.target_prompt if text else item.instruction for item in items]
-        embeds = left_padded(bridge.input_rows(bridge.text_rows(after), soft))
+        embeds = left_padded(soft_rows(bridge, soft, after))
     before = settled_clock(bridge.target.device) - begin
     found, texts = answer_from(bridge, "target", embeds)
     reads = [len(ids) for ids in prompt_ids(bridge, "source", [item.source_prompt for item in read])]

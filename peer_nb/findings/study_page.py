@@ -214,7 +214,7 @@ MATCHED = """
 <tr>{% for value in row.values() %}<td class="{{ 'keep' if loop.first else 'n' }}">{{ value }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
-<p><small>Sparse layers were sized by search to the base's active FLOPs and parameters; this is what is left.</small></p>
+<p><small>Layers were sized by search to the base's active FLOPs and parameters; this is what is left.</small></p>
 {% endif %}
 """
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['within_groups', 'ExpertGate', 'grouped_linear_reference', 'chosen_segments', 'grouped_linear_op',
            'grouped_linear_shapes', 'grouped_linear_backward', 'grouped_linear_backward_shapes', 'keep_for_grouped',
-           'differentiate_grouped', 'grouped_linear', 'RoutedExperts', 'routed_experts_reference', 'balance_loss',
-           'update_expert_bias', 'GatedMLP', 'MixtureOfExperts']
+           'differentiate_grouped', 'fused_takes', 'fused_linear', 'grouped_linear', 'RoutedExperts',
+           'routed_experts_reference', 'balance_loss', 'update_expert_bias', 'GatedMLP', 'MixtureOfExperts']
 
 # %% ../../nbs/models/05_moe.ipynb #0bb7800d
 from collections.abc import Sequence
@@ -120,6 +120,24 @@ def differentiate_grouped(ctx, grad):
 
 grouped_linear_op.register_autograd(differentiate_grouped, setup_context=keep_for_grouped)
 
+# %% ../../nbs/models/05_moe.ipynb #8072a0ed
+def fused_takes(
+    x: Tensor, # [pairs, in]
+    weight: Tensor, # [E, out, in]
+) -> bool:
+    "Whether torch's grouped kernel is used: bfloat16 on a GPU, rows of whole 16 bytes, a torch that has it"
+    there = hasattr(F, "grouped_mm") or hasattr(torch, "_grouped_mm")
+    return there and x.is_cuda and x.dtype == torch.bfloat16 and not any(n % 8 for n in weight.shape[1:])
+
+def fused_linear(
+    x: Tensor, # [pairs, in] sorted by expert
+    weight: Tensor, # [E, out, in]
+    ends: Tensor, # [E] integers
+) -> Tensor: # [pairs, out]
+    "`grouped_linear` in one kernel"
+    grouped = getattr(F, "grouped_mm", None) or torch._grouped_mm
+    return grouped(x, weight.mT, offs=ends.to(torch.int32))
+
 # %% ../../nbs/models/05_moe.ipynb #44901ad7
 def grouped_linear(
     x: Tensor, # [pairs, in] sorted by expert
@@ -130,9 +148,7 @@ def grouped_linear(
     kind = x.device.type
     if torch.is_autocast_enabled(kind): x, weight = (t.to(torch.get_autocast_dtype(kind)) for t in (x, weight))
     if transformed(): return grouped_linear_reference(x, weight, ends.tolist())
-    fused = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-    if kind == "cuda" and fused is not None and x.dtype == torch.bfloat16:
-        return fused(x, weight.mT, offs=ends.to(torch.int32))
+    if fused_takes(x, weight): return fused_linear(x, weight, ends)
     return grouped_linear_op(x, weight, ends)
 
 # %% ../../nbs/models/05_moe.ipynb #2d2c04db

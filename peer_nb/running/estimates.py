@@ -271,7 +271,8 @@ def residual_lines(
 ) -> list[str]: # none where no axis is sparse_layer
     "By how much sparse layers miss the base, as a table"
     found = plan_residuals(plan)
-    return [text_table(found), "(of the base; arms are sized to equal active FLOPs and parameters)", ""] if found else []
+    if not found: return []
+    return [text_table(found), "(of the base; arms are sized to equal active FLOPs and parameters)", ""]
 
 # %% ../../nbs/running/05_estimates.ipynb #cddc27f0
 def plan_text(

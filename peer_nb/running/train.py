@@ -9,7 +9,7 @@ import sys
 from difflib import get_close_matches
 from pathlib import Path
 
-from ..cli import make_main
+from ..cli import make_main, quieten
 from ..files import UserError
 from .command import Place, ReuseOptions, begin_or_resume, request_of_one_axis
 from .local import gpu_devices
@@ -98,5 +98,6 @@ def main(
     try: path = named_file(words)
     except UserError: path = None   # the loop says what is wrong with the file
     if path is not None: return run_of_file(words, path)
+    quieten()
     from peer_nb.training.loop import main as loop   # torch, which a study's own process does without
     return loop(words)

@@ -25,6 +25,7 @@ class LayerBudget(NamedTuple):
     total: int # parameters
     macs: int # multiply-adds per token: half of its FLOPs
 
+# %% ../../nbs/study/02_sparse_layer.ipynb #50de1779
 def layer_budget(
     m: ModelConfig, # has memory layers
 ) -> LayerBudget:
@@ -100,6 +101,7 @@ class Residual(NamedTuple):
         "The larger of both; of a dense model only the work is asked"
         return abs(self.flops) if dense else max(abs(self.flops), abs(self.total))
 
+# %% ../../nbs/study/02_sparse_layer.ipynb #69c7493e
 def residual_of(
     arm: ModelConfig, # to be compared
     base: ModelConfig, # with this
@@ -113,6 +115,7 @@ def residual_of(
 SPARSE_KINDS = ("dense", "moe", "pkm", "memory_plus", "peer")
 NEAR = 0.005 # below this, proportions decide
 
+# %% ../../nbs/study/02_sparse_layer.ipynb #9c377e60
 def solved(
     m: ModelConfig, # the base, with memory layers
     kind: str, # one of SPARSE_KINDS
@@ -132,6 +135,7 @@ PEER_KEYS = ("num_experts", "num_experts_per_tok", "num_heads", "expert_hidden_s
 MOE_KEYS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "n_group",
             "topk_group")
 
+# %% ../../nbs/study/02_sparse_layer.ipynb #92717cc3
 def arm_overrides(
     arm: ModelConfig, # of `solved`
     base: ModelConfig, # it was made from
@@ -155,6 +159,7 @@ def check_sparse_base(
         raise UserError("--axes sparse_layer: the base's layers share one memory (model_config.share_memory: true), "
                         "which not every kind can; set it to false")
 
+# %% ../../nbs/study/02_sparse_layer.ipynb #b2701c5f
 def sparse_layer_levels(
     base: Config, # must have memory layers
     most: float = 0.03, # residual of an arm

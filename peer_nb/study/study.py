@@ -314,6 +314,8 @@ def data_mix_levels(
 
 # %% ../../nbs/study/03_study.ipynb #75eea4e3
 BUILTIN_AXES = ("data_mix", "expert_setup", "selection_heads")
+
+# %% ../../nbs/study/03_study.ipynb #65feb961
 ASKED_AXES = ("sparse_layer",) # only where they are named
 
 # %% ../../nbs/study/03_study.ipynb #e8ae0aad
