@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .formats import number
@@ -16,7 +16,8 @@ from .page import COLOURS, GREY
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['GRID', 'SCALE', 'AXIS', 'LAYOUT', 'safe', 'new_figure', 'Dot', 'error_bars', 'dots_figure', 'series_figure']
+__all__ = ['GRID', 'SCALE', 'AXIS', 'LAYOUT', 'safe', 'new_figure', 'Dot', 'error_bars', 'fair_scale', 'dots_figure',
+           'series_figure']
 
 # %% ../nbs/07_charts.ipynb #729ce16f
 GRID = "rgba(139,145,155,.25)"
@@ -78,6 +79,37 @@ def error_bars(
     return dict(type="data", symmetric=False, array=[up for up, _ in arms], arrayminus=[down for _, down in arms],
                 thickness=2, width=5) | look
 
+# %% ../nbs/07_charts.ipynb #ea3a7e97
+def fair_scale(
+    dots: list[Dot], # one figure's
+    zero: float = 0.0, # shown as well
+) -> tuple[float, float] | None: # None where nothing has to be cut
+    "A scale on which no single interval flattens the others"
+    arms = sorted(arm for d in dots for arm in d.arms if arm > 0)
+    if not arms: return None
+    usual, values = arms[len(arms)//3], [zero, *(d.value for d in dots)]
+    room = max(2.5*usual, 0.35*(max(values) - min(values)))
+    low = max(min(values) - room, min([zero, *(d.value - d.arms[1] for d in dots)]))
+    high = min(max(values) + room, max([zero, *(d.value + d.arms[0] for d in dots)]))
+    margin = 0.04*(high - low)
+    return low - margin, high + margin
+
+# %% ../nbs/07_charts.ipynb #5e303237
+def _arrows(figure: go.Figure, dots: list[Dot], scale: tuple[float, float]):
+    "Arrows where an interval goes on beyond the scale"
+    for end, symbol in zip(scale, ("triangle-left", "triangle-right")):
+        low = end == scale[0]
+        cut = [d for d in dots if any(d.arms) and (d.value - d.arms[1] < end if low else d.value + d.arms[0] > end)]
+        figure.add_scatter(
+            x=[end]*len(cut), y=[safe(d.label) for d in cut], mode="markers", cliponaxis=False, hoverinfo="skip",
+            marker=dict(symbol=symbol, size=10, color=COLOURS[0]))
+
+# %% ../nbs/07_charts.ipynb #f54ceb4a
+def _within(dots: list[Dot], scale: tuple[float, float]) -> list[Dot]:
+    "Intervals as far as the scale goes"
+    low, high = scale
+    return [replace(d, low=max(d.low, low), high=min(d.high, high)) if any(d.arms) else d for d in dots]
+
 # %% ../nbs/07_charts.ipynb #d9223094
 def dots_figure(
     dots: list[Dot], # one a line, from above
@@ -88,7 +120,8 @@ def dots_figure(
     "Numbers with their intervals below each other"
     figure, names = new_figure(x, height=90 + 34*len(dots), showlegend=False), [safe(d.label) for d in dots]
     figure.add_scatter(
-        x=[d.value for d in dots], y=names, mode="markers", error_x=error_bars(dots, color=COLOURS[0]),
+        x=[d.value for d in dots], y=names, mode="markers",
+        error_x=error_bars(_within(dots, scale) if scale else dots, color=COLOURS[0]),
         marker=dict(size=9, symbol="diamond", color=COLOURS[0]), text=[safe(d.note or number(d.value)) for d in dots],
         hovertemplate="%{y}<br>%{text}<extra></extra>")
     guessed = {name: d.chance for d, name in zip(dots, names) if d.chance is not None}
@@ -96,6 +129,7 @@ def dots_figure(
         x=list(guessed.values()), y=list(guessed), mode="markers", hovertemplate="guessing: %{x:.3f}<extra></extra>",
         marker=dict(symbol="line-ns-open", size=14, color=GREY))
     if zero is not None: figure.add_vline(x=zero, line=dict(color=GREY, width=1, dash="dot"))
+    if scale: _arrows(figure, dots, scale)
     figure.update_xaxes(range=scale)
     return figure.update_yaxes(autorange="reversed", type="category")
 

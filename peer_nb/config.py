@@ -33,7 +33,7 @@ _all_ = ["UserError"]
 # %% auto #0
 __all__ = ['Problems', 'RECORDING', 'LARGEST', 'LATER', 'describe', 'convert', 'KnownKey', 'known_keys', 'to_dict', 'validate',
            'config_from_dict', 'parse_yaml', 'read_yaml', 'parse_overrides', 'apply_overrides', 'load_config',
-           'to_yaml', 'save_config', 'flatten', 'diff_configs', 'plain_keys', 'config_hash', 'DataMix',
+           'yaml_text', 'to_yaml', 'save_config', 'flatten', 'diff_configs', 'plain_keys', 'config_hash', 'DataMix',
            'load_data_mixes', 'field_meanings', 'config_table', 'UserError']
 
 # %% ../nbs/02_config.ipynb #35c1d121
@@ -469,7 +469,9 @@ def _undressed(value: Any) -> Any:
 # %% ../nbs/02_config.ipynb #e974e75f
 def _overridden(cfg: Config, overrides: dict[str, Any] | list[str]) -> Config:
     "A new configuration with single values changed; contradictions are not looked for"
-    tree = to_dict(cfg)
+    tree, pretrained = to_dict(cfg), cfg.model_config.pretrained
+    # a model's own tokenizer goes with it
+    if pretrained and cfg.dataset_config.tokenizer_name == pretrained: tree["dataset_config"]["tokenizer_name"] = None
     for key, value in parse_overrides(overrides).items(): _set(tree, str(key).split("."), _undressed(value), str(key))
     return _build(Config, tree, "override", "")
 
@@ -507,11 +509,20 @@ _Writer.add_representer(list, _write_sequence)
 _Writer.add_representer(str, _write_text)
 _Writer.ignore_aliases = lambda self, data: True   # a list that comes twice is written twice
 
+
+# %% ../nbs/02_config.ipynb #b3848628
+def yaml_text(
+    data: Any, # plain: dictionaries, lists, text, numbers
+) -> str: # as `parse_yaml` reads it; text that it would take for a number, such as 1e-2, stands in quotes
+    "Data in the way of a configuration file"
+    return yaml.dump(data, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=120)
+
+# %% ../nbs/02_config.ipynb #45f778c8
 def to_yaml(
     cfg: Config, # a whole configuration
 ) -> str:
     "Every key of a configuration, as a file states it"
-    return yaml.dump(to_dict(cfg), Dumper=_Writer, sort_keys=False, allow_unicode=True, width=120)
+    return yaml_text(to_dict(cfg))
 
 # %% ../nbs/02_config.ipynb #f1f97292
 def save_config(

@@ -13,7 +13,7 @@ from .schema import LoraConfig
 
 # %% auto #0
 __all__ = ['LLAMA', 'LATENT', 'ALIASES', 'Shapes', 'aliases_of', 'adaptable', 'names_nothing', 'find_targets', 'check_rank',
-           'adapter_parameters']
+           'adapter_parameters', 'equal_ranks']
 
 # %% ../nbs/13_lora_targets.ipynb #0816c7b4
 LLAMA = dict(qv=["q_proj", "v_proj"], attn=["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -98,3 +98,19 @@ def adapter_parameters(
     output = 1 if model_type == "gpt2" else 0   # which side of a stored matrix its outputs are
     magnitudes = sum(shape[output] for shape in targets.values()) if lora.dora else 0
     return sum(lora.rank*sum(shape) for shape in targets.values()) + magnitudes
+
+# %% ../nbs/13_lora_targets.ipynb #94815130
+def equal_ranks(
+    sets: dict[str, list[str]], # name -> target_modules
+    model_type: str, # of config.json
+    tensors: Shapes, # of the model, by name
+    parameters: int, # that each set should train
+) -> dict[str, tuple[int, int]]: # name -> rank, parameters that it trains
+    "Ranks at which adapters of different modules train nearly as many parameters; `UserError` where none can"
+    def trained(words, rank):
+        return adapter_parameters(LoraConfig(rank=rank, target_modules=words), model_type, tensors)
+    out = {}
+    for name, words in sets.items():
+        rank = max(1, round(parameters/trained(words, 1)))
+        out[name] = rank, trained(words, rank)
+    return out

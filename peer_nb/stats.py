@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING: import numpy as np
 
 # %% auto #0
-__all__ = ['Comparison', 'hedges', 'compare', 'holm', 'mcnemar', 'wilson', 'cluster_means', 'bootstrap_interval',
-           'ratio_interval', 'Noise', 'noise', 'power', 'detectable']
+__all__ = ['Comparison', 'hedges', 'compare', 'from_error', 'added_noise', 'holm', 'mcnemar', 'wilson', 'cluster_means',
+           'bootstrap_interval', 'ratio_interval', 'Noise', 'noise', 'power', 'detectable']
 
 # %% ../nbs/08_stats.ipynb #0b540a3f
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Comparison:
     n: int # independent differences: seeds, or items
     effect_size: float | None # mean/sd, corrected for few pairs (Hedges); None for fewer than three
     null: float = 0.0 # the difference that is tested against
+    error: float | None = None # standard error of the mean
+    degrees: float | None = None # of freedom of that
 
     @property
     def anecdotal(self) -> bool:
@@ -41,7 +43,7 @@ class Comparison:
 
 # %% ../nbs/08_stats.ipynb #46f4359c
 def hedges(
-    degrees: int, # of freedom
+    degrees: float, # of freedom
 ) -> float: # below 1; 0 for a single degree, where no unbiased value exists
     "What mean/sd must be multiplied by to be unbiased"
     if degrees < 2: return 0.0
@@ -64,7 +66,36 @@ def compare(
     if sd <= 1e-12*max(1e-300, float(np.abs(d).max())): return Comparison(mean, None, None, None, 0.0, n, None, null)
     error = sd/math.sqrt(n)
     p, half = 2*float(stdtr(n - 1, -abs(mean - null)/error)), float(stdtrit(n - 1, (1 + confidence)/2))*error
-    return Comparison(mean, mean - half, mean + half, p, sd, n, hedges(n - 1)*mean/sd if n > 2 else None, null)
+    return Comparison(mean, mean - half, mean + half, p, sd, n, hedges(n - 1)*mean/sd if n > 2 else None, null,
+                      error, n - 1)
+
+# %% ../nbs/08_stats.ipynb #3a5c4dcf
+def from_error(
+    mean: float, # difference
+    error: float, # its standard error; nan or 0: it cannot be known
+    degrees: float, # of freedom of that
+    n: int, # independent draws, for the reader
+    null: float = 0.0, # the difference that is tested against
+    confidence: float = 0.95, # of the interval
+    sd: float | None = None, # of one difference
+) -> Comparison:
+    "Interval and test of a difference whose error is known from elsewhere, such as a linear model"
+    from scipy.special import stdtr, stdtrit
+    if not error > 0 or not degrees > 0: return Comparison(mean, None, None, None, None, n, None, null)
+    p, half = 2*float(stdtr(degrees, -abs(mean - null)/error)), float(stdtrit(degrees, (1 + confidence)/2))*error
+    size = hedges(degrees)*mean/sd if sd and degrees > 1 else None
+    return Comparison(mean, mean - half, mean + half, p, sd, n, size, null, error, degrees)
+
+# %% ../nbs/08_stats.ipynb #f52a3d13
+def added_noise(
+    a: Comparison, # whose mean stands
+    b: Comparison, # the same difference, unsure for another reason
+) -> Comparison: # a as it is where b has no error
+    "A mean that is unsure for two reasons: variances add up, degrees of freedom by Satterthwaite"
+    if not a.error or not b.error: return a
+    parts = [(c.error**2, c.degrees) for c in (a, b)]
+    both = sum(square for square, _ in parts)
+    return from_error(a.mean, math.sqrt(both), both**2/sum(square**2/d for square, d in parts), a.n, a.null, sd=a.sd)
 
 # %% ../nbs/08_stats.ipynb #62bd0d48
 def holm(
@@ -178,8 +209,9 @@ def power(
     alpha: float = 0.05, # two-sided level, shared out over the questions beforehand
 ) -> float: # 0 to 1
     "Chance that the paired t-test finds an effect, on its right side"
-    from scipy.stats import nct, t
-    return float(nct.sf(t.isf(alpha/2, n - 1), n - 1, math.sqrt(n)*abs(effect)/sd)) if n > 1 else 0.0
+    from scipy.special import nctdtr, stdtrit   # scipy.stats takes half a second to import
+    if n < 2: return 0.0
+    return 1 - float(nctdtr(n - 1, math.sqrt(n)*abs(effect)/sd, -stdtrit(n - 1, alpha/2)))
 
 # %% ../nbs/08_stats.ipynb #78c3f628
 def detectable(
@@ -189,8 +221,6 @@ def detectable(
     wanted: float = 0.8, # power
 ) -> float: # inf for a single seed
     "The smallest effect that is found with the wanted power"
-    from scipy.optimize import brentq
+    from scipy.special import nctdtrinc, stdtrit
     if n < 2: return math.inf
-    high = 2.0
-    while power(high, 1.0, n, alpha) < wanted: high *= 2
-    return sd*float(brentq(lambda e: power(e, 1.0, n, alpha) - wanted, 0.0, high, xtol=1e-4))
+    return sd*float(nctdtrinc(n - 1, 1 - wanted, -stdtrit(n - 1, alpha/2)))/math.sqrt(n)

@@ -409,7 +409,7 @@ def test_a_template_s_result_is_what_the_lab_reads(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("seeds, missing", [([1], []), ([1, 2, 3], []), ([1, 2], [0, 7]), ([5, 6], [1, 2, 3])])
 def test_main_effects_against_a_pivot(seeds, missing):
-    "The same numbers from a pandas pivot table and plain numpy, on made-up results with known effects"
+    "The same numbers from a pandas pivot table, and where runs are missing from numpy's least squares with indicators by pandas, on made-up results with known effects"
     rng = np.random.default_rng(len(missing) + len(seeds))
     axes = {"mix": ["a", "b"], "size": ["s", "m", "l"], "heads": ["1", "4"]}
     known = {"b": -0.5, "m": 0.1, "l": 0.3, "4": -0.04}
@@ -417,7 +417,12 @@ def test_main_effects_against_a_pivot(seeds, missing):
                          for m, z, h, s in itertools.product(*axes.values(), seeds)])
     rows.loc[missing, "state"] = "FAILED"
     effects = effects_table(rows, axes, "loss").set_index(["axis", "level"])
-    done = rows[rows.state == "DONE"]
+    done = rows[rows.state == "DONE"].reset_index(drop=True)
+    mains = {axis: pd.get_dummies(done[axis]).astype(float)[levels] for axis, levels in axes.items()}
+    X = np.column_stack([pd.get_dummies(done.seed), *mains.values(), *(mains[a].mul(mains[b][l], axis=0) for a, b in itertools.combinations(axes, 2) for l in axes[b])])
+    beta, *_ = np.linalg.lstsq(X.astype(float), done.loss.to_numpy())
+    cells = [dict(zip(axes, levels)) for levels in itertools.product(*axes.values())]
+    def predicted(cell): return np.concatenate([np.full(len(seeds), 1/len(seeds)), *([l == cell[a] for l in axes[a]] for a in axes), *([(l == cell[a])*(m == cell[b]) for l in axes[a]] for a, b in itertools.combinations(axes, 2) for m in axes[b])])@beta
     for axis, levels in axes.items():
         table = done.pivot(index=[c for c in ["mix", "size", "heads", "seed"] if c != axis], columns=axis, values="loss").reindex(columns=levels)
         wide, index = table.to_numpy(), table.index
@@ -427,8 +432,9 @@ def test_main_effects_against_a_pivot(seeds, missing):
             assert found.runs == len(column) and np.isclose(found.level_mean, column.mean())
             if n == 0: assert found.pairs == 0 and np.isnan(found["mean"]); continue
             by_seed = pd.Series(wide[:, n] - wide[:, 0], index).groupby("seed").mean().dropna()
-            assert found.pairs == np.isfinite(wide[:, n] - wide[:, 0]).sum() and np.isclose(found["mean"], by_seed.mean())
-            assert len(by_seed) < 2 or np.isclose(found.sd, by_seed.std(ddof=1))
+            fitted = np.mean([predicted({**c, axis: level}) - predicted({**c, axis: levels[0]}) for c in cells])
+            assert found.pairs == np.isfinite(wide[:, n] - wide[:, 0]).sum() and np.isclose(found["mean"], fitted)
+            assert missing or np.isclose(found["mean"], by_seed.mean()) and (len(by_seed) < 2 or np.isclose(found.sd, by_seed.std(ddof=1)))
             assert abs(found["mean"] - known[level]) < 2e-3
 
 

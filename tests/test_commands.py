@@ -34,6 +34,8 @@ PARSED = {   # beginning of a command: why it is parsed and not run
     "peer-eval perplexity gpt2": "a model and a set of the hub", "peer-eval benchmark": "questions of the hub: test_benchmarks",
     "peer-train --merge": "a checkpoint with adapters: test_adapters", "torchrun": "eight processes: test_parallel", "peer-analyze usage output/checkpoint-1000 --mix": "a set of the hub",
     "peer-analyze intervene output/checkpoint-1000 data/digit_lookup --edits": "a person's file: test_edits",
+    "peer-analyze routing": "real problems, or prompts of their own: test_routing", "peer-analyze keys": "a person's facts: test_routing",
+    "peer-analyze checkpoint output/checkpoint-1000 --check": "a configuration that is another model's: test_routing",
     "peer-analyze convert": "a person's dense model: test_convert", "peer-analyze attention": "reads attention of a text: test_attention", "peer-analyze losses": "curves of a person's runs: test_repair", "peer-analyze explain": "a person's results: test_repair",
     "peer-analyze salvage": "a person's broken file: test_repair", "peer-analyze checkpoint output/checkpoint-1000 --why": "a person's configuration: test_repair", "peer-analyze checkpoint somebody.safetensors": "the same",
     "peer-analyze swap": "exchanges facts that the model knows: test_interventions",
@@ -197,7 +199,8 @@ LEAST = {   # command: its shortest form
     "peer-ablate watch": ["nowhere"], "peer-train": ["--config", "configs/small.yaml"], "peer-bridge evaluate": ["output/needle"], "peer-eval perplexity": ["output/checkpoint-1000"], "peer-eval benchmark": ["output/checkpoint-1000", "hellaswag"],
     "peer-eval recall": ["output/checkpoint-1000", "digits"], **{f"peer-data {task}": ["--output-dir", "new", "--force"] for task in ("synthetic_qa", "digit_lookup", "two_hop", "hashhop")},
     "peer-data tokenization": ["digits"], "peer-analyze parameters": ["configs/small.yaml"], "peer-analyze usage": ["output/checkpoint-1000"],
-    **{f"peer-analyze {name}": ["output/checkpoint-1000", "data/digit_lookup"] for name in ("ablate", "swap", "retrievals")}, "peer-analyze rewrite": ["output/checkpoint-1000", "data/digit_lookup", "--aim", "x", "--want", "1"], "peer-analyze intervene": ["output/checkpoint-1000", "data/digit_lookup", "--drop", "0"]}
+    "peer-analyze convert": ["output/checkpoint-1000", "new"], "peer-analyze losses": ["nowhere"],
+    **{f"peer-analyze {name}": ["output/checkpoint-1000", "data/digit_lookup"] for name in ("ablate", "swap", "retrievals", "attention")}, "peer-analyze rewrite": ["output/checkpoint-1000", "data/digit_lookup", "--aim", "x", "--want", "1"], "peer-analyze intervene": ["output/checkpoint-1000", "data/digit_lookup", "--drop", "0"]}
 ZERO = {"--gpus": "the CPU", "--seed": "a seed", "--seeds": "a seed", "--layer": "the first", "--layers": "the first", "--pairs": "don't look", "--threshold": "all are hot", "--fewshot": "no examples", "--top": "no list",
         "--num-novel": "none", "--num-known": "none", "--num-novel-ood": "none", "--num-eval": "none", "--num-samples": "none", "--val-fraction": "none", "--test-fraction": "none", "--resamples": "no interval",
         "--drop": "a row", "--keep": "nothing is kept"}

@@ -84,9 +84,10 @@ def test_a_value_that_is_not_listed_is_allowed_and_said(file, tmp_path, capfd):
 MISTAKES = {   # words, and what the one line says
     "another axis's option": (["--context_length", "512"], "varies lora_rank; pin it by --lora_rank VALUE"),
     "an architecture's name": (["--max_position_embeddings", "512"], "varies lora_rank"),
+    "an option without its value": (["--lora_rank", "--seeds", "1"], "--lora_rank needs a value"),
     "rank 0": (["--lora_rank", "0"], "0 is not allowed"), "rank above the width": (["--lora_rank", "33"], "choose 32 or less"),
     "an unmatched target": (["--lora_rank", "2", "lora_config.target_modules=[o_proj]"], "'o_proj' names no module of this opt model (near: "),
-    "a base that is not there": (["base=/nowhere/at/all"], "no such folder"), "a base by another name": (["base=python:llama"], "is called python:opt"),
+    "a base that is not there": (["base=/nowhere/at/all"], "no such folder"), "a base by another name": (["base=python:llama"], "are called python:opt, digits:opt"),
     "rows that do not fit": (["dataset_config.max_seq_length=128"], "reads 64 tokens"), "an unknown option": (["--lora_rankk", "2"], "did you mean"),
     "an architecture beside it": (["model_config.hidden_size=64"], "contradicts pretrained")}
 

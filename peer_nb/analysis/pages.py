@@ -15,8 +15,9 @@ from ..page import write_page
 from ..result_schema import FLAG, NUMBER, TEXT, WHOLE, fields, keyed, many, maybe
 
 # %% auto #0
-__all__ = ['ANY', 'STATISTICS', 'HOT', 'CLASSES', 'LAYER_USE', 'ROW_NORMS', 'TENSOR', 'CHANGE', 'STEP', 'SCHEMAS', 'schema_of',
-           'analysis_result', 'read_analysis', 'write_analysis']
+__all__ = ['ANY', 'STATISTICS', 'HOT', 'CLASSES', 'LAYER_USE', 'ROW_NORMS', 'TENSOR', 'CHANGE', 'STEP', 'SCHEMAS', 'KNOWN',
+           'ROW_CLASS', 'RELATED', 'MOVED', 'READ', 'NEAR', 'BUCKET', 'BUSY', 'ALONE', 'LAYER_KEYS', 'CORRELATION',
+           'schema_of', 'analysis_result', 'read_analysis', 'write_analysis']
 
 # %% ../../nbs/analysis/06_pages.ipynb #2e796349
 ANY = {"type": "object"}
@@ -66,6 +67,58 @@ SCHEMAS = {
         shapes=many(fields(name=TEXT, shapes=many(many(WHOLE)))),
         config=many(fields(key=TEXT, values={"type": "array"})), numbers=WHOLE, changed=WHOLE, tensors=many(CHANGE)),
 }
+
+# %% ../../nbs/analysis/06_pages.ipynb #947e4fff
+KNOWN = fields(
+    about=TEXT, layer=WHOLE, head=WHOLE, plugin=NUMBER, corrected=NUMBER, entropy=NUMBER, rows=WHOLE, null_mean=NUMBER,
+    null_high=NUMBER, excess=NUMBER, by_class=many(NUMBER), p=NUMBER, p_family=NUMBER)
+ROW_CLASS = fields(
+    layer=WHOLE, row=WHOLE, name=TEXT, documents=WHOLE, base=NUMBER, holm=NUMBER, share=NUMBER, low=NUMBER, high=NUMBER,
+    p=NUMBER)
+RELATED = fields(
+    layer=WHOLE, relation=TEXT, pairs=WHOLE, mean=NUMBER, low=maybe(NUMBER), high=maybe(NUMBER),
+    difference=maybe(NUMBER), difference_low=maybe(NUMBER), difference_high=maybe(NUMBER), p=maybe(NUMBER),
+    holm=maybe(NUMBER))
+MOVED = fields(
+    layer=WHOLE, head=maybe(WHOLE), name=maybe(TEXT), documents=WHOLE, overlap=NUMBER, low=maybe(NUMBER),
+    high=maybe(NUMBER), elsewhere=NUMBER)
+
+# %% ../../nbs/analysis/06_pages.ipynb #b6e877f6
+READ = dict(
+    model_type=TEXT, data=many(TEXT), window=WHOLE, permutations=WHOLE, documents=WHOLE, tokens=WHOLE,
+    cut_documents=WHOLE, cut_tokens=WHOLE, straddling=WHOLE, unanswered=WHOLE)
+SCHEMAS["routing"] = READ | dict(
+    records_bytes=WHOLE, layers=many(fields(layer=WHOLE, heads=WHOLE, k=WHOLE, rows=WHOLE, sizes=many(WHOLE))),
+    labels=keyed(fields(names=many(TEXT), tokens=many(WHOLE))), information=many(KNOWN),
+    classes=many(fields(layer=WHOLE, name=TEXT, tokens=WHOLE, rows=WHOLE, own=WHOLE)),
+    specialised=fields(tests=WHOLE, rows=many(ROW_CLASS), layers=many(
+        fields(layer=WHOLE, tested=WHOLE, found=WHOLE, by_class=many(WHOLE)))),
+    consistency=maybe(fields(kind=TEXT, pairs=WHOLE, left_out=WHOLE, rows=many(RELATED))), moved=maybe(many(MOVED)))
+SCHEMAS["check"] = dict(
+    model_type=TEXT, left=WHOLE, layout=maybe(TEXT), changes=many(ANY), tensors=many(fields(
+        name=TEXT, expected=maybe(many(WHOLE)), found=maybe(many(WHOLE)), gives=maybe(many(many(WHOLE))), fits=FLAG)))
+
+# %% ../../nbs/analysis/06_pages.ipynb #9089f2ac
+NEAR = dict(vectors=WHOLE, redundant=WHOLE, threshold=NUMBER, nearest=many(NUMBER), chance=many(NUMBER), pairs=many(
+    fields(first=WHOLE, second=WHOLE, cosine=NUMBER)))
+BUCKET = fields(
+    bucket=TEXT, facts=WHOLE, known=maybe(NUMBER), low=maybe(NUMBER), high=maybe(NUMBER), loss=maybe(NUMBER),
+    rows=NUMBER, rows_low=maybe(NUMBER), rows_high=maybe(NUMBER), own=NUMBER)
+BUSY = fields(row=WHOLE, retrievals=WHOLE, documents=WHOLE, frequency=NUMBER, weight=NUMBER, variance=NUMBER,
+              dispersion=NUMBER)
+ALONE = fields(row=WHOLE, document=TEXT, retrievals=WHOLE, asked=TEXT)
+LAYER_KEYS = fields(
+    layer=WHOLE, heads=WHOLE, k=WHOLE, rows=WHOLE, sizes=many(WHOLE), tokens=WHOLE, retrieved=WHOLE, unused=WHOLE,
+    use=STATISTICS, hot=HOT, busiest=many(BUSY), buckets=many(BUCKET), spread=keyed(maybe(keyed(NUMBER))),
+    exclusive=fields(rows=WHOLE, by_chance=NUMBER, facts=WHOLE, listed=many(ALONE)),
+    together=fields(rows=many(WHOLE), overlap=many(many(NUMBER)), clusters=many(many(WHOLE))),
+    redundancy=fields(keys=many(fields(head=maybe(WHOLE), dimension=WHOLE, **NEAR)), tables=many(
+        fields(table=TEXT, **NEAR))))
+CORRELATION = fields(
+    feature=TEXT, outcome=TEXT, facts=WHOLE, rho=maybe(NUMBER), p=maybe(NUMBER), p_family=maybe(NUMBER))
+SCHEMAS["keys"] = READ | dict(
+    threshold=NUMBER, at=TEXT, layers=many(LAYER_KEYS), facts=maybe(fields(
+        facts=WHOLE, known=NUMBER, loss=NUMBER, points=many(ANY), correlations=many(CORRELATION))))
 
 # %% ../../nbs/analysis/06_pages.ipynb #482f036d
 def schema_of(

@@ -12,7 +12,7 @@ from ..study.plan import Plan
 from ..study.run import fits
 from .effects import usable_runs
 from .results import StudyRuns, loss_curve
-from ..charts import Dot, dots_figure, new_figure, safe
+from ..charts import Dot, dots_figure, fair_scale, new_figure, safe
 from ..formats import signed
 from ..page import COLOURS, GREY
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['MANY', 'COSTS', 'USAGE', 'metric_range', 'effect_lines', 'with_gaps', 'level_means', 'effect_figure',
+__all__ = ['MANY', 'COSTS', 'USAGE', 'metric_range', 'effect_lines', 'with_gaps', 'level_means', 'effect_figure', 'effect_dots',
            'interval_figure', 'level_colours', 'interaction_figure', 'cost_points', 'pareto_front', 'equal_cost',
            'cost_figure', 'degraded', 'peak_figure', 'curves', 'bands', 'loss_figure', 'band_lines', 'recolouring',
            'paper_axes', 'static_effects', 'static_losses', 'static_intervals', 'static_costs', 'usages',
@@ -100,13 +100,24 @@ def effect_figure(
     return figure
 
 # %% ../../nbs/findings/04_figures.ipynb #7afc8fad
+def effect_dots(
+    effects: pd.DataFrame, # effects_table of a metric
+    joint: list[dict[str, Any]] = (), # interactions of it
+) -> list[Dot]:
+    "All effects of a metric as numbers with intervals"
+    shown = effects[effects["mean"].notna() & (effects.against != "")] if len(effects) else effects
+    dots = [Dot(f"{e.axis}: {e.level}", e.mean, e.low, e.high, note=signed(e.mean, 4)) for e in shown.itertuples()]
+    return dots + [Dot(f"{e['level']} × {e['other']}", e["mean"], e["low"], e["high"], note=signed(e["mean"], 4))
+                   for e in joint if not math.isnan(e["mean"])]
+
+# %% ../../nbs/findings/04_figures.ipynb #109062c9
 def interval_figure(
     effects: pd.DataFrame, # effects_table of a metric
+    joint: list[dict[str, Any]] = (), # interactions of it
 ) -> go.Figure: # interactive
-    "Differences to the first level with their intervals"
-    shown = effects[effects.pairs > 0] if len(effects) else effects
-    dots = [Dot(f"{e.axis}: {e.level}", e.mean, e.low, e.high, note=signed(e.mean, 4)) for e in shown.itertuples()]
-    return dots_figure(dots, "difference to the first level", zero=0)
+    "Differences to the first level with their intervals, then interactions"
+    dots = effect_dots(effects, joint)
+    return dots_figure(dots, "difference", zero=0, scale=fair_scale(dots))
 
 # %% ../../nbs/findings/04_figures.ipynb #1d6612cc
 def level_colours(
@@ -385,14 +396,19 @@ def static_losses(
 def static_intervals(
     effects: pd.DataFrame, # effects_table of a metric
     metric: str, # its name
+    joint: list[dict[str, Any]] = (), # interactions of it
 ) -> Any: # matplotlib.figure.Figure
-    "Differences to the first level with their intervals"
-    levels = list(effects[effects.pairs > 0].itertuples())
-    figure, [ax] = paper_axes(5.5, 0.9 + 0.3*len(levels))
-    for n, e in enumerate(levels):
-        known = e.low is not None and e.low == e.low
-        ax.errorbar(e.mean, n, xerr=e.high - e.mean if known else None, fmt="D", color=COLOURS[0], capsize=3, ms=5)
-    ax.set_yticks(range(len(levels)), [_plain(f"{e.axis}: {e.level}") for e in levels], fontsize=8)
+    "Differences to the first level with their intervals, then interactions"
+    dots = effect_dots(effects, joint)
+    scale, (figure, [ax]) = fair_scale(dots), paper_axes(5.5, 0.9 + 0.3*len(dots))
+    for n, d in enumerate(dots):
+        ends = [d.value - d.arms[1], d.value + d.arms[0]]
+        shown = [max(ends[0], scale[0]), min(ends[1], scale[1])] if scale and any(d.arms) else ends
+        ax.plot(shown, [n, n], color=COLOURS[0], lw=1.5)
+        for end, cut, mark in zip(ends, shown, "<>"):
+            ax.plot(cut, n, mark if end != cut else "|", color=COLOURS[0], ms=6, clip_on=False)
+        ax.plot(d.value, n, "D", color=COLOURS[0], ms=5)
+    ax.set_yticks(range(len(dots)), [_plain(d.label) for d in dots], fontsize=8)
     ax.axvline(0, color=GREY, lw=.8, ls=":")
     ax.invert_yaxis()
     ax.set_xlabel(_plain(f"difference in {metric}"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomic
-from .effects import effects_table, interactions
+from .effects import design_of, interactions, table_rows
 from .figures import COSTS, USAGE, cost_figure, cost_points, curves, degraded, effect_figure, equal_cost
 from .figures import interaction_figure, interval_figure, loss_figure, peak_figure, recolouring
 from .figures import static_costs, static_effects, static_intervals, static_losses, static_usage
@@ -20,21 +20,22 @@ from .figures import usage_figure, usages
 from .results import StudyRuns, metric_names
 from .summary import ANECDOTAL, best_run, done_words, effect_sentence
 from .summary import wall_time_rows, wall_time_sentence
-from .verdicts import Finding, study_findings
+from .verdicts import Finding, judged_effects, study_findings
 from ..formats import decimals, ratio_text, short_number, size_text
 from ..page import figure_html, page_html, render, write_plotly
+from ..study.claims import claim_over, is_number
 from ..study.plan import Match, Plan, matching, plan_residuals
 from ..study.run import FILES, FINISHED, RUNS, STUDY, file_name
 
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['TOP', 'CLAIMS', 'MATCHED', 'CLOCK', 'EFFECTS', 'INTERACTIONS', 'COST', 'PEAKS', 'EXPERTS', 'RUNS_TABLE', 'TAKEN',
-           'CHANGES', 'END', 'VERDICTS', 'match_sentences', 'shown_metrics', 'compared', 'facts', 'top_part',
-           'arm_text', 'claim_text', 'claims_part', 'matched_part', 'clock_part', 'effect_rows', 'noise_sentence',
-           'effects_part', 'interactions_part', 'costs_part', 'address', 'peaks_part', 'more_parts', 'experts_part',
-           'run_table', 'runs_part', 'taken_from', 'manifests', 'run_environments', 'commands', 'end_part',
-           'study_page', 'write_figures', 'write_report']
+__all__ = ['UNITS', 'TOP', 'CLAIMS', 'MATCHED', 'CLOCK', 'EFFECTS', 'BESIDE', 'INTERACTIONS', 'COST', 'PEAKS', 'EXPERTS',
+           'RUNS_TABLE', 'TAKEN', 'CHANGES', 'END', 'VERDICTS', 'match_sentences', 'shown_metrics', 'compared',
+           'unit_of', 'facts', 'top_part', 'arm_text', 'claim_text', 'claims_part', 'matched_part', 'clock_part',
+           'effect_rows', 'noise_sentence', 'variance_sentence', 'effects_part', 'interactions_part', 'costs_part',
+           'address', 'peaks_part', 'more_parts', 'experts_part', 'run_table', 'runs_part', 'taken_from', 'manifests',
+           'run_environments', 'commands', 'end_part', 'page_effects', 'study_page', 'write_figures', 'write_report']
 
 # %% ../../nbs/findings/06_study_page.ipynb #442aca98
 def _range(m: Match) -> str:
@@ -80,7 +81,17 @@ def compared(
     seeds = sorted({c.seed for c in plan.cells})
     axes = " × ".join(f"{len(levels)} levels of {axis}" for axis, levels in plan.axes.items())
     repeated = f"{len(seeds)} seeds" if len(seeds) > 1 else f"one seed ({seeds[0]})"
-    return f"{len(plan.cells)} runs compare {axes} with {repeated}."
+    how = {"blocks": ", each for a balanced block of combinations", "distinct": ", one for each run"}
+    return f"{len(plan.cells)} runs compare {axes} with {repeated}{how.get(plan.study.get('pairing'), '')}."
+
+# %% ../../nbs/findings/06_study_page.ipynb #fe47bd01
+UNITS = {"bits_per_byte": " bits per byte", "loss": " nats per token", "answer_logprob": " nats"}
+
+def unit_of(
+    metric: str, # a column
+) -> str: # with a space before it; empty for a share or a ratio
+    "The unit of a metric"
+    return UNITS.get(metric.partition(":")[0].rpartition("/")[2], "")
 
 # %% ../../nbs/findings/06_study_page.ipynb #ad8b61f8
 def facts(
@@ -91,11 +102,11 @@ def facts(
     done, best = rows[rows.state.isin(FINISHED)], best_run(rows, plan)
     count, others = done_words(rows)
     out = [(f"{count} of {len(rows)}", f"runs done{others}")]
-    if best: out.append((f"{best[plan.metric]:.4f}", f"best {plan.metric}, run {best['run']}"))
+    if best: out.append((f"{best[plan.metric]:.4f}{unit_of(plan.metric)}", f"best {plan.metric}, run {best['run']}"))
     tokens, own = done.tokens.dropna(), done[done.state == "DONE"]
     if len(tokens):
         low, high = f"{tokens.min():,.0f}", f"{tokens.max():,.0f}"
-        out.append((low if tokens.min() == tokens.max() else f"{low} to {high}", "tokens trained on per run"))
+        out.append(((low if tokens.min() == tokens.max() else f"{low} to {high}") + " tokens", "trained on per run"))
     if len(own): out.append((f"{own.run_seconds.sum()/60:.1f} min", "of run time in all"))
     return out
 
@@ -115,6 +126,7 @@ TOP = """
 <li>{{ line }}</li>
 {% endfor %}
 </ul>
+{% if forests[metric] %}<div class="chart">{{ forests[metric]|safe }}</div>{% endif %}
 {% endfor %}
 {% if anecdotal %}
 <div class="note"><p><b>{{ anecdotal.split(':')[0] }}: anecdotal.</b>{{ anecdotal.split('.', 1)[1] }}
@@ -126,13 +138,17 @@ A study with <code>seeds: [1, 2, 3]</code> shows how much of a difference is cha
 def top_part(
     rows: pd.DataFrame, # of a study's runs
     plan: Plan, # of the study
-    effects: dict[str, pd.DataFrame], # metric -> its effects_table
+    effects: dict[str, pd.DataFrame], # metric -> its judged_effects
 ) -> str: # HTML
-    "What was compared, the few numbers, and one sentence for each axis"
-    sentences = {m: [effect_sentence(axis, e, "it") for axis in plan.axes] for m, e in effects.items()}
+    "What was compared, the few numbers, one sentence for each axis, and all effects in one figure"
+    sentences = {m: [effect_sentence(axis, e) for axis in plan.axes] for m, e in effects.items()}
     found = {m: [said for said in lines if said] for m, lines in sentences.items()}
+    known = {m: len(e) > 0 and e["low"].notna().any() for m, e in effects.items()}
+    forests = {m: figure_html(interval_figure(e, interactions(rows, plan.axes, m))) if known[m] else ""
+               for m, e in effects.items()}
     anecdotal = ANECDOTAL if rows.seed.nunique() == 1 else ""
-    return render(TOP, plan=plan, compared=compared(plan), facts=facts(rows, plan), found=found, anecdotal=anecdotal)
+    return render(TOP, plan=plan, compared=compared(plan), facts=facts(rows, plan), found=found, anecdotal=anecdotal,
+                  forests=forests)
 
 # %% ../../nbs/findings/06_study_page.ipynb #549f0e9e
 def arm_text(
@@ -149,14 +165,14 @@ def claim_text(
     "What a claim compares"
     better = "lower" if claim["direction"] == "minimize" else "higher"
     least = f" by at least {claim['min_effect']:g}" if claim["min_effect"] else ""
-    items = ", over items" if claim["test"] == "items" else ""
-    return f"{arm_text(claim['a'])} against {arm_text(claim['b'])}: {claim['metric']} {better}{least}{items}"
+    over = "seeds" if is_number(claim["b"]) else {"both": "seeds and items"}.get(claim_over(claim), claim_over(claim))
+    return f"{arm_text(claim['a'])} against {arm_text(claim['b'])}: {claim['metric']} {better}{least}, over {over}"
 
 # %% ../../nbs/findings/06_study_page.ipynb #3fc71f71
 CLAIMS = """
 <h2>Claims</h2>
-<p class="soft">Written down before the first run and fixed by the plan's hash; decided only when every planned pair
-of runs is there, by a test that counts all claims (Holm, 5 %).</p>
+<p class="soft">Written down before the first run and fixed by the plan's hash; decided when no run is left to come, by
+a test that counts all claims (Holm, 5 %). The evidence is word for word that of the summary.</p>
 <div class="wide"><table class="cards">
 <tr><th>claim</th><th>status</th><th>comparison</th><th>evidence</th>
 <th class="n">pairs</th><th class="n">p after Holm</th></tr>
@@ -164,7 +180,7 @@ of runs is there, by a test that counts all claims (Holm, 5 %).</p>
 <tr><td class="say">{{ f.claim.name }}
 {% if f.origin != 'planned' %}<br><small class="off">{{ f.origin }}</small>{% endif %}</td>
 <td><span class="chip {{ f.status }}">{{ f.status }}</span>
-{% if f.claim.test == 'items' %}<br><small>over items only</small>{% endif %}</td>
+{% if f.answer.over == 'items' %}<br><small>over items only</small>{% endif %}</td>
 <td class="say">{{ claim_text(f.claim) }}</td>
 <td class="say">{{ f.said }}
 {% if f.noise and f.noise.items is not none %}
@@ -257,16 +273,17 @@ def clock_part(
 
 # %% ../../nbs/findings/06_study_page.ipynb #86ecee0c
 def effect_rows(
-    effects: pd.DataFrame, # effects_table of a metric
+    effects: pd.DataFrame, # judged_effects of a metric
 ) -> list[dict[str, Any]]: # one per level
-    "The table's rows, each with whether its interval is known"
-    return [row | dict(known=row["low"] is not None and row["low"] == row["low"]) for row in effects.to_dict("records")]
+    "The table's rows, each with whether its intervals are known"
+    def there(value): return value is not None and value == value
+    return [row | dict(known=there(row["low"]), beside=there(row["beside_low"])) for row in effects.to_dict("records")]
 
 # %% ../../nbs/findings/06_study_page.ipynb #bfc7cfcb
 def noise_sentence(
     rows: pd.DataFrame, # of a study's runs
     metric: str, # a column
-    effects: pd.DataFrame, # effects_table of it
+    effects: pd.DataFrame, # judged_effects of it
 ) -> str: # "" where neither is known
     "Seed noise and item noise, apart"
     parts = []
@@ -280,49 +297,72 @@ def noise_sentence(
                      "not lessen; all runs are scored on the same items, so much of it cancels in their differences")
     return f"Two kinds of noise: {'; '.join(parts)}." if parts else ""
 
+# %% ../../nbs/findings/06_study_page.ipynb #8be635c9
+def variance_sentence(
+    rows: pd.DataFrame, # of a study's runs
+    plan: Plan, # of the study
+) -> str: # "" for one seed
+    "Which noise effects are tested against, and why the interval beside it differs"
+    design = design_of(table_rows(rows), plan.axes)
+    seeds, combinations = len({*design.seeds}), len({*design.places})
+    if seeds < 2: return ""
+    if design.variance == "seeds":
+        return (f"All {combinations} combinations share {seeds} seeds, and what a seed does to one level and not to "
+                f"another is drawn only {seeds} times; so effects are tested against the noise of seeds. Beside it "
+                "stands the interval that the runs alone would give: right only if no seed likes one level better.")
+    return (f"The {len(rows)} runs have {seeds} seeds, each for a part of the combinations; so what a seed does to a "
+            "level is drawn anew in every part, and effects are tested against the noise of runs. Beside it stands "
+            "the interval that the seeds as units would give.")
+
 # %% ../../nbs/findings/06_study_page.ipynb #22c8345d
 EFFECTS = """
 <h2>Main effects</h2>
 <p class="soft">Thin lines join runs that are equal in everything else; the thick line is the mean. Differences are
-paired: other axes and seed alike. All figures of a metric have one scale. A run that was taken over and differs from
-what was planned is in no figure, mean or difference; it is a row of the table of all runs.</p>
+contrasts of a linear model with a block for each seed. {{ variance }} All figures of a metric have one scale.
+A run that was taken over and differs from what was planned is in no figure, mean or difference; it is a row of the
+table of all runs.</p>
 {% for metric in metrics %}
 <h3>{{ metric }}{{ ' (primary, ' + plan.direction + ')' if metric == plan.metric else '' }}</h3>
 <div class="charts">{% for chart in charts[metric] %}<div>{{ chart|safe }}</div>{% endfor %}</div>
-<div class="chart">{{ intervals[metric]|safe }}</div>
 {% if noise[metric] %}<p class="soft">{{ noise[metric] }}</p>{% endif %}
 <div class="wide"><table>
 <tr><th>axis</th><th>level</th><th class="n">mean</th><th class="n">runs</th>
 <th class="n">difference to the first level</th>
-<th class="n">95 % interval</th><th class="n">p after Holm</th><th class="n">effect size</th><th class="n">seeds</th>
+<th class="n">95 % interval</th><th>over</th>
+<th class="n">{{ beside }}</th><th class="n">p after Holm</th><th class="n">effect size</th><th class="n">seeds</th>
 <th class="n">pairs</th></tr>
 {% for e in effects[metric] %}
 <tr><td>{{ e.axis }}</td><td>{{ e.level }}</td>
 <td class="n">{{ e.level_mean|decimals }}</td><td class="n">{{ e.runs }}</td>
 <td class="n">{{ e.mean|signed(4) if e.pairs else '–' }}</td>
 <td class="n">{{ e.low|signed(4) ~ ' to ' ~ e.high|signed(4) if e.known else
-  'one seed: anecdotal' if e.seeds == 1 else '–' }}</td>
+  'one seed: anecdotal' if e.seeds == 1 else e.why or '–' }}</td>
+<td>{{ {'both': 'seeds and items'}.get(e.over, e.over) if e.known }}</td>
+<td class="n">{{ e.beside_low|signed(4) ~ ' to ' ~ e.beside_high|signed(4) if e.beside else '–' }}</td>
 <td class="n">{{ '%.2g'|format(e.p_holm) if e.known else '–' }}</td>
 <td class="n">{{ e.effect_size|decimals(1) if e.known else '–' }}</td>
 <td class="n">{{ e.seeds if e.against }}</td><td class="n">{{ e.pairs ~ ' of ' ~ e.planned if e.planned }}</td></tr>
 {% endfor %}
 </table></div>
 {% endfor %}
-<p><small>The unit is the seed: pairs are averaged within a seed before they are tested. Effect size: mean over spread
-of the seeds' differences, corrected for their number. Holm counts all levels of all axes.</small></p>
+<p><small>Effect size: mean over the spread of one difference, corrected for few degrees of freedom. Holm counts all
+claims of the study for an effect that was claimed, and all others of the metric for one that was not.</small></p>
 """
 
 # %% ../../nbs/findings/06_study_page.ipynb #6e6759c7
+BESIDE = {"seeds": "from runs alone", "runs": "seeds as units"}
+
+# %% ../../nbs/findings/06_study_page.ipynb #0c1da2e6
 def effects_part(
     rows: pd.DataFrame, # of a study's runs
     plan: Plan, # of the study
-    effects: dict[str, pd.DataFrame], # metric -> its effects_table
+    effects: dict[str, pd.DataFrame], # metric -> its judged_effects
 ) -> str: # HTML
     "Figures and tables of the effects on each metric"
     charts = {m: [figure_html(effect_figure(rows, plan, axis, m)) for axis in plan.axes] for m in effects}
-    spread = {m: len(e) > 0 and e["sd"].notna().any() for m, e in effects.items()}
-    intervals = {m: figure_html(interval_figure(e)) if spread[m] else "" for m, e in effects.items()}
-    return render(EFFECTS, plan=plan, metrics=list(effects), charts=charts, intervals=intervals,
+    variance = variance_sentence(rows, plan)
+    beside = BESIDE[design_of(table_rows(rows), plan.axes).variance]
+    return render(EFFECTS, plan=plan, metrics=list(effects), charts=charts, variance=variance, beside=beside,
                   noise={m: noise_sentence(rows, m, e) for m, e in effects.items()},
                   effects={m: effect_rows(e) for m, e in effects.items()})
 
@@ -351,7 +391,7 @@ def interactions_part(
     most: int = 12, # shown
 ) -> str: # HTML; empty where no two axes can be told apart
     "What the levels of one axis add to the effects of another"
-    joint = [e for e in interactions(rows, plan.axes, plan.metric) if e["n"]]
+    joint = [e for e in interactions(rows, plan.axes, plan.metric) if e["mean"] == e["mean"]]
     if not joint: return ""
     joint.sort(key=lambda e: (e["p"] is None, e["p"] or 0, -abs(e["mean"])))
     pairs = list(dict.fromkeys((e["axis"], e["with"]) for e in joint))[:6]
@@ -655,13 +695,22 @@ VERDICTS = """
 .TODO { color:var(--soft) }
 """
 
+# %% ../../nbs/findings/06_study_page.ipynb #eb1fa166
+def page_effects(
+    runs: StudyRuns, # of the study
+) -> tuple[list[Finding], dict[str, pd.DataFrame]]: # its claims; metric -> judged_effects
+    "What the page says of claims and effects, made once"
+    rows, plan, found = runs.rows, runs.plan, study_findings(runs)
+    return found, {m: judged_effects(rows, plan.axes, m, found, runs.runs) for m in shown_metrics(rows, plan)}
+
+# %% ../../nbs/findings/06_study_page.ipynb #f2c86a2a
 def study_page(
     runs: StudyRuns, # of the study
 ) -> str: # a whole page
     "The page of a study"
     plan, rows = runs.plan, runs.rows
-    effects = {m: effects_table(rows, plan.axes, m) for m in shown_metrics(rows, plan)}
-    body = top_part(rows, plan, effects) + claims_part(study_findings(runs))
+    findings, effects = page_effects(runs)
+    body = top_part(rows, plan, effects) + claims_part(findings)
     body += matched_part(plan) + clock_part(rows, plan)
     if effects: body += effects_part(rows, plan, effects) + more_parts(rows, plan)
     body += experts_part(runs)
@@ -684,14 +733,14 @@ def _write_static(target: Path, name: str, figure: Any):
         write_atomic(target/f"{name}.{kind}", buffer.getvalue())
 
 # %% ../../nbs/findings/06_study_page.ipynb #0f84fa99
-def _metric_figures(target: Path, plan: Plan, rows: pd.DataFrame, metric: str, draw: Callable):
+def _metric_figures(target: Path, plan: Plan, rows: pd.DataFrame, metric: str, effects: pd.DataFrame, draw: Callable):
     "Effects of one metric: each axis as a page, all of them as a picture, and the intervals as both"
-    name, effects = file_name(metric), effects_table(rows, plan.axes, metric)
+    name, joint = file_name(metric), interactions(rows, plan.axes, metric)
     _write_static(target, f"effects-{name}", static_effects(rows, plan, metric))
     for axis in plan.axes: draw(f"effects-{name}-{file_name(axis)}", metric, effect_figure(rows, plan, axis, metric))
     if not effects.pairs.any(): return
-    _write_static(target, f"intervals-{name}", static_intervals(effects, metric))
-    draw(f"intervals-{name}", metric, interval_figure(effects))
+    _write_static(target, f"intervals-{name}", static_intervals(effects, metric, joint))
+    draw(f"intervals-{name}", metric, interval_figure(effects, joint))
 
 # %% ../../nbs/findings/06_study_page.ipynb #0e2419d2
 def write_figures(
@@ -702,7 +751,7 @@ def write_figures(
     target, metric, direction = runs.folder/"visualizations", plan.metric, plan.direction
     target.mkdir(exist_ok=True)
     def draw(name, title, figure): write_atomic(target/f"{name}.html", _one_figure(title, figure))
-    for shown in shown_metrics(rows, plan): _metric_figures(target, plan, rows, shown, draw)
+    for shown, effects in page_effects(runs)[1].items(): _metric_figures(target, plan, rows, shown, effects, draw)
     if metric in rows:
         _write_static(target, "cost", static_costs(rows, plan, metric, direction))
         for cost, what in COSTS.items():

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ..formats import signed
 from ..study.plan import THRESHOLD, Plan, wall_seconds
 from ..study.run import FINISHED
-from .effects import effects_table, usable_runs
+from .effects import usable_runs
+from .results import StudyRuns
+from .verdicts import judged_effects, study_findings
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -29,24 +31,14 @@ def best_run(
     return done.loc[values.idxmin() if plan.direction == "minimize" else values.idxmax()].to_dict()
 
 # %% ../../nbs/findings/03_summary.ipynb #2a0e4d41
-def _how_sure(e: Any) -> str:
-    "An effect's interval in words"
-    if e.seeds < 2: return "1 seed"
-    if e.low is None or e.low != e.low: return f"{e.seeds} seeds, all alike"
-    return f"95 % {signed(e.low)} to {signed(e.high)}, {e.seeds} seeds, p {e.p_holm:.2g} after Holm"
-
-# %% ../../nbs/findings/03_summary.ipynb #12da0bde
 def effect_sentence(
     axis: str, # one axis
-    effects: pd.DataFrame, # effects_table of one metric
-    metric: str, # its name
+    effects: pd.DataFrame, # judged_effects of one metric
 ) -> str: # '' where no level has a pair yet
-    "What an axis did to a metric"
-    own = [e for e in effects.itertuples() if e.axis == axis and e.pairs]
-    said = [f"by {signed(e.mean)} ({_how_sure(e)})" for e in own]
-    if not own: return ""
-    more = "".join(f", {e.level} {change}" for e, change in zip(own[1:], said[1:]))
-    return f"{axis}: {own[0].level} instead of {own[0].against} changes {metric} {said[0]}{more}"
+    "What an axis did to a metric, in the words that the table of claims has, and whether it was claimed"
+    own = [e for e in effects.itertuples() if e.axis == axis and e.against and (e.pairs or not e.planned)]
+    def told(e): return e.said + (f" ({e.claim.status}: {e.claim.claim['name']})" if e.claim else "")
+    return f"{axis}: " + "; ".join(map(told, own)) if own else ""
 
 # %% ../../nbs/findings/03_summary.ipynb #caabf5ff
 def _percent(share: float) -> str:
@@ -112,12 +104,14 @@ def _failures(rows: pd.DataFrame) -> list[str]:
 def summary_lines(
     rows: pd.DataFrame, # of a study's runs
     plan: Plan, # of the study
+    runs: StudyRuns | None = None, # of the study, for its claims and single items
 ) -> list[str]: # about five
     "The study in a few lines: progress, best run, main effects, failures"
     done, others = done_words(rows)
     lines = [f"{done} of {len(rows)} runs done{others}"]
     if best := best_run(rows, plan): lines.append(f"best {plan.metric}: {best[plan.metric]:.4f} by {best['run']}")
-    effects = effects_table(rows, plan.axes, plan.metric)
-    lines += filter(None, (effect_sentence(axis, effects, plan.metric) for axis in plan.axes))
+    claims, by_id = (study_findings(runs), runs.runs) if runs else ((), None)
+    effects = judged_effects(rows, plan.axes, plan.metric, claims, by_id)
+    lines += filter(None, (effect_sentence(axis, effects) for axis in plan.axes))
     if clock := wall_time_sentence(rows, plan): lines.append(clock[0])
     return lines + _failures(rows) + [ANECDOTAL]*(rows.seed.nunique() == 1)

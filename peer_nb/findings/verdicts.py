@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..study.claims import better, claim_edits, is_number, read_claims
+from ..study.claims import better, claim_edits, claim_over, is_number, read_claims
 from ..study.plan import Plan
 from ..study.run import FINISHED, STUDY, Run
-from .effects import Contrast, contrast, in_arm, table_rows, usable
-from ..stats import Comparison, Noise, cluster_means, compare, holm, mcnemar, noise
+from .effects import Answer, Contrast, Design, Effect, answer, answer_text, design_of, effects_table
+from .effects import how_far, in_arm, no_interval, table_rows, usable
+from ..formats import decimals
+from ..stats import Comparison, Noise, compare, holm
 from .results import StudyRuns
 from ..config import read_yaml
 from ..files import UserError
@@ -22,8 +24,8 @@ from ..files import UserError
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['ALPHA', 'Verdict', 'Evidence', 'against_number', 'item_evidence', 'Finding', 'claim_status', 'evaluate_claims',
-           'judge', 'study_findings']
+__all__ = ['ALPHA', 'Verdict', 'against_number', 'Finding', 'claim_status', 'evaluate_claims', 'judge', 'study_findings',
+           'claimed', 'judged_effects']
 
 # %% ../../nbs/findings/02_verdicts.ipynb #86da6357
 def against_number(
@@ -38,32 +40,8 @@ def against_number(
     for r in good: seeds.setdefault(r["seed"], []).append(r[metric] - value)
     lost = [r["run"] for r in own if r not in good and r["state"] in (*FINISHED, "FAILED")]
     pairs = [(r["run"], r["run"], r["seed"]) for r in good]
-    return Contrast({s: sum(v)/len(v) for s, v in seeds.items()}, pairs, len(own), lost)
-
-# %% ../../nbs/findings/02_verdicts.ipynb #afec60be
-def item_evidence(
-    runs: Mapping[str, Run], # by id
-    pairs: list[tuple[str, str, int]], # run of a, run of b, seed
-    metric: str, # such as qa/acc
-    sign: float, # 1 where more is better, -1 where less is
-    null: float, # smallest difference worth claiming
-) -> tuple[Comparison | None, Noise | None, str]: # None where runs have no items; what else to say
-    "Two arms item by item"
-    import numpy as np
-    def items(name): return runs[name].items.get(metric, {})
-    read = [(items(a), items(b)) for a, b, _ in pairs]
-    common = sorted(set.intersection(*({*x} & {*y} for x, y in read))) if read else []
-    if not common: return None, None, f"no items of {metric} that all runs have"
-    d = sign*np.array([[x[i][0] - y[i][0] for i in common] for x, y in read])
-    clusters = [read[0][0][i][1] for i in common]
-    found = compare(cluster_means(d.mean(0), clusters), null)
-    said = "" if found.n == len(common) else f"{len(common)} items in {found.n} groups"
-    values = {v for x, y in read for i in common for v in (x[i][0], y[i][0])}
-    if len(read) == 1 and values <= {0.0, 1.0} and null == 0 and len({*clusters}) == len(common):
-        wins, losses, p = mcnemar(d[0] > 0, d[0] < 0)
-        found = Comparison(found.mean, found.low, found.high, p, found.sd, found.n, found.effect_size, null)
-        said = f"{wins} only a has right, {losses} only b (McNemar)"
-    return found, noise(d, clusters), said
+    return Contrast({s: sum(v)/len(v) for s, v in seeds.items()}, pairs, len(own), lost,
+                    len(own) - len(good) - len(lost))
 
 # %% ../../nbs/findings/02_verdicts.ipynb #772bfe45
 ALPHA = 0.05
@@ -75,57 +53,61 @@ class Finding:
     "What became of a claim"
     claim: dict[str, Any] # as written, with metric and direction filled in
     status: Verdict
-    found: Comparison # improvements of a over b: positive is better
+    answer: Answer # improvements of a over b: positive is better
     p: float | None # after Holm over the claims of the study
-    pairs: int # done
-    planned: int # pairs of the design
     said: str # the evidence in words
-    noise: Noise | None = None # seeds and items apart, where items are known
     origin: str = "planned" # or what happened to it after the plan was fixed
 
-# %% ../../nbs/findings/02_verdicts.ipynb #508d8ba5
-def _words(found: Comparison, c: Contrast, unit: str) -> str:
-    "A comparison in words"
-    more = f" and {len(c.lost) - 4} more" if len(c.lost) > 4 else ""
-    lost = f"; not usable: {', '.join(c.lost[:4])}{more}" if c.lost else ""
-    if math.isnan(found.mean): return "no pair of runs yet" + lost
-    text = f"improvement {found.mean:+.4f}".replace("-", "−")
-    if found.low is not None: text += f", 95 % interval {found.low:+.4f} to {found.high:+.4f}".replace("-", "−")
-    text += f" over {found.n} {unit}{'s' if found.n != 1 else ''}"
-    if found.n == 1: text += f" (one {unit}: anecdotal)"
-    elif found.p is None: text += " (all alike: copies, not a sample)"
-    return text + lost
+    @property
+    def found(self) -> Comparison: return self.answer.found
+    @property
+    def pairs(self) -> int: return len(self.answer.pairs.pairs)
+    @property
+    def planned(self) -> int: return self.answer.pairs.planned
+    @property
+    def noise(self) -> Noise | None: return self.answer.noise
 
 # %% ../../nbs/findings/02_verdicts.ipynb #e00196cf
 def claim_status(
     found: Comparison, # improvements against min_effect
     p: float | None, # after Holm
     done: int, # pairs
-    planned: int, # pairs
+    waiting: int, # pairs that may still come
+    whole: bool = True, # what was planned can be estimated
 ) -> Verdict:
     "The status of a claim"
-    if not done: return "TODO"
-    if done < planned: return "PARTIAL"
-    if p is None or p > ALPHA: return "INCONCLUSIVE"
+    if waiting: return "PARTIAL" if done else "TODO"
+    if p is None or p > ALPHA or not whole: return "INCONCLUSIVE"
     return "SUPPORTED" if found.mean > found.null else "REFUTED"
 
-# %% ../../nbs/findings/02_verdicts.ipynb #764ff63d
-Evidence = tuple[Comparison, Contrast, Noise | None, str]
-
 # %% ../../nbs/findings/02_verdicts.ipynb #7d5add1c
-def _evidence(claim: dict, rows: list[dict], axes: Iterable[str], runs: Mapping[str, Run] | None) -> Evidence:
+def _number_text(claim: dict, c: Contrast, found: Comparison, p: float | None) -> str:
+    "An arm against a number, in words"
+    if math.isnan(found.mean): return "no runs yet"
+    level = claim["b"] + (1 if claim["direction"] == "maximize" else -1)*found.mean
+    if found.low is None: return f"{claim['metric']} is {decimals(level)}; {no_interval(found)}"
+    sure = "not sure" if p is None or p > ALPHA else "sure" if found.mean > found.null else "surely not"
+    return f"{claim['metric']} is {decimals(level)}{how_far(found)}, against {claim['b']:g}; {sure} over seeds"
+
+# %% ../../nbs/findings/02_verdicts.ipynb #ca6abef4
+def _evidence(claim: dict, rows: list[dict], design: Design, runs: Mapping[str, Run] | None) -> Answer:
     "What the runs say about one claim"
     a, b, metric, least = claim["a"], claim["b"], claim["metric"], claim["min_effect"]
     sign = 1.0 if claim["direction"] == "maximize" else -1.0
-    number, by_item, apart, said = is_number(b), None, None, ""
-    c = against_number(rows, metric, a, b) if number else contrast(rows, axes, metric, a, b)
+    if not is_number(b): return answer(rows, design, metric, a, b, claim_over(claim), runs, sign, least)
+    c = against_number(rows, metric, a, b)
     found = compare([sign*v for v in c.seeds.values()], least)
-    if runs and c.pairs and not number: by_item, apart, said = item_evidence(runs, c.pairs, metric, sign, least)
-    if claim["test"] == "seeds": return found, c, apart, _words(found, c, "seed")
-    if by_item is None:
-        return Comparison(found.mean, None, None, None, None, 0, None, least), c, None, said or "no items yet"
-    words = [_words(by_item, c, "item"), said, "for these trained models, other seeds are not covered"]
-    return by_item, c, apart, "; ".join(filter(None, words))
+    return Answer(Effect(found, compare([])), found, c, "seeds")
+
+# %% ../../nbs/findings/02_verdicts.ipynb #5b381b87
+def _said(claim: dict, given: Answer, p: float | None) -> str:
+    "The evidence in words, with the runs that are lost"
+    sign = 1.0 if claim["direction"] == "maximize" else -1.0
+    if is_number(claim["b"]): text = _number_text(claim, given.pairs, given.found, p)
+    else: text = answer_text(claim["a"], claim["b"], claim["metric"], given, p, sign, ALPHA)
+    lost = given.pairs.lost
+    more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+    return text + (f"; not usable: {', '.join(lost[:4])}{more}" if lost else "")
 
 # %% ../../nbs/findings/02_verdicts.ipynb #236b9064
 def evaluate_claims(
@@ -135,11 +117,14 @@ def evaluate_claims(
     runs: Mapping[str, Run] | None = None, # by id, for single items
 ) -> list[Finding]: # in the same order
     "Every claim of a study, as one family"
+    if not claims: return []
     rows = rows if isinstance(rows, list) else table_rows(rows)
-    found = [_evidence(c, rows, axes, runs) for c in claims]
-    decided = [f.p if len(c.pairs) == c.planned and c.pairs else None for f, c, _, _ in found]
-    return [Finding(claim, claim_status(f, p, len(c.pairs), c.planned), f, p, len(c.pairs), c.planned, said, apart)
-            for claim, (f, c, apart, said), p in zip(claims, found, holm(decided))]
+    design = design_of(rows, axes)
+    found = [_evidence(c, rows, design, runs) for c in claims]
+    decided = [g.found.p if g.pairs.pairs and not g.pairs.waiting and g.effect.whole else None for g in found]
+    return [Finding(claim, claim_status(g.found, p, len(g.pairs.pairs), g.pairs.waiting, g.effect.whole), g, p,
+                    _said(claim, g, p))
+            for claim, g, p in zip(claims, found, holm(decided))]
 
 # %% ../../nbs/findings/02_verdicts.ipynb #d15152b6
 def judge(
@@ -176,3 +161,46 @@ def study_findings(
         except UserError as e: broken = f"study.yaml cannot be compared: {e}"
     found = judge(plan.study["claims"], now, runs.rows, plan.axes, runs.runs)
     return [replace(f, origin=broken) for f in found] if broken else found
+
+# %% ../../nbs/findings/02_verdicts.ipynb #eb03a79b
+def claimed(
+    findings: Iterable[Finding], # of a study
+    metric: str, # a column
+    axes: dict[str, list[str]], # axis: levels, the reference first
+) -> dict[tuple[str, str], Finding]: # (axis, level): the planned claim about it against the first level
+    "The main effects of a metric that were claimed"
+    out = {}
+    for f in findings:
+        a, b = f.claim["a"], f.claim["b"]
+        if f.claim["metric"] != metric or is_number(b) or len(a) != 1 or f.origin.startswith("added"): continue
+        (axis, one), (_, other) = *a.items(), *b.items()
+        for level, first in ((one, other), (other, one)):
+            if first == axes[axis][0] and isinstance(level, str): out.setdefault((axis, level), f)
+    return out
+
+# %% ../../nbs/findings/02_verdicts.ipynb #72b723c0
+def _effect_text(row: dict[str, Any], metric: str) -> str:
+    "A row of the table of effects in words"
+    arms = [{row["axis"]: row[which]} for which in ("level", "against")]
+    return answer_text(*arms, metric, row["answer"], row["p_holm"], alpha=ALPHA)
+
+# %% ../../nbs/findings/02_verdicts.ipynb #8c184054
+def judged_effects(
+    rows: pd.DataFrame, # of a study's runs
+    axes: dict[str, list[str]], # axis: levels, the reference first
+    metric: str, # a column
+    findings: Iterable[Finding] = (), # the study's claims
+    runs: Mapping[str, Run] | None = None, # by id, for single items
+) -> pd.DataFrame: # effects_table with columns p_holm, claim (a Finding or None) and said
+    "Main effects, each with the one verdict that it has"
+    known = claimed(findings, metric, axes)
+    table = effects_table(rows, axes, metric, runs, {key: claim_over(f.claim) for key, f in known.items()})
+    out = table.to_dict("records")
+    free = [row for row in out if row["against"] and (row["axis"], row["level"]) not in known]
+    for row, p in zip(free, holm(r["p"] for r in free)): row["p_holm"] = p
+    for row in out:
+        f = row["claim"] = known.get((row["axis"], row["level"]))
+        if f: row["p_holm"] = f.p
+        if f: row["said"] = f.said
+        else: row["said"] = _effect_text(row, metric) if row["against"] else ""
+    return table.assign(**{k: [row[k] for row in out] for k in ("p_holm", "claim", "said")})

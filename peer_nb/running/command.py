@@ -15,8 +15,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-import yaml
-
 import peer_nb
 from .local import EACH, Devices, Event, Local, choose_devices, cpu_processes, gpu_devices
 from ..study.run import BASE, FINISHED, PLAN, RUNS, STUDY, Run, file_name
@@ -28,7 +26,7 @@ from .speed import Speeds, clocked_plan
 from .estimates import finished_runs, measured_rate, outlook, plan_text
 from ..study.claims import better
 from ..study.one_axis import as_study, is_one_axis, pinned_value, read_one_axis, starting_config
-from ..training.bases import base_folder
+from ..training.bases import base_folder, with_base_made
 from ..study.places import at, read_place
 from ..study.plan import Cell, Plan, code_differences, load_plan, make_plan, plan_differences, save_plan
 from ..children import on_signals, start_child
@@ -37,7 +35,7 @@ from ..study.study import BUILTIN_AXES, Budget, Primary, Study, builtin_axes, lo
 from ..formats import clock
 from .watch import Screen, follow, live_lines, look_at, status_line, table_text
 from ..cli import make_main
-from ..config import Config, convert, load_config, load_data_mixes, parse_overrides, save_config
+from ..config import Config, convert, load_config, load_data_mixes, parse_overrides, save_config, yaml_text
 from ..files import UserError, folder_lock, writable_folder, write_atomic
 
 # %% auto #0
@@ -115,6 +113,7 @@ def read_request(
     if tokens is not None and tokens < 1: raise UserError(f"--tokens {tokens}: every run needs at least one token")
     if study is not None: request = _from_file(study, base_config, axes, custom_datasets, overrides)
     else: request = _from_axes(base_config, axes, custom_datasets, overrides, residual)
+    with_base_made(request.base)
     if tokens is not None: request.study.budget.tokens = tokens
     if notebook is not None: request.study.notebook = notebook
     if seeds and len({*seeds}) < len(seeds):
@@ -158,8 +157,10 @@ def make_folder(
     first = writable_folder(output_dir)/f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = _new_folder(first)
     save_config(plan.start, folder/BASE)
-    again = {**plan.study, "base_config": BASE, "seeds": sorted({c.seed for c in plan.cells})}
-    write_atomic(folder/STUDY, yaml.safe_dump(again, sort_keys=False, allow_unicode=True))
+    seeds = sorted({c.seed for c in plan.cells})
+    if "pairing" in plan.study: seeds = dict(pairing=plan.study["pairing"], values=plan.study["seeds"])
+    again = {k: v for k, v in plan.study.items() if k != "pairing"} | {"base_config": BASE, "seeds": seeds}
+    write_atomic(folder/STUDY, yaml_text(again))
     (folder/RUNS).mkdir()
     save_plan(plan, folder, created=time.strftime("%Y-%m-%d %H:%M:%S%z"), device=device, git=git_state(), **beside)
     return folder
@@ -385,7 +386,7 @@ def finish(
     runs.write_csv()
     runs.write_parquet()
     page = write_report(runs)
-    print("", *summary_lines(runs.rows, plan), f"page: {page}", sep="\n")
+    print("", *summary_lines(runs.rows, plan, runs), f"page: {page}", sep="\n")
     return 0 if {run.state for run in runs} <= {*FINISHED} else 1
 
 # %% ../../nbs/running/09_command.ipynb #c740ba15

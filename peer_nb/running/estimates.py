@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from ..formats import duration, ratio_text, short_number, text_table
 from ..study.plan import Cell, Match, Plan, load_plan, matching, plan_residuals, wall_seconds
 from ..study.run import Run, studies_in
-from ..stats import detectable
+from ..factorial import factor_columns, precision, smallest_found, weights
+from ..findings.effects import Design, design_of
 from ..config import Config
 from ..files import UserError
 
@@ -141,25 +142,42 @@ def pair_spread(
     return math.sqrt(2*squares/degrees) if degrees else None
 
 # %% ../../nbs/running/05_estimates.ipynb #4f3399a0
+def _contrasts(plan: Plan, variance_of: Design) -> dict[str, tuple[float, float]]:
+    "Per axis: standard error of its first effect where a run's noise is 1, degrees of freedom"
+    import numpy as np
+    columns, out = factor_columns(variance_of.places, [len(own) for own in variance_of.levels]), {}
+    for axis, (first, *others) in plan.axes.items():
+        found = [variance_of.difference({axis: level}, {axis: first}) for level in others]
+        if not found or any(one is None for one in found): continue
+        w = weights(columns, np.array(found), variance_of.seeds, variance=variance_of.variance)
+        out[axis] = max(precision(w), key=lambda p: math.inf if math.isnan(p[0]) else p[0])
+    return out
+
+# %% ../../nbs/running/05_estimates.ipynb #2fcc3cb5
 def detectable_effects(
     plan: Plan, # of a study
     spread: float | None, # of a difference between seeds; None: not known
 ) -> list[str]: # lines
-    "The smallest effects that the seeds of a plan can show"
-    seeds = len({c.seed for c in plan.cells})
-    questions = sum(len(l) - 1 for l in plan.axes.values()) + len(plan.study["claims"])
+    "The smallest effects that the seeds of a plan can show, by the model that will judge them"
+    design = design_of([c.levels | {"seed": c.seed} for c in plan.cells], plan.axes)
+    seeds, questions = len({*design.seeds}), sum(len(l) - 1 for l in plan.axes.values()) + len(plan.study["claims"])
     if seeds < 2:
         return ["One seed: differences will be anecdotal, no effect of any size can be told from chance. Give `seeds: "
                 "[1, 2, 3]`."]
-    unit = f"units of {plan.metric}" if spread else "standard deviations of a paired difference"
-    show = lambda pairs, n: f"{detectable((spread or 1.0)/math.sqrt(pairs), seeds, 0.05/n):.3g}"
+    unit, noise = f"units of {plan.metric}", (spread or 1.0)/math.sqrt(2)
+    if not spread: unit = "standard deviations of a paired difference"
     known = f" (a paired difference varies by {spread:.3g} between seeds in earlier studies)" if spread else ""
     out = [f"{seeds} seeds, power 80 %: smallest effect that can be told from chance, in {unit}{known}"]
-    for axis, levels in plan.axes.items():
-        pairs = max(1, min(sum(c.levels[axis] == l for c in plan.cells) for l in levels)//seeds)
-        several = f", {show(pairs, questions)} as one of {questions} questions" if questions > 1 else ""
-        out.append(f"  {axis}: {show(pairs, 1)} alone{several} ({pairs} pair{'s' if pairs > 1 else ''} a seed)")
-    return out
+    for axis, (error, degrees) in _contrasts(plan, design).items():
+        show = lambda n: f"{smallest_found(noise*error, degrees, 0.05/n):.3g}"
+        pairs = max(1, min(sum(c.levels[axis] == l for c in plan.cells) for l in plan.axes[axis])//seeds)
+        beside = f"{pairs} pair{'s' if pairs > 1 else ''} a seed"
+        if design.variance == "runs": beside = f"{degrees:.3g} degrees of freedom"
+        several = f", {show(questions)} as one of {questions} questions" if questions > 1 else ""
+        out.append(f"  {axis}: {show(1)} alone{several} ({beside})")
+    aliased = [axis for axis, levels in plan.axes.items() if len(levels) > 1 and axis not in _contrasts(plan, design)]
+    others = {axis: " and ".join(design.aliased(axis)) for axis in aliased}
+    return out + [f"  {axis}: cannot be told" + (f" from {other}" if other else "") for axis, other in others.items()]
 
 # %% ../../nbs/running/05_estimates.ipynb #218402ea
 def difference(

@@ -10,13 +10,15 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ..cli import make_main, quieten
+from ..config import read_yaml
 from ..files import UserError
 from .command import Place, ReuseOptions, begin_or_resume, request_of_one_axis
 from .local import gpu_devices
 from ..study.one_axis import AXES, is_one_axis, read_one_axis
+from ..training.bases import BASES, base_folder
 
 # %% auto #0
-__all__ = ['named_file', 'option_of', 'take_pin', 'train_one_axis', 'run_of_file', 'main']
+__all__ = ['PRETRAINED', 'named_file', 'option_of', 'take_pin', 'train_one_axis', 'run_of_file', 'with_base', 'main']
 
 # %% ../../nbs/running/10_train.ipynb #e8e88985
 def named_file(
@@ -50,7 +52,7 @@ def take_pin(
                 raise UserError(f"{name}: {path} varies {own}; pin it by --{own} VALUE")
             if axis and get_close_matches(axis, [own], 1, 0.8): raise UserError(f"{name}: did you mean --{own}?")
             rest.append(word)
-        elif not equals and not left: raise UserError(f"{name} needs a value")
+        elif not equals and (not left or left[0].startswith("--")): raise UserError(f"{name} needs a value")
         else: pin = value if equals else left.pop(0)
     return pin, rest
 
@@ -89,13 +91,30 @@ def run_of_file(
         return 2
     return make_main("peer-train", train_one_axis)([*rest, *(["--pin", pin] if pin is not None else [])])
 
+# %% ../../nbs/running/10_train.ipynb #fb753a33
+PRETRAINED = "model_config.pretrained"
+
+def with_base(
+    words: list[str], # a command line
+) -> list[str]: # the same, with a folder where one of BASES stood
+    "Make the base that a command line's configuration begins with"
+    given = [word.partition("=")[2] for word in words if word.startswith(f"{PRETRAINED}=")]
+    paths = [after for word, after in zip(words, [*words[1:], ""]) if word == "--config"]
+    paths += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    if not given and paths and Path(paths[-1]).is_file():
+        section = read_yaml(paths[-1]).get("model_config")
+        given = [section.get("pretrained")] if isinstance(section, dict) else []
+    if not given or given[-1] not in BASES: return words
+    rest = [word for word in words if not word.startswith(f"{PRETRAINED}=")]
+    return [*rest, f"{PRETRAINED}={base_folder(given[-1])}"]
+
 # %% ../../nbs/running/10_train.ipynb #4b6e9a74
 def main(
     argv: list[str] | None = None, # what stands after the command's name; None: of this process
 ) -> int: # exit code
     "The command `peer-train`"
     words = list(sys.argv[1:] if argv is None else argv)
-    try: path = named_file(words)
+    try: path, words = named_file(words), with_base(words)
     except UserError: path = None   # the loop says what is wrong with the file
     if path is not None: return run_of_file(words, path)
     quieten()

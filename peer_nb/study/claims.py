@@ -13,7 +13,7 @@ from ..config import ConfigError, Text, convert
 from ..schema import NotNegative
 
 # %% auto #0
-__all__ = ['LOSSES', 'Claim', 'is_number', 'read_claims', 'better', 'claim_edits']
+__all__ = ['LOSSES', 'Claim', 'claim_over', 'is_number', 'read_claims', 'better', 'claim_edits']
 
 # %% ../../nbs/study/01_claims.ipynb #355db23c
 @dataclass
@@ -25,8 +25,16 @@ class Claim:
     metric: Text | None = None # a column, such as docs/loss or docs/loss:degradation; null: the study's primary
     direction: Literal["minimize", "maximize"] | None = None # which way is better; null: by the metric
     min_effect: NotNegative = 0.0 # smallest difference worth claiming, in the metric's unit
-    test: Literal["seeds", "items"] = "seeds" # what is asked: other seeds, or other items
+    test: Literal["seeds", "items"] = "seeds" # items: the older spelling of `over: items`
     evidence: str = "" # what else speaks for it: a figure, a paper
+    over: Literal["seeds", "items", "both"] | None = None # what it generalises to; null: both, or as `test` says
+
+# %% ../../nbs/study/01_claims.ipynb #76fa4bd8
+def claim_over(
+    claim: dict[str, Any], # as read
+) -> str: # seeds, items or both
+    "What a claim generalises to"
+    return claim.get("over") or ("items" if claim["test"] == "items" else "both")
 
 # %% ../../nbs/study/01_claims.ipynb #eced9139
 def is_number(
@@ -61,7 +69,10 @@ def _read_claim(given: Any, axes: dict[str, Any], file: str, key: str) -> dict[s
         if value is None: continue
         if k == "a" or k == "b" and not is_number(value): read[k] = chosen_levels(value, axes, file, f"{key}.{k}")
         else: read[k] = value if k == "b" else convert(kinds[k], value, file, f"{key}.{k}")
-    return asdict(Claim(**read))
+    if read.get("test") == "items" and read.get("over", "items") != "items":
+        raise ConfigError(file, f"{key}.over", f"{read['over']!r} contradicts test: items; leave test out")
+    # what is not said is not written, so that plans made before it could be said keep their hash
+    return {k: v for k, v in asdict(Claim(**read)).items() if k != "over" or v is not None}
 
 # %% ../../nbs/study/01_claims.ipynb #2287c2db
 def read_claims(

@@ -24,7 +24,8 @@ from .run import PLAN, file_name
 from .identity import declared_metrics, find_template, identity, package_hash, section_hashes
 from .identity import template_hash
 from .study import Study, cell_overrides, check_levels, combinations, dropped, planned_tokens
-from .study import shared_overrides, step_tokens
+from .study import seeds_of_block, shared_overrides, step_tokens
+from ..factorial import balanced_blocks
 from ..config import Config, ConfigError, apply_overrides, config_from_dict, diff_configs, to_dict, validate
 from ..data.corpora import task_arguments
 from ..files import UserError, read_json, sha256_of, write_json
@@ -33,7 +34,7 @@ from .sparse_layer import residual_rows
 
 # %% auto #0
 __all__ = ['DURATION', 'THRESHOLD', 'COUNTED', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver',
-           'matched_tokens', 'wall_seconds', 'named', 'default_seeds', 'make_plan', 'Match', 'matching',
+           'matched_tokens', 'wall_seconds', 'named', 'default_seeds', 'seed_blocks', 'make_plan', 'Match', 'matching',
            'plan_residuals', 'save_plan', 'load_plan', 'plan_differences', 'code_differences']
 
 # %% ../../nbs/study/06_plan.ipynb #f6e533bf
@@ -174,7 +175,7 @@ def _complete_claims(plan: Plan, where: str) -> list[dict[str, Any]]:
         if not measured(plan.start, metric, declared_metrics(plan.template)):
             raise UserError(f"{here}: metric {metric!r} will not be measured")
         chosen = lambda c, arm: all(c.levels[a] in (l if isinstance(l, list) else [l]) for a, l in arm.items())
-        groups = [{(*(l for a, l in c.levels.items() if a not in claim["a"]), c.seed) for c in plan.cells
+        groups = [{tuple(l for a, l in c.levels.items() if a not in claim["a"]) for c in plan.cells
                    if chosen(c, arm)} for arm in (claim["a"], claim["b"]) if not is_number(arm)]
         if not set.intersection(*groups):
             raise UserError(f"{here}: the design {plan.study['design']} has no two runs that are equal in all but "
@@ -330,6 +331,26 @@ def default_seeds(
     "The seeds of a study"
     return study.seeds or [base.train_config.seed + n for n in range(3)]
 
+# %% ../../nbs/study/06_plan.ipynb #e2f9629f
+def seed_blocks(
+    study: Study, # with its pairing
+    cells: list[dict[str, str]], # axis: level, of all combinations
+) -> list[int]: # of each: the number of the block that shares seeds
+    "Who shares a seed, by the study's pairing"
+    if study.pairing == "common": return [0]*len(cells)
+    if study.pairing == "distinct": return list(range(len(cells)))
+    number = {axis: {level: n for n, level in enumerate(levels)} for axis, levels in study.axes.items()}
+    places = [[number[axis][level] for axis, level in levels.items()] for levels in cells]
+    return balanced_blocks(places, len(next(iter(number.values()))))
+
+# %% ../../nbs/study/06_plan.ipynb #86e16c53
+def _written(study: Study, values: list[int]) -> dict[str, Any]:
+    "A study as a plan keeps it: without what nobody has said, so that plans of before keep their hash"
+    out = asdict(study)
+    if study.pairing == "common": del out["pairing"]
+    else: out["seeds"] = values
+    return out
+
 # %% ../../nbs/study/06_plan.ipynb #b06bcab8
 def make_plan(
     study: Study, # what to compare
@@ -350,13 +371,15 @@ def make_plan(
     except UserError as e:
         raise UserError(f"{at(where, 'notebook')}: {e}" if at(where, "notebook") != where else str(e)) from e
     shared = shared_overrides(base, check_levels(base, study.axes, where), study.budget.tokens)
-    plan = Plan(asdict(study), to_dict(base), shared, [], dict(left_out or {}), world_size, str(template), code,
-                package_hash(template), "", study.primary.direction)
+    values = default_seeds(study, base)
+    plan = Plan(_written(study, values), to_dict(base), shared, [], dict(left_out or {}), world_size, str(template),
+                code, package_hash(template), "", study.primary.direction)
     plan.metric = _primary_metric(study, plan.start, where, declared_metrics(template))
     planner = _Planner(plan, study, where, fingerprint, Resolver(plan.start), _allowance(plan, rate), {}, {}, speed)
-    for levels in combinations(study.axes, study.design):
+    levels_of = combinations(study.axes, study.design)
+    for levels, block in zip(levels_of, seed_blocks(study, levels_of)):
         if why := dropped(levels, study.constraints): plan.left_out[named(levels)] = why; continue
-        try: plan.cells += planner.cells(levels, default_seeds(study, base))
+        try: plan.cells += planner.cells(levels, seeds_of_block(values, block))
         except ConfigError as e:
             if left_out is None: raise UserError(f"{at(where, 'axes')}: {named(levels)}: {e}") from e
             plan.left_out[named(levels)] = str(e)
@@ -409,7 +432,7 @@ def matching(
     for axis in [*plan.axes, "all cells"]:
         groups = {}
         for c in plan.cells:
-            same = json.dumps([{a: l for a, l in c.levels.items() if a != axis}, c.seed]) if axis in plan.axes else ""
+            same = json.dumps({a: l for a, l in c.levels.items() if a != axis}) if axis in plan.axes else ""
             groups.setdefault(same, []).append(c)
         for quantity, of in QUANTITIES.items():
             values = [of(c) for c in plan.cells]
@@ -478,6 +501,7 @@ def plan_differences(
     of = lambda part: [p.study[part] for p in (frozen, asked)]
     facts = {"design": of("design"), "seeds": seeds, "tokens": [b["tokens"] for b in of("budget")],
              "budget": [{**b, "tokens": None} for b in of("budget")], "constraints": of("constraints"),
+             "pairing of seeds": [p.study.get("pairing", "common") for p in (frozen, asked)],
              "GPUs of a run": [p.world_size for p in (frozen, asked)],
              "primary metric": [(p.metric, p.direction) for p in (frozen, asked)]}
     out += [f"{what}: {old} in the study; asked for {new}" for what, (old, new) in facts.items() if old != new]

@@ -22,11 +22,12 @@ from ..files import UserError, at_home, sha256_of
 from .sparse_layer import sparse_layer_levels
 
 # %% auto #0
-__all__ = ['Design', 'NOTHING', 'READERS', 'BUILTIN_AXES', 'ASKED_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study',
-           'check_study_keys', 'read_constraints', 'dropped', 'read_reuse', 'check_budget', 'check_seeds',
-           'study_from_dict', 'load_study', 'neighbours', 'combinations', 'expert_setup_levels',
-           'selection_heads_levels', 'data_mix_levels', 'check_axis', 'axis_levels', 'builtin_axes', 'heldout_sets',
-           'shared_overrides', 'check_owned', 'check_levels', 'cell_overrides', 'step_tokens', 'planned_tokens']
+__all__ = ['Design', 'Pairing', 'NOTHING', 'READERS', 'BUILTIN_AXES', 'ASKED_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study',
+           'check_study_keys', 'read_constraints', 'dropped', 'read_reuse', 'check_budget', 'check_seeds', 'read_seeds',
+           'check_pairing', 'seeds_of_block', 'study_from_dict', 'load_study', 'neighbours', 'combinations',
+           'expert_setup_levels', 'selection_heads_levels', 'data_mix_levels', 'check_axis', 'axis_levels',
+           'builtin_axes', 'heldout_sets', 'shared_overrides', 'check_owned', 'check_levels', 'cell_overrides',
+           'step_tokens', 'planned_tokens']
 
 # %% ../../nbs/study/03_study.ipynb #60cea7fe
 @dataclass
@@ -47,6 +48,7 @@ class Primary:
 
 # %% ../../nbs/study/03_study.ipynb #29d248de
 Design = Literal["full", "one_factor", "leave_one_out", "pairs", "list"]
+Pairing = Literal["common", "distinct", "blocks"]
 
 # %% ../../nbs/study/03_study.ipynb #f2691feb
 @dataclass
@@ -68,6 +70,7 @@ class Study:
     # folders of earlier studies, from another machine or user, whose equal runs are taken over
     reuse_from: list[Text] = field(default_factory=list)
     claims: list[dict[str, Any]] = field(default_factory=list) # what is expected to be found
+    pairing: Pairing = "common" # who shares a seed; in a file: seeds: {pairing: blocks, values: [42, 43]}
 
 # %% ../../nbs/study/03_study.ipynb #1d8d1393
 def check_study_keys(
@@ -75,7 +78,7 @@ def check_study_keys(
     file: str, # for the message
 ) -> dict[str, Any]: # data itself
     "Refuse keys that are not a study's"
-    names = [f.name for f in fields(Study)]
+    names = [f.name for f in fields(Study) if f.name != "pairing"]   # which stands under seeds
     for key in data:
         if key in names: continue
         near = get_close_matches(str(key), names, 1)
@@ -199,6 +202,35 @@ def check_seeds(
     if len({*(seeds or [])}) < len(seeds or []):
         raise ConfigError(file, "seeds", f"{seeds} has duplicates; a seed twice is the same run twice")
 
+# %% ../../nbs/study/03_study.ipynb #8a16ca43
+def read_seeds(given: Any, file: str) -> tuple[Any, Any]: # values, pairing; not yet converted
+    "The seeds of a study file: a list, or a mapping that says who shares them"
+    if not isinstance(given, dict): return given, "common"
+    known = ("pairing", "values")
+    if odd := [key for key in given if key not in known]:
+        raise ConfigError(file, f"seeds.{odd[0]}", f"unknown key; known: {', '.join(known)}")
+    return given.get("values"), convert(Pairing, given.get("pairing", "common"), file, "seeds.pairing")
+
+# %% ../../nbs/study/03_study.ipynb #d821e4fd
+def check_pairing(study: Study, file: str):
+    "Refuse blocks of a design that has none"
+    sizes = {axis: len(levels) for axis, levels in study.axes.items()}
+    if study.pairing != "blocks": return
+    def refuse(why): raise ConfigError(file, "seeds.pairing", f"blocks {why}; distinct gives every run its own seed")
+    if study.design != "full" or study.constraints: refuse("need a full design without constraints")
+    if len({*sizes.values()}) > 1:
+        refuse(f"need axes of equally many levels, and these have {', '.join(f'{a}: {n}' for a, n in sizes.items())}")
+    if len(sizes) == 1: refuse("of a single axis hold all of it, which is common")
+
+# %% ../../nbs/study/03_study.ipynb #be238ec9
+def seeds_of_block(
+    values: list[int], # of the study file
+    block: int, # number of the block
+) -> list[int]: # as many, and in no other block
+    "The seeds with which the combinations of a block are run"
+    step = max(values) - min(values) + 1
+    return [value + block*step for value in values]
+
 # %% ../../nbs/study/03_study.ipynb #1ca4dc01
 READERS = {"constraints": read_constraints, "reuse": read_reuse, "claims": read_claims}
 
@@ -212,9 +244,12 @@ def study_from_dict(
     given = {k: v for k, v in check_study_keys(data, file).items() if v is not None}
     axes = _axes(given.pop("axes"), file)
     lists = {k: read(given.pop(k), axes, file) for k, read in READERS.items() if k in given}
+    if "seeds" in given: given["seeds"], given["pairing"] = read_seeds(given["seeds"], file)
+    given = {k: v for k, v in given.items() if v is not None}
     study = Study(axes=axes, **lists, **{k: convert(kinds[k], v, file, k) for k, v in given.items()})
     check_budget(study.budget, file)
     check_seeds(study.seeds, file)
+    check_pairing(study, file)
     return study
 
 # %% ../../nbs/study/03_study.ipynb #3260def1
