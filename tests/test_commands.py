@@ -200,7 +200,7 @@ LEAST = {   # command: its shortest form
     "peer-eval recall": ["output/checkpoint-1000", "digits"], **{f"peer-data {task}": ["--output-dir", "new", "--force"] for task in ("synthetic_qa", "digit_lookup", "two_hop", "hashhop")},
     "peer-data tokenization": ["digits"], "peer-analyze parameters": ["configs/small.yaml"], "peer-analyze usage": ["output/checkpoint-1000"],
     "peer-analyze convert": ["output/checkpoint-1000", "new"], "peer-analyze losses": ["nowhere"],
-    **{f"peer-analyze {name}": ["output/checkpoint-1000", "data/digit_lookup"] for name in ("ablate", "swap", "retrievals", "attention")}, "peer-analyze rewrite": ["output/checkpoint-1000", "data/digit_lookup", "--aim", "x", "--want", "1"], "peer-analyze intervene": ["output/checkpoint-1000", "data/digit_lookup", "--drop", "0"]}
+    **{f"peer-analyze {name}": ["output/checkpoint-1000", "data/digit_lookup"] for name in ("ablate", "swap", "retrievals", "attention", "keys", "routing")}, "peer-analyze rewrite": ["output/checkpoint-1000", "data/digit_lookup", "--aim", "x", "--want", "1"], "peer-analyze intervene": ["output/checkpoint-1000", "data/digit_lookup", "--drop", "0"]}
 ZERO = {"--gpus": "the CPU", "--seed": "a seed", "--seeds": "a seed", "--layer": "the first", "--layers": "the first", "--pairs": "don't look", "--threshold": "all are hot", "--fewshot": "no examples", "--top": "no list",
         "--num-novel": "none", "--num-known": "none", "--num-novel-ood": "none", "--num-eval": "none", "--num-samples": "none", "--val-fraction": "none", "--test-fraction": "none", "--resamples": "no interval",
         "--drop": "a row", "--keep": "nothing is kept"}

@@ -89,6 +89,7 @@ def _from_axes(base_config: Path, axes: list[str] | None, custom: Path | None, o
     "A request that names built-in axes; without any, all of them that the base can have"
     base = load_config(base_config, overrides)
     mixes = load_data_mixes(custom) if custom else {}
+    if residual <= 0: raise UserError(f"--residual {residual:g}: a share above 0, such as 0.03")
     levels, left_out = builtin_axes(base, dict.fromkeys(axes or BUILTIN_AXES), mixes, residual)
     # combining all: one level compares nothing
     for axis in [a for a, l in levels.items() if len(l) == 1 and len(levels) > 1 and not axes]:
