@@ -139,6 +139,14 @@ def _check_words(words: list[str], params: list[Parameter]):
         near = difflib.get_close_matches(name, known, 1)
         raise UserError(f"unknown option {name}; {_meant(near, known)}")
 
+# %% ../nbs/03_cli.ipynb #78a5c86a
+def _typed(word: str, params: list[Parameter]) -> str: # "" where no option fits
+    "How a path that stands alone is given by an option"
+    path, can = Path(word), [p for p in params if p.kind is Path and not p.required]
+    if not path.exists(): return ""
+    fits = [p.option for p in can if p.name.endswith(("dir", "folder")) == path.is_dir()]
+    return f"did you mean {' or '.join(f'{option} {word}' for option in fits)}?" if fits else ""
+
 # %% ../nbs/03_cli.ipynb #b9232404
 def _fill_arguments(found: dict[str, Any], words: list[str], params: list[Parameter]):
     "Give words that belong to no option to the arguments that are still missing"
@@ -151,6 +159,7 @@ def _fill_arguments(found: dict[str, Any], words: list[str], params: list[Parame
     alone = " and ".join(p.name.upper() for p in params if p.required)
     hint = f"only {alone} stands" if alone else "no word stands"
     hint += " without an option; --help shows the options"
+    hint = _typed(words[0], params) or hint
     if "=" in words[0]: hint = "configuration keys are written section.key=value"
     raise UserError(f"not understood: {' '.join(words)}; {hint}")
 

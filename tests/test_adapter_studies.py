@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from test_pretrained import bases   # noqa: F401 (fixture)
 
 from peer_nb.config import apply_overrides, load_config
-from peer_nb.findings.adapter_capacity import Stored, capacity, needed_rank, stored_bits
+from peer_nb.findings.adapter_capacity import Memorized, capacity, needed_rank, stored_bits
 from peer_nb.findings.adapter_places import cross_fitted
 from peer_nb.findings.forgetting import at_equal
 from peer_nb.lora_targets import equal_ranks
@@ -38,7 +38,7 @@ def test_the_capacity_of_a_learner_that_is_known_is_found(bits, noise):
     "By scipy's interval; a table that fits, and one that is too much, change nothing"
     from scipy.special import stdtrit
     each = [bits*(1 + noise*(seed - 1)) for seed in (0, 1, 2)]
-    def runs(facts, held): return [Stored(facts, 4, seed, 400, 0.0, min(held[seed], stored_bits(facts, 0))) for seed in (0, 1, 2)]
+    def runs(facts, held): return [Memorized(facts, 4, seed, 400, 0.0, min(held[seed], stored_bits(facts, 0))) for seed in (0, 1, 2)]
     found = capacity([*runs(1, [1e9]*3), *runs(10_000, [400*b for b in each]), *runs(20_000, [1.0, 2.0, 3.0])])
     table, c = found[4]
     half = stdtrit(2, 0.975)*np.std(each, ddof=1)/np.sqrt(3)
@@ -47,7 +47,7 @@ def test_the_capacity_of_a_learner_that_is_known_is_found(bits, noise):
 
 
 def test_the_least_rank_that_was_enough():
-    def run(facts, rank, seed, known): return Stored(facts, rank, seed, rank, known, 0.0)
+    def run(facts, rank, seed, known): return Memorized(facts, rank, seed, rank, known, 0.0)
     runs = [run(64, 16, 1, 1.0), run(64, 1, 1, 0.95), run(64, 1, 2, 0.2), run(64, 4, 2, 0.89), run(64, 16, 2, 0.9), run(8, 1, 1, 0.0)]
     assert needed_rank(runs) == {8: {1: None}, 64: {1: 1, 2: 16}}
 

@@ -298,7 +298,7 @@ BAD = {
     "a key of other trainings": ("train_config.fp8=true", "train_config.fp8: True is not read by a bridge"),
     "no model": ("bridge_config.source.model=needle:middle", "the two that can be made are needle:source, needle:target"),
     "residual on a short text": ("bridge_config.translator.mode=residual", "residual adds 3 soft tokens to a text of 1"),
-    "a field that no item has": (["bridge_config.source.prompt={story}", "bridge_config.data.task=gsm8k", "bridge_config.data.path=DATA"], "'story' is no field of an item; known: question, context"),
+    "a field that no item has": (["bridge_config.source.prompt='{story}'", "bridge_config.data.task=gsm8k", "bridge_config.data.path=DATA"], "'story' is no field of an item; known: question, context"),
     "no file": (["bridge_config.data.task=gsm8k", "bridge_config.data.path=nowhere"], "nowhere: no such file or folder"),
     "a data set without answers": (["bridge_config.data.task=gsm8k", "bridge_config.data.path=EMPTY"], "line 1 has no answer"),
     "a tokenizer of another model": ("bridge_config.target.model=OTHER", "the tokenizer does not match the model"),
@@ -322,10 +322,10 @@ def test_bad_input_is_one_line(pair, tmp_path, capsys, words, said):
     assert said in err and err.count("\n") == 1 and "Traceback" not in err
 
 
-def test_the_command_trains(pair, tmp_path, capsys):
+def test_the_command_trains(pair, tmp_path, capsys, caplog):
     file = save_config(config(pair, tmp_path/"elsewhere"), tmp_path/"bridge.yaml")
     assert main(["train", "--config", str(file), "--output-dir", str(tmp_path/"run"), "train_config.max_steps=2"]) == 0
-    out = capsys.readouterr().out
+    out = capsys.readouterr().out + caplog.text
     assert "step 2/2" in out and "left" in out and "selected" in out and "test_held_out" in out
     assert {"bridge.json", "metrics.jsonl", "heartbeat.json", "selected", "checkpoint-2"} <= {path.name for path in (tmp_path/"run").iterdir()}
 

@@ -145,6 +145,14 @@ def test_mistakes_are_one_line(main, words, message):
     assert call(main, words) == (2, "", f"peer-ablate: error: {message}\n")
 
 
+@pytest.mark.parametrize("words, option", [("--resume study", "--output-dir study"), ("--tokens 5 base.yaml", "--base-config base.yaml"), ("--resume study --gpus 0", "--output-dir study")])
+def test_a_path_that_stands_alone_is_told_its_option(main, words, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"study").mkdir()
+    (tmp_path/"base.yaml").write_text("")
+    assert call(main, words) == (2, "", f"peer-ablate: error: not understood: {option.split()[1]}; did you mean {option}?\n")
+
+
 def test_commands_and_exit_codes(main):
     assert call(main, "status out") == (3, "", "")
     assert call(main, "status --folder out --deep") == (3, "", "")

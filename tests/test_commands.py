@@ -199,10 +199,11 @@ LEAST = {   # command: its shortest form
     "peer-ablate watch": ["nowhere"], "peer-train": ["--config", "configs/small.yaml"], "peer-bridge evaluate": ["output/needle"], "peer-eval perplexity": ["output/checkpoint-1000"], "peer-eval benchmark": ["output/checkpoint-1000", "hellaswag"],
     "peer-eval recall": ["output/checkpoint-1000", "digits"], **{f"peer-data {task}": ["--output-dir", "new", "--force"] for task in ("synthetic_qa", "digit_lookup", "two_hop", "hashhop")},
     "peer-data tokenization": ["digits"], "peer-analyze parameters": ["configs/small.yaml"], "peer-analyze usage": ["output/checkpoint-1000"],
-    **{f"peer-analyze {name}": ["output/checkpoint-1000", "data/digit_lookup"] for name in ("ablate", "swap", "retrievals")}, "peer-analyze intervene": ["output/checkpoint-1000", "data/digit_lookup", "--drop", "0"]}
+    "peer-analyze convert": ["output/checkpoint-1000", "new"], "peer-analyze losses": ["nowhere"],
+    **{f"peer-analyze {name}": ["output/checkpoint-1000", "data/digit_lookup"] for name in ("ablate", "swap", "retrievals", "attention")}, "peer-analyze rewrite": ["output/checkpoint-1000", "data/digit_lookup", "--aim", "x", "--want", "1"], "peer-analyze intervene": ["output/checkpoint-1000", "data/digit_lookup", "--drop", "0"]}
 ZERO = {"--gpus": "the CPU", "--seed": "a seed", "--seeds": "a seed", "--layer": "the first", "--layers": "the first", "--pairs": "don't look", "--threshold": "all are hot", "--fewshot": "no examples", "--top": "no list",
         "--num-novel": "none", "--num-known": "none", "--num-novel-ood": "none", "--num-eval": "none", "--num-samples": "none", "--val-fraction": "none", "--test-fraction": "none", "--resamples": "no interval",
-        "--drop": "a row"}
+        "--drop": "a row", "--keep": "nothing is kept"}
 EDITS = {"--swap", "--replace", "--in-place-of", "--inject", "--weight", "--pattern", "--head", "--layer"}   # of intervene, checked together: test_edits
 
 

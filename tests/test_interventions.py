@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from peer_nb.analysis.ablation import heads_of_data, part_records
 from peer_nb.analysis.command import main
 from peer_nb.analysis.interventions import MODES, answers_of, clean_pass, effects_of, random_keys, setting_of
 from peer_nb.analysis.swaps import swap_matrix, swap_rows
@@ -211,6 +212,47 @@ def test_heads_positions_and_layers_against_a_layer_that_is_written_out(what, en
                 layer.forward = forward
                 assert asked(model, encoded)[example][0] == pytest.approx(logprob, abs=1e-9)
                 del layer.forward
+
+
+@pytest.mark.parametrize("mode", ["zero", "mean", "resample"])
+def test_a_head_of_attention_left_out_is_a_model_whose_output_projection_lacks_it(mode, encoded):
+    "Nothing or a mean in a head's place is the projection without the head's columns, with a bias; another question's output is put in position by position"
+    model, names = small(), [e.question.id for e in encoded]
+    answers, heads = answers_of(encoded), heads_of_data(model, encoded, mode, batch_tokens=40, seed=0)
+    clean = clean_pass(model, answers)
+    found = {(r["layer"], r["key"], r["id"]): r for r in part_records(model, clean, names, [1, 2], "heads", 0, heads)}
+    assert len(found) == 3*2*len(names) and any(abs(r["delta_logprob"]) > .1 for r in found.values())
+    before, written = asked(model, encoded), {}
+    for e in encoded:                                                            # each question by itself: [T, heads, width]
+        hooks = [layer.self_attn.o_proj.register_forward_pre_hook(lambda _, x, e=e, n=n: written.update({(e.question.id, n): x[0][0].unflatten(-1, (2, 8))})) for n, layer in enumerate(model.model.layers)]
+        model(torch.tensor([e.context + e.answer[:-1]]))
+        for hook in hooks: hook.remove()
+    for n, layer in enumerate(model.model.layers):
+        own, mean = layer.self_attn.o_proj, torch.cat([written[name, n] for name in names]).mean(0)
+        for head in range(2):
+            columns = slice(8*head, 8*head + 8)
+            layer.self_attn.o_proj = other = torch.nn.Linear(16, 16, bias=mode == "mean", dtype=torch.float64)
+            with torch.no_grad():
+                other.weight.copy_(own.weight)[:, columns] = 0
+                if mode == "mean": other.bias.copy_(own.weight[:, columns] @ mean[head])
+            for e, (first, _) in zip(encoded, before):
+                with torch.no_grad():
+                    if mode == "resample":
+                        candidates = [d for d in names if d != e.question.id]
+                        after = [given_another(model, e, own.weight[:, columns], other, written[d, n][:, head]) for d in candidates]
+                    else: after = [asked(model, [e])[0][0]]
+                got = found[n, f"attention {head}", e.question.id]["delta_logprob"]
+                assert min(abs(first + got - a) for a in after) < 1e-9
+            layer.self_attn.o_proj = own
+
+
+def given_another(model, e, columns, projection, output) -> float:
+    "An answer's log-probability when a head writes what it wrote for another question"
+    length = len(e.context) + len(e.answer)
+    there = output[torch.arange(length).clamp_max(len(output) - 1)]                # [T, width]
+    hook = projection.register_forward_hook(lambda _, given, out: out + there[:out.shape[1]] @ columns.T)
+    try: return asked(model, [e])[0][0]
+    finally: hook.remove()
 
 
 @pytest.fixture(scope="module")

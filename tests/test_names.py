@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent/"peer_nb"
 ALIKE = {
     "main": "the entry point of a command or of a process; nobody imports one by name",
     "compare": "a subcommand of peer-analyze is named after what a user types",
+    "convert": "a subcommand of peer-analyze is named after what a user types",
     "parameters": "a subcommand of peer-analyze is named after what a user types",
 }
 

@@ -162,6 +162,25 @@ def test_the_real_trainer_is_killed_and_goes_on_to_the_bit(tmp_path):
     pd.testing.assert_frame_equal(tables[0][numbers], tables[1][numbers], check_exact=True)
 
 
+def test_a_run_that_diverges_has_failed_and_says_why(tmp_path):
+    "The real trainer at a rate that no model survives: a FAILED row with the reason in table, page and log; the sane run beside it is DONE"
+    base = json.loads(json.dumps(BASE)) | dict(eval_config=dict(max_tokens=500, eval_batch_size=4))
+    base["train_config"] |= dict(max_tokens=64*40, save_steps=1000, eval_steps=1000)
+    base["model_config"]["vocab_size"] = 257
+    axes = {"rate": {"usual": {}, "wild": {"train_config.learning_rate": 1e25, "train_config.max_grad_norm": 1e30}}}
+    work = write_study(tmp_path, dict(STUDY, name="wild", notebook="train_and_evaluate", axes=axes), base)
+    (work/"words.txt").write_text("".join(f"{n} and {n} is {2*n}\n\n" for n in range(600)))
+    code, out = ended(launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0))
+    folder = the_folder(work)
+    rows, wild = pd.read_csv(folder/"ablation_results.csv").set_index("rate"), next(folder.glob("runs/*wild*"))
+    error = read_json(wild/"status.json")["error"]
+    assert code == 1 and rows.state.to_dict() == {"usual": "DONE", "wild": "FAILED"}, out
+    assert error["kind"] == rows.error_kind["wild"] == "not finite" and not (wild/"result.json").exists()
+    assert pd.notna(rows["words/bits_per_byte"]["usual"]) and pd.isna(rows["words/bits_per_byte"]["wild"])
+    assert "not finite" in out and "Traceback" not in out
+    assert "not finite" in (folder/"index.html").read_text()
+
+
 ENDINGS = {"asks": "import os; os._exit(75)", "torchrun": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; sys.exit(75)'], check=True)", "memory": "raise MemoryError('out')",
            "diverged": "raise FloatingPointError('the loss is not finite')", "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"}
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ from ..files import (
     UserError, append_jsonl, folder_lock, read_json, read_jsonl, sha256_of, writable_folder, write_json)
 
 # %% auto #0
-__all__ = ['FIELDS', 'MOST_ROWS', 'jsonl_questions', 'text_questions', 'asked_of', 'fitting_questions', 'records_of',
-           'slot_ranks', 'keys_until_loss', 'layer_answers', 'all_parts', 'answers_without', 'part_records', 'Job',
-           'losses_of', 'append_all', 'example_lines', 'run_batches', 'layer_groups', 'finish_ablation', 'run_ablation',
-           'setting_for', 'run_retrievals', 'run_swap', 'wanted_tokens', 'curve_lines', 'run_intervene',
-           'memory_effects', 'fact_metrics']
+__all__ = ['FIELDS', 'MOST_ROWS', 'DONORS', 'jsonl_questions', 'text_questions', 'asked_of', 'fitting_questions', 'records_of',
+           'slot_ranks', 'keys_until_loss', 'layer_answers', 'HeadOutputs', 'heads_of_data', 'all_parts',
+           'answers_without', 'part_records', 'Job', 'losses_of', 'append_all', 'example_lines', 'run_batches',
+           'layer_groups', 'finish_ablation', 'run_ablation', 'setting_for', 'run_retrievals', 'run_swap',
+           'wanted_tokens', 'curve_lines', 'run_intervene', 'memory_effects', 'fact_metrics']
 
 # %% ../../nbs/analysis/14_ablation.ipynb #2d263b4f
 def jsonl_questions(
@@ -176,12 +177,66 @@ def layer_answers(
     twin._parameters = r.layer._parameters | {"sub_keys": nn.Parameter(random)}
     return r.read(*twin.route(r.x))
 
+# %% ../../nbs/analysis/14_ablation.ipynb #96cc8465
+DONORS = 8 # questions whose heads' outputs are kept
+
+@dataclass
+class HeadOutputs:
+    "What attention heads write for a data set, and which of it stands in for a head that is left out"
+    mode: str = "zero" # zero, mean or resample
+    mean: dict[int, Tensor] = field(default_factory=dict) # layer -> [heads, width]
+    donors: dict[str, dict[int, Tensor]] = field(default_factory=dict) # id -> layer -> [tokens, heads, width]
+
+# %% ../../nbs/analysis/14_ablation.ipynb #02ef2147
+@torch.no_grad()
+def heads_of_data(
+    model: nn.Module, # in evaluation mode
+    encoded: list[Encoded], # all questions
+    mode: str, # zero, mean or resample
+    batch_tokens: int, # of a batch, padding included
+    seed: int, # of the draw of questions
+) -> HeadOutputs:
+    "One pass over the data, to know what attention heads write"
+    embedding, found, tokens = model.get_input_embeddings(), HeadOutputs(mode), 0
+    if mode == "zero": return found
+    order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed))
+    found.donors = {encoded[i].question.id: {} for i in order[:DONORS]}
+    for batch in batches_of(encoded, batch_tokens, embedding.num_embeddings):
+        answers, seen = answers_of(batch, embedding.weight.device), {}
+        listeners = {n: partial(seen.setdefault, n) for n in attention_layers(model)}
+        with head_outputs(model, listeners): model.get_decoder()(input_ids=answers.ids, use_cache=False)
+        tokens += int(answers.reaching.sum())
+        for n, x in seen.items():                                              # [B, T, heads, width]
+            found.mean[n] = found.mean.get(n, 0) + x[answers.reaching].double().sum(0)
+            for e, own, reach in zip(batch, x, answers.reaching):
+                if e.question.id in found.donors: found.donors[e.question.id][n] = own[reach]
+    found.mean = {n: total / tokens for n, total in found.mean.items()}
+    return found
+
+# %% ../../nbs/analysis/14_ablation.ipynb #0ce8f747
+@patch
+def instead(self: HeadOutputs,
+    number: int, # of a layer
+    names: Sequence[str], # ids of the questions of a batch
+    length: int, # of its rows
+) -> Tensor: # [heads, width] or [B, T, heads, width], or a number
+    "What heads of a layer write when they are left out"
+    if self.mode == "zero": return torch.zeros(())
+    if self.mode == "mean": return self.mean[number]
+    def other(name):
+        left = [d for d in self.donors if d != name]
+        if not left: raise UserError("heads: resample needs two questions, there is one")
+        own = self.donors[left[int(sha256_of(name)[:8], 16) % len(left)]][number]
+        return own[torch.arange(length, device=own.device).clamp_max(len(own) - 1)]     # a shorter one's end goes on
+    return torch.stack([other(name) for name in names])
+
 # %% ../../nbs/analysis/14_ablation.ipynb #a6007619
 def all_parts(
     model: nn.Module, # of transformers
     layers: Sequence[int], # with memories
     what: str, # layers or heads
     seed: int, # of what is random
+    instead: Callable[[int], Tensor] = lambda number: torch.zeros(()), # layer -> what its heads write when left out
 ) -> Iterator[tuple[int, str, Any]]: # layer, part, context in which it is left out
     "Everything that needs a whole forward pass"
     if what == "layers":
@@ -190,9 +245,12 @@ def all_parts(
                 yield n, part, writing(model, {n: lambda r, part=part: layer_answers(r, part, seed)})
         return
     for n in attention_layers(model):
+        other = instead(n)
         for head in range(model.config.num_attention_heads):
-            def silent(x, head=head): return x.index_fill(2, torch.tensor([head], device=x.device), 0)
-            yield n, f"attention {head}", head_outputs(model, {n: silent})
+            def changed(x, head=head, other=other):
+                own = torch.arange(x.shape[2], device=x.device)[:, None] == head        # [heads, 1]
+                return torch.where(own, other.to(x), x)
+            yield n, f"attention {head}", head_outputs(model, {n: changed})
 
 # %% ../../nbs/analysis/14_ablation.ipynb #084baa81
 @torch.no_grad()
@@ -214,10 +272,12 @@ def part_records(
     layers: Sequence[int], # with memories
     what: str, # layers or heads
     seed: int, # of what is random
+    heads: HeadOutputs = HeadOutputs(), # what stands in for heads
 ) -> list[dict]: # lines of effects.jsonl
     "What whole parts do to a batch"
     found, before, exact = [], clean.logprob.double().sum(-1), clean.right.all(-1).tolist()
-    for layer, part, context in all_parts(model, layers, what, seed):
+    def instead(number): return heads.instead(number, names, clean.answers.ids.shape[1])
+    for layer, part, context in all_parts(model, layers, what, seed, instead):
         logprob, right = answers_without(model, clean, context)
         delta, after = (logprob.double().sum(-1) - before).tolist(), right.all(-1).tolist()
         for name, d, b, e in zip(names, delta, exact, after):
@@ -234,6 +294,7 @@ class Job:
     mode: str # how keys are left out
     setting: Setting # what modes know
     folder: Path # of the results
+    heads: HeadOutputs = field(default_factory=HeadOutputs) # what stands in for heads of attention
 
     @property
     def layers(self) -> list[int]: return [n for group in self.groups for n in group]
@@ -261,7 +322,7 @@ def effects(self: Job,
     "All effects on a batch"
     for what in self.what:
         if what in ("layers", "heads"):
-            yield from part_records(self.model, clean, names, self.layers, what, self.setting.seed)
+            yield from part_records(self.model, clean, names, self.layers, what, self.setting.seed, self.heads)
         if what != "layers": yield from self.unit_effects(clean, names, what)
 
 # %% ../../nbs/analysis/14_ablation.ipynb #dbc36250
@@ -366,7 +427,7 @@ def run_ablation(
     data: Path, # folder of peer-data, .jsonl, or a text
     asked: dict, # splits, limit, start and window: which questions
     layers: list[int] | None, # None: all memory layers
-    settings: dict, # what, mode, dtype, seed, batch_tokens
+    settings: dict, # what, mode, head_mode, dtype, seed, batch_tokens
     folder: Path, # of the results
     force: bool = False, # forget what is there
 ) -> int: # exit code
@@ -382,7 +443,9 @@ def run_ablation(
         claim_answers(folder/"run.json", identity, [folder/"effects.jsonl", folder/"examples.jsonl"], force)
         model = model.to(getattr(torch, settings["dtype"]))
         setting = setting_for(model, encoded, groups, settings)
-        job = Job(model, groups, settings["what"], settings["mode"], setting, folder)
+        head_mode = settings["head_mode"] if "heads" in settings["what"] else "zero"
+        heads = heads_of_data(model, encoded, head_mode, settings["batch_tokens"], settings["seed"])
+        job = Job(model, groups, settings["what"], settings["mode"], setting, folder, heads)
         try: run_batches(job, encoded, settings["batch_tokens"])
         finally: finish_ablation(folder, about)
     print(f"\n{folder/'index.html'}")
@@ -460,9 +523,10 @@ def wanted_tokens(
 # %% ../../nbs/analysis/14_ablation.ipynb #b61d8770
 def curve_lines(
     curve: list[dict], # of `sweep`
+    swept: str = "weight", # what its points differ in
 ) -> list[str]: # for a terminal
-    "What an edit does and what else it does, a line for each of its weights"
-    weights = ["" if c["weight"] is None else f"weight {c['weight']:g}: " for c in curve]
+    "What an edit does and what else it does, a line for each point"
+    weights = ["" if c["weight"] is None else f"{swept} {c['weight']:g}: " for c in curve]
     shares = [", ".join(f"{name} {share_text(c[name])}" for name in ("efficacy", "collateral")) for c in curve]
     return [weight + share for weight, share in zip(weights, shares)]
 

@@ -29,8 +29,9 @@ from ..stats import compare
 __all__ = ['EDIT_KEYS', 'PATTERNS', 'ACTS', 'ANSWER_COLUMNS', 'EDITS_NOTE', 'Edit', 'whole_number', 'parse_edit', 'touches',
            'meet', 'refuse_contradictions', 'parse_edits', 'check_edits', 'Slots', 'drop_row', 'swap_slots',
            'replace_row', 'inject_row', 'pattern_keys', 'put_patterns', 'acts_at', 'editing', 'asked_under',
-           'of_one_length', 'facts_of_rows', 'edit_effects', 'unedited', 'judged', 'sweep', 'check_for_good',
-           'edit_tables', 'save_edited', 'sweep_figure', 'edits_page']
+           'of_one_length', 'facts_of_rows', 'edit_effects', 'unedited', 'judged', 'check_aim', 'sweep',
+           'refuse_shared_table', 'check_for_good', 'edit_tables', 'refuse_full', 'write_edited', 'save_edited',
+           'sweep_figure', 'edits_page']
 
 # %% ../../nbs/analysis/13_edits.ipynb #43cff822
 @dataclass(frozen=True)
@@ -360,6 +361,17 @@ def judged(
     return dict(efficacy=proportion(hit, len(aimed)), collateral=proportion(lost, len(others)),
                 change_aimed=change(aimed), change_others=change(others))
 
+# %% ../../nbs/analysis/13_edits.ipynb #54559fb9
+def check_aim(
+    encoded: Sequence[Encoded], # questions
+    aim: Sequence[str], # ids
+):
+    "Refuse questions that are not there"
+    unknown = sorted({*aim} - {e.question.id for e in encoded})
+    if not unknown: return
+    first = ", ".join(e.question.id for e in encoded[:3])
+    raise UserError(f"--aim {unknown[0]}: no such question; the first ones are {first}")
+
 # %% ../../nbs/analysis/13_edits.ipynb #a46f5b03
 def sweep(
     model: nn.Module, # in evaluation mode
@@ -370,9 +382,7 @@ def sweep(
 ) -> dict[str, Any]: # curve: for each weight the numbers of `judged`; answers under the last
     "Efficacy and collateral of a chain of edits, at each weight"
     check_edits(model, edits)
-    if unknown := sorted({*(aim or ())} - {e.question.id for e in encoded}):
-        first = ", ".join(e.question.id for e in encoded[:3])
-        raise UserError(f"--aim {unknown[0]}: no such question; the first ones are {first}")
+    check_aim(encoded, aim or ())
     aim = facts_of_rows(model, encoded, edits) if aim is None else list(aim)
     weights = next((e.weight for e in edits if isinstance(e.weight, tuple)), (None,))
     before, curve = unedited(model, encoded), []
@@ -380,7 +390,19 @@ def sweep(
         chain = [replace(e, weight=weight) if isinstance(e.weight, tuple) else e for e in edits]
         records = edit_effects(model, encoded, chain, aim, want, before)
         curve.append(dict(weight=weight, **judged(records, want is not None)))
-    return dict(edits=[asdict(e) for e in edits], aim=aim, known=len(records), curve=curve, answers=records)
+    return dict(lead="; ".join(map(str, edits)), swept="weight", edits=[asdict(e) for e in edits], aim=aim,
+                known=len(records), curve=curve, answers=records)
+
+# %% ../../nbs/analysis/13_edits.ipynb #1022eaa4
+def refuse_shared_table(
+    model: nn.Module, # with memory layers
+    number: int, # of one
+):
+    "Refuse to write into a table that several layers read"
+    layers = chosen_layers(model)
+    own = getattr(chosen_layers(model, [number])[number], layers[number].table_names[-1])
+    if sum(getattr(layer, layer.table_names[-1]) is own for layer in layers.values()) > 1:
+        raise UserError(f"layer {number}: shares its table, and the edit would act in other layers, too")
 
 # %% ../../nbs/analysis/13_edits.ipynb #e2f6f51b
 def check_for_good(
@@ -388,7 +410,6 @@ def check_for_good(
     edits: Sequence[Edit], # a chain
 ):
     "Refuse edits that weights cannot hold"
-    layers = chosen_layers(model)
     for e in edits:
         if e.at != "all" or e.head is not None:
             raise UserError(f"{e}: acts at some tokens or heads only, and cannot be saved in weights")
@@ -396,10 +417,7 @@ def check_for_good(
             raise UserError(f"{e}: keys share their parts, so the key of one row cannot be saved")
         if e.edit == "inject" or len(e.rows) < 2 and e.edit == "replace":
             raise UserError(f"{e}: acts whatever is retrieved, and cannot be saved in weights")
-        memory = layers[e.layer]
-        table = getattr(memory, memory.table_names[-1])
-        if sum(getattr(other, other.table_names[-1]) is table for other in layers.values()) > 1:
-            raise UserError(f"layer {e.layer}: shares its table, and the edit would act in other layers, too")
+        refuse_shared_table(model, e.layer)
 
 # %% ../../nbs/analysis/13_edits.ipynb #3635348d
 @torch.no_grad()
@@ -417,7 +435,34 @@ def edit_tables(
         else:
             for table in tables: table[e.rows[1]] = table[e.rows[0]]
 
+# %% ../../nbs/analysis/13_edits.ipynb #bc6aeb60
+def refuse_full(
+    folder: Path, # where something new is to be written
+):
+    "Refuse a folder that holds something"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise UserError(f"{folder}: is not empty")
+
 # %% ../../nbs/analysis/13_edits.ipynb #1a8a9d04
+def write_edited(
+    model: nn.Module, # whose tables were changed
+    tokenizer, # with it
+    records: list[dict], # what was done
+    folder: str | Path, # new
+    source: str | Path | None = None, # the checkpoint that was loaded; edits that it records are kept
+) -> Path: # the checkpoint
+    "Write an edited model with what was done to it"
+    folder, beside = Path(folder), Path(folder).with_name(f".{Path(folder).name}.tmp")
+    refuse_full(folder)
+    earlier = Path(source or "")/"edits.json"
+    done = read_json(earlier) if source is not None and earlier.is_file() else []
+    try:
+        for part in (model, tokenizer): part.save_pretrained(writable_folder(beside))
+        write_json(beside/"edits.json", [*done, *records])
+        beside.replace(folder)
+    finally: shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+# %% ../../nbs/analysis/13_edits.ipynb #ef2239bd
 def save_edited(
     model: nn.Module, # as it was loaded; it is changed
     tokenizer, # with it
@@ -426,19 +471,11 @@ def save_edited(
     source: str | Path | None = None, # the checkpoint that was loaded; edits that it records are kept
 ) -> Path: # the checkpoint
     "Edit a model for good, and write it"
-    folder, beside = Path(folder), Path(folder).with_name(f".{Path(folder).name}.tmp")
     check_edits(model, edits)
     check_for_good(model, edits)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise UserError(f"{folder}: is not empty")
-    earlier = Path(source or "")/"edits.json"
-    done = read_json(earlier) if source is not None and earlier.is_file() else []
     edit_tables(model, edits)
-    try:
-        for part in (model, tokenizer): part.save_pretrained(writable_folder(beside))
-        write_json(beside/"edits.json", [*done, *(dict(edit=e.edit, layer=e.layer, rows=list(e.rows)) for e in edits)])
-        beside.replace(folder)
-    finally: shutil.rmtree(beside, ignore_errors=True)
-    return folder
+    records = [dict(edit=e.edit, layer=e.layer, rows=list(e.rows)) for e in edits]
+    return write_edited(model, tokenizer, records, folder, source)
 
 # %% ../../nbs/analysis/13_edits.ipynb #9cfbbc45
 ANSWER_COLUMNS = dict(id="question", aimed="aimed at", answer="answer", says="says", logprob_before="before, nats",
@@ -451,32 +488,33 @@ EDITS_NOTE = ("Efficacy: facts aimed at that get the wanted answer, or without o
 # %% ../../nbs/analysis/13_edits.ipynb #8093e13d
 def sweep_figure(
     curve: list[dict], # of `sweep`
+    swept: str = "weight", # what its points differ in
 ) -> dict: # a plotly figure
-    "Efficacy and collateral against the weight"
+    "Efficacy and collateral against what is swept"
     def line(name):
         weights, shares = [c["weight"] for c in curve if c[name]["n"]], [c[name] for c in curve if c[name]["n"]]
         above, below = [s["high"] - s["value"] for s in shares], [s["value"] - s["low"] for s in shares]
         errors = dict(type="data", symmetric=False, array=above, arrayminus=below)
         return dict(type="scatter", name=name, x=weights, y=[s["value"] for s in shares], error_y=errors)
-    axes = dict(xaxis=dict(title="weight"), yaxis=dict(title="share of facts", tickformat=".0%", range=[-.03, 1.03]))
+    axes = dict(xaxis=dict(title=swept), yaxis=dict(title="share of facts", tickformat=".0%", range=[-.03, 1.03]))
     size = dict(height=300, margin=dict(l=60, r=10, t=10, b=40))
     return dict(data=[line("efficacy"), line("collateral")], layout=axes | size)
 
 # %% ../../nbs/analysis/13_edits.ipynb #1dffa55f
 def edits_page(
     path: Path, # of the page
-    result: dict, # of `sweep`
+    result: dict, # of `sweep`, or of a rewriting
 ) -> Path: # the page
     "Write the page of a chain of edits"
-    last, edits = result["curve"][-1], [Edit(**e | dict(rows=tuple(e["rows"]))) for e in result["edits"]]
-    body = heading("What the edits do", "; ".join(map(str, edits)))
+    last = result["curve"][-1]
+    body = heading("What the edits do", result["lead"])
     said = {"known facts": result["known"]} | {name: share_text(last[name]) for name in ("efficacy", "collateral")}
     for name, title in (("change_aimed", "aimed at, nats"), ("change_others", "not aimed at, nats")):
         if last[name]["mean"] is not None: said[title] = f"{last[name]['mean']:.3f}"
     body += facts_html(said)
     if len(result["curve"]) > 1:
-        curve = figure_html(sweep_figure(result["curve"]), "Intervals are Wilson's, over facts")
-        body += section_html("Weights", curve)
+        curve = figure_html(sweep_figure(result["curve"], result["swept"]), "Intervals are Wilson's, over facts")
+        body += section_html(result["swept"].capitalize(), curve)
     rows = sorted(result["answers"], key=lambda r: r["logprob_after"] - r["logprob_before"])
     lines = [r | dict(aimed="yes" if r["aimed"] else "") for r in rows]
     body += section_html("Answers", table_html(lines, ANSWER_COLUMNS, sort=True))

@@ -261,7 +261,9 @@ def impact_page(
     examples: list[dict], # lines of examples.jsonl
 ) -> Path: # the page
     "Write the page of an ablation"
-    table, mode = pd.DataFrame(records), result.get("settings", {}).get("mode", "drop")
+    settings = dict(mode="drop", head_mode="zero") | result.get("settings", {})
+    table, mode = pd.DataFrame(records), settings["mode"]
+    if "heads" in settings.get("what", ()): mode += f", heads of attention: {settings['head_mode']}"
     lead = f"Mode {mode}. Every pair that is not listed has an effect of exactly zero and is counted in the means."
     body = heading("What each memory does", lead)
     body += facts_html({"asked": f"{result['examples']:,}", "known": f"{result['known']:,}"})

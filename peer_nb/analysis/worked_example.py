@@ -45,7 +45,7 @@ def facts_config(
 # %% ../../nbs/analysis/09_worked_example.ipynb #895008dc
 TASKS_HERE = { # task -> arguments of its generator, of `facts` pairs
     "digit_lookup": lambda facts: dict(num_pairs=facts, num_known=facts, num_novel=max(1, facts // 4), exposures=200),
-    "synthetic_qa": lambda facts: dict(num_pairs=facts),
+    "synthetic_qa": lambda facts: dict(num_pairs=facts, frequencies=[100, 200]),
 }
 
 # %% ../../nbs/analysis/09_worked_example.ipynb #fba2c35c

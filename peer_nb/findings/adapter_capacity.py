@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..stats import Comparison, compare
 
 # %% auto #0
-__all__ = ['VALUES', 'stored_bits', 'Stored', 'capacity', 'needed_rank']
+__all__ = ['VALUES', 'stored_bits', 'Memorized', 'capacity', 'needed_rank']
 
 # %% ../../nbs/findings/08_adapter_capacity.ipynb #94e2d256
 VALUES = 900_000   # numbers of six digits
@@ -26,7 +26,7 @@ def stored_bits(
 
 # %% ../../nbs/findings/08_adapter_capacity.ipynb #f31ff2b1
 @dataclass
-class Stored:
+class Memorized:
     "What one run has stored"
     facts: int # in the table
     rank: int # of the adapters
@@ -42,10 +42,10 @@ class Stored:
 
 # %% ../../nbs/findings/08_adapter_capacity.ipynb #236576e1
 def capacity(
-    runs: Iterable[Stored], # of a study
+    runs: Iterable[Memorized], # of a study
 ) -> dict[int, tuple[int, Comparison]]: # rank -> table of which most was stored, bits per trained parameter
     "How much adapters hold"
-    cells: dict[int, dict[int, list[Stored]]] = {}
+    cells: dict[int, dict[int, list[Memorized]]] = {}
     for run in runs: cells.setdefault(run.rank, {}).setdefault(run.facts, []).append(run)
     out = {}
     for rank, tables in sorted(cells.items()):
@@ -55,7 +55,7 @@ def capacity(
 
 # %% ../../nbs/findings/08_adapter_capacity.ipynb #8c4460a8
 def needed_rank(
-    runs: Iterable[Stored], # of a study
+    runs: Iterable[Memorized], # of a study
     known: float = 0.9, # share of the facts that must be known
 ) -> dict[int, dict[int, int | None]]: # facts -> seed -> least rank that was enough; None: no rank that was tried
     "How wide adapters have to be for a table"
