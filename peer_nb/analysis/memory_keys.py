@@ -171,8 +171,9 @@ def layer_html(
     return section_html(f"Layer {layer['layer']}", text_html(lead), figures, table, own)
 
 # %% ../../nbs/analysis/36_memory_keys.ipynb #e2e8db8b
-NEAR_COLUMNS = dict(layer="layer", what="what", vectors="compared", redundant="nearer than chance", median="nearest, median",
-                    by_chance="if shuffled", highest="nearest, largest", threshold="largest if shuffled", which="pairs")
+NEAR_COLUMNS = dict(layer="layer", what="what", vectors="compared", redundant="nearer than chance",
+                    median="nearest, median", by_chance="if shuffled", highest="nearest, largest",
+                    threshold="largest if shuffled", which="pairs")
 
 # %% ../../nbs/analysis/36_memory_keys.ipynb #66b828dd
 def redundancy_html(
