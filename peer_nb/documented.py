@@ -9,7 +9,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from importlib import import_module
@@ -25,8 +25,8 @@ from nbdev.showdoc import BasicMarkdownRenderer
 from .config import describe
 
 # %% auto #0
-__all__ = ['comments_of', 'type_words', 'default_words', 'table_cell', 'fields_table', 'exported', 'Definition', 'nearer',
-           'NearLinks']
+__all__ = ['comments_of', 'type_words', 'default_words', 'table_cell', 'fields_table', 'exported', 'StandIn', 'with_stand_ins',
+           'Definition', 'nearer', 'NearLinks']
 
 # %% ../nbs/14_documented.ipynb #5ec4ab7e
 def comments_of(
@@ -104,6 +104,29 @@ def exported(
     if not inspect.isclass(symbol) or name not in _owners(): return symbol
     return getattr(import_module(_owners()[name]), name, symbol)
 
+# %% ../nbs/14_documented.ipynb #e29197eb
+class StandIn(type):
+    "Stands for what only type checkers import: it has a name, and attributes and parts that have theirs"
+    def __getattr__(cls, name: str) -> StandIn:
+        if name.startswith("__"): raise AttributeError(name)
+        return StandIn(f"{cls.__name__}.{name}", (), {})
+
+    def __getitem__(cls, parts: Any) -> StandIn: return cls
+
+def with_stand_ins(
+    symbol: Any, # whose annotations are evaluated
+    call: Callable[[], Any], # what evaluates them
+):
+    "Call again, with a stand-in for each name that only type checkers know"
+    holders = [getattr(symbol, "__globals__", None), getattr(getattr(symbol, "__init__", None), "__globals__", None),
+               vars(sys.modules[symbol.__module__]) if getattr(symbol, "__module__", None) in sys.modules else None]
+    while True:
+        try: return call()
+        except NameError as e:
+            if all(e.name in names for names in holders if names is not None): raise
+            for names in holders:
+                if names is not None: names.setdefault(e.name, StandIn(e.name, (), {}))
+
 # %% ../nbs/14_documented.ipynb #58f416c7
 def _has_fields(kind: Any) -> bool:
     "Whether it is a dataclass or a NamedTuple"
@@ -114,8 +137,7 @@ class Definition(BasicMarkdownRenderer):
     def __init__(self, sym: Any, **kwargs: Any):
         kind = exported(sym)
         self.table = _has_fields(kind) and fields_table(kind)
-        try: super().__init__(kind, **kwargs)
-        except NameError: super().__init__(sym, **kwargs)   # its types are imported for type checkers only
+        with_stand_ins(kind, lambda: super(Definition, self).__init__(kind, **kwargs))
 
     def signature(self) -> str:
         "The call as Markdown: a table for what has fields, else code"

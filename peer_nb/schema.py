@@ -222,7 +222,7 @@ class TranslatorConfig:
     bottleneck: Count = 128 # width of the blocks
     heads: Count = 4 # of attention; the bottleneck divides evenly among them
     dropout: Decay = 0.0 # in the blocks
-    mode: Literal["prepend", "residual"] = "prepend" # soft tokens stand before the text, or are added to its first tokens
+    mode: Literal["prepend", "residual"] = "prepend" # soft tokens before the text, or added to its first
 
 # %% ../nbs/01_schema.ipynb #d5f61c20
 @dataclass

@@ -171,8 +171,9 @@ def layer_html(
     return section_html(f"Layer {layer['layer']}", text_html(lead), figures, table, own)
 
 # %% ../../nbs/analysis/36_memory_keys.ipynb #e2e8db8b
-NEAR_COLUMNS = dict(layer="layer", what="what", vectors="compared", redundant="redundant", median="nearest, median",
-                    by_chance="if shuffled", highest="nearest, largest", threshold="largest if shuffled", which="pairs")
+NEAR_COLUMNS = dict(layer="layer", what="what", vectors="compared", redundant="nearer than chance",
+                    median="nearest, median", by_chance="if shuffled", highest="nearest, largest",
+                    threshold="largest if shuffled", which="pairs")
 
 # %% ../../nbs/analysis/36_memory_keys.ipynb #66b828dd
 def redundancy_html(
@@ -188,8 +189,9 @@ def redundancy_html(
     for r in rows:
         r |= dict(median=r["nearest"][1], highest=r["nearest"][3], by_chance=r["chance"][1],
                   which=", ".join(f"{p['first']:,} ~ {p['second']:,} ({p['cosine']:.2f})" for p in r["pairs"][:3]))
-    lead = ("Cosine to the nearest other vector. Redundant is what is nearer than any two of nineteen tables whose "
-            "NEAR_COLUMNS were shuffled; of the tables, rows that were retrieved are compared.")
+    lead = ("Cosine to the nearest other vector, and how many have one nearer than any two of nineteen tables whose "
+            "columns were shuffled. Of the tables, rows that were retrieved are compared. Nearer than chance is not yet "
+            "the same: a trained table has fewer directions than columns. Look at the cosine itself.")
     return section_html("Redundancy", text_html(lead), table_html(rows, NEAR_COLUMNS, sort=True))
 
 # %% ../../nbs/analysis/36_memory_keys.ipynb #1befe934
@@ -267,7 +269,7 @@ def keys_text(
         doubled = sum(t["redundant"] for t in l["redundancy"]["tables"])
         lines.append(f"layer {l['layer']}: {l['retrieved']:,} of {l['rows']:,} rows retrieved, {len(l['hot'])} hot, "
                      f"{l['exclusive']['rows']:,} one document's own ({l['exclusive']['by_chance']:,.0f} by chance), "
-                     f"{doubled:,} redundant values, {len(l['together']['clusters'])} clusters")
+                     f"{doubled:,} values nearer than chance, {len(l['together']['clusters'])} clusters")
     if facts := result["facts"]:
         lines.append(f"{facts['facts']:,} facts, {facts['known']:.1%} known, {facts['loss']:.3f} nats an answer")
         for r in facts["correlations"]:

@@ -89,8 +89,8 @@ def new(cls: Bridge,
     source, target = (frozen_model(name, end) for name, end in zip(names, ("source", "target")))
     layer, longest = source_layer(b, source[0]), longest_context(target[0])
     if longest and b.translator.soft_tokens + b.evaluate.max_new_tokens > longest:
-        raise UserError(f"bridge_config.translator.soft_tokens: {b.translator.soft_tokens} soft tokens and an answer of "
-                        f"{b.evaluate.max_new_tokens} do not fit into the target's context of {longest} tokens")
+        raise UserError(f"bridge_config.translator.soft_tokens: {b.translator.soft_tokens} soft tokens and an answer "
+                        f"of {b.evaluate.max_new_tokens} do not fit into the target's context of {longest} tokens")
     width = of_text(source[0].config).hidden_size
     translator = translator or new_translator(b.translator, width, target[0].get_input_embeddings().weight)
     return cls(cfg, *source, *target, translator.to(target[0].device).eval(), folder)

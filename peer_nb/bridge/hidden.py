@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .bridge import Bridge
@@ -32,17 +33,19 @@ class HiddenStates:
 
     def __len__(self) -> int: return len(self.starts) - 1
 
-    def batch(self,
-        places: list[int],    # of prompts in the list
-        device: torch.device, # where to
-    ) -> tuple[Tensor, Tensor]: # hidden states [B, S, source width] float16, mask [B, S] bool; right-padded
-        "Some prompts side by side"
-        sizes = [int(self.starts[n + 1] - self.starts[n]) for n in places]
-        hidden = np.zeros((len(places), max(sizes), self.numbers.shape[1]), np.float16)
-        for row, (n, size) in enumerate(zip(places, sizes)):
-            hidden[row, :size] = self.numbers[self.starts[n]:self.starts[n] + size]
-        mask = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
-        return torch.from_numpy(hidden).to(device), mask.to(device)
+# %% ../../nbs/bridge/10_hidden.ipynb #f00f80b8
+@patch
+def batch(self: HiddenStates,
+    places: list[int],    # of prompts in the list
+    device: torch.device, # where to
+) -> tuple[Tensor, Tensor]: # hidden states [B, S, source width] float16, mask [B, S] bool; right-padded
+    "Some prompts side by side"
+    sizes = [int(self.starts[n + 1] - self.starts[n]) for n in places]
+    hidden = np.zeros((len(places), max(sizes), self.numbers.shape[1]), np.float16)
+    for row, (n, size) in enumerate(zip(places, sizes)):
+        hidden[row, :size] = self.numbers[self.starts[n]:self.starts[n] + size]
+    mask = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    return torch.from_numpy(hidden).to(device), mask.to(device)
 
 # %% ../../nbs/bridge/10_hidden.ipynb #3aaf3b4f
 def hidden_folder(
@@ -50,7 +53,8 @@ def hidden_folder(
     items: list[Item],  # whose prompts are read
 ) -> Path: # may be missing
     "Where the hidden states of a list lie"
-    decides = [model_fingerprint(bridge.source, bridge.source_tokenizer), bridge.layer, [i.source_prompt for i in items]]
+    model = model_fingerprint(bridge.source, bridge.source_tokenizer)
+    decides = [model, bridge.layer, [item.source_prompt for item in items]]
     return cache_folder()/"bridge"/"hidden"/sha256_of(decides)[:32]
 
 # %% ../../nbs/bridge/10_hidden.ipynb #6ae413da

@@ -16,8 +16,8 @@ from ..tasks.task import permutation, seeded_bits
 
 # %% auto #0
 __all__ = ['SPLITS', 'LETTERS', 'PAIRS_SHOWN', 'READERS', 'Item', 'refuse_leaks', 'haystack', 'operand_pairs', 'needle_rows',
-           'needle_items', 'gsm8k_rows', 'hotpotqa_rows', 'ItemFormat', 'item_files', 'split_of', 'items_from_files',
-           'prompt_text', 'load_items']
+           'needle_items', 'gsm8k_rows', 'hotpotqa_rows', 'ItemFormat', 'item_files', 'split_of', 'item_of',
+           'items_from_files', 'filled_prompt', 'load_items']
 
 # %% ../../nbs/bridge/03_items.ipynb #850492b5
 SPLITS = ("train", "validation", "test", "test_held_out") # the last only where operands can be held out
@@ -154,7 +154,8 @@ def item_files(
     path, ending = Path(data.path).expanduser(), READERS[data.task].ending
     if not path.exists(): raise UserError(f"bridge_config.data.path: {path}: no such file or folder")
     files = [path] if path.is_file() else sorted(path.glob(f"*{ending}"))
-    if not files: raise UserError(f"bridge_config.data.path: {path} has no {ending} files, which {data.task} is read from")
+    if not files:
+        raise UserError(f"bridge_config.data.path: {path} has no {ending} files, and {data.task} is read from these")
     return files
 
 # %% ../../nbs/bridge/03_items.ipynb #0914bb7c
@@ -170,6 +171,18 @@ def split_of(
     if place < 2: return "validation"
     return "test" if place < 4 and not apart else "train"
 
+# %% ../../nbs/bridge/03_items.ipynb #8bedbbae
+def item_of(
+    cfg: BridgeConfig, # templates
+    row: dict,         # of a reader
+    split: str,        # it belongs to
+) -> Item:
+    "A row as two models meet it"
+    source, target = filled_prompt(cfg.source.prompt, row, "source"), filled_prompt(cfg.target.prompt, row, "target")
+    told = target.replace("{", "{{").replace("}", "}}") + " {text}"
+    return Item(row["id"], split, source, target, cfg.target.instruction, row["answer"], row["gold"], row["forbidden"],
+                cascade=told, rule=READERS[cfg.data.task].rule)
+
 # %% ../../nbs/bridge/03_items.ipynb #5a51fff6
 def items_from_files(
     cfg: BridgeConfig, # templates and data
@@ -183,13 +196,10 @@ def items_from_files(
     for file in files:
         rows += [row for row in READERS[data.task].rows(file) if split_of(row, file, apart, data.seed) == split]
     rows = [rows[n] for n in permutation(len(rows), data.seed, "order", split)[:count]]
-    return [Item(row["id"], split, prompt_text(cfg.source.prompt, row, "source"), prompt_text(cfg.target.prompt, row, "target"),
-                 cfg.target.instruction, row["answer"], row["gold"], row["forbidden"],
-                 cascade=prompt_text(cfg.target.prompt, row, "target").replace("{", "{{").replace("}", "}}") + " {text}",
-                 rule=READERS[data.task].rule) for row in rows]
+    return [item_of(cfg, row, split) for row in rows]
 
 # %% ../../nbs/bridge/03_items.ipynb #4f2ee810
-def prompt_text(
+def filled_prompt(
     template: str, # with fields in braces
     row: dict,     # question, context
     end: str,      # source or target, for the error

@@ -134,7 +134,8 @@ def prompt_losses(
     pad, count = bridge.target_tokenizer.pad_token_id, soft.shape[1]
     if on.prompt_alignment.on:
         ids, mask = padded([row[:count] + [pad]*(count - len(row)) for row in rows], pad, bridge.device)
-        real = torch.arange(count, device=bridge.device) < torch.tensor([[len(row)] for row in rows], device=bridge.device)
+        sizes = torch.tensor([[len(row)] for row in rows], device=bridge.device)
+        real = torch.arange(count, device=bridge.device) < sizes
         yield "prompt_alignment", mean_square(soft, bridge.embeddings(ids), real)
     if on.info_nce.on:
         ids, mask = padded(without_shared_prefix(rows), pad, bridge.device)

@@ -20,7 +20,7 @@ if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerF
 
 # %% auto #0
 __all__ = ['SYMBOLS', 'LESSONS', 'STEPS', 'ROWS', 'RATE', 'NEEDLE', 'needle_tokenizer', 'source_lesson', 'target_lesson',
-           'lesson_batch', 'new_model', 'cached_needle', 'teach', 'share_learned', 'make_needle', 'bridge_model']
+           'lesson_batch', 'new_model', 'cached_needle', 'train_needle', 'share_learned', 'make_needle', 'bridge_model']
 
 # %% ../../nbs/bridge/04_needle_models.ipynb #2e73aeb3
 SYMBOLS = "0123456789#!?+="
@@ -96,7 +96,8 @@ def new_model(
     from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
     end = tokenizer.eos_token_id
     common = dict(vocab_size=len(tokenizer), num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
-                  initializer_range=0.1, bos_token_id=None, eos_token_id=end, pad_token_id=end, tie_word_embeddings=False)
+                  initializer_range=0.1, bos_token_id=None, eos_token_id=end, pad_token_id=end,
+                  tie_word_embeddings=False)
     if name == "target": return LlamaForCausalLM(LlamaConfig(hidden_size=48, intermediate_size=96, **common))
     return MistralForCausalLM(MistralConfig(hidden_size=64, intermediate_size=128, num_key_value_heads=2,
                                             sliding_window=None, **common))
@@ -106,11 +107,12 @@ def cached_needle(
     name: str, # source or target
 ) -> Path: # may be missing
     "Where a model lies once it is made"
-    decides = [name, STEPS[name], ROWS[name], RATE, SYMBOLS, "1" if name == "source" else "2", version("transformers"), version("torch")]
+    recipe = [STEPS[name], ROWS[name], RATE, SYMBOLS, "1" if name == "source" else "2"]
+    decides = [name, *recipe, version("transformers"), version("torch")]
     return cache_folder()/"bridge"/f"{name}-{sha256_of(decides)[:16]}"
 
 # %% ../../nbs/bridge/04_needle_models.ipynb #47dd51ba
-def teach(
+def train_needle(
     name: str,  # source or target
     steps: int, # of training
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -157,7 +159,7 @@ def make_needle(
     work = writable_folder(final.with_name(final.name + ".making"))
     with folder_lock(work, wait=-1):
         if final.is_dir(): return final
-        model, tokenizer = teach(name, STEPS[name])
+        model, tokenizer = train_needle(name, STEPS[name])
         if (learned := share_learned(name, model, tokenizer)) < 0.95:
             raise UserError(f"needle:{name} has learned {learned:.0%} of its lesson, which is too little for a bridge")
         with no_progress_bars(): model.save_pretrained(work/"model")

@@ -43,6 +43,7 @@ READ_KEYS = {f.strip() for f in """output_dir, per_device_train_batch_size, grad
     warmup_ratio, log_level, logging_steps, save_steps, save_total_limit, keep_optimizer_state, eval_steps, seed, bf16,
     tf32, deterministic, resume_from_checkpoint""".split(",")} # of train_config
 
+# %% ../../nbs/bridge/12_training.ipynb #e3eb498e
 def check_bridge(
     cfg: Config, # of a run
 ) -> None:
@@ -86,7 +87,7 @@ class BridgeProgress:
 # %% ../../nbs/bridge/12_training.ipynb #f28fec7b
 class BridgeTrainer:
     "One run, ready for its first step"
-    # Below, as patches: a step (batches, step); an evaluation (ask, evaluate, choose); what is kept (identity, save,
+    # Below, as patches: a step (learn_from, step); an evaluation (ask, evaluate, choose); what is kept (identity, save,
     # keep_selected, restore); the run (report, take_steps, run).
     def __init__(self,
         cfg: Config, # the run
@@ -110,21 +111,28 @@ class BridgeTrainer:
 
 # %% ../../nbs/bridge/12_training.ipynb #bf1b19d9
 @patch
+def learn_from(self: BridgeTrainer,
+    places: list[int], # of items in the training split: one batch of a step
+) -> dict[str, float]: # losses by name, times the batch's share of the step
+    "Add a batch to the gradient"
+    share, on = len(places)/self.rows, vars(self.bridge.options.losses)
+    hidden, mask = self.hidden["train"].batch(places, self.bridge.device)
+    with autocast_for(self.train, self.bridge.device):
+        found = bridge_losses(self.bridge, [self.items["train"][n] for n in places], hidden, mask)
+    total = sum(weight_at(on[name], self.done.step)*loss for name, loss in found.items())
+    (total*share).backward()
+    self.done.tokens += int(mask.sum())
+    return {name: share*loss.item() for name, loss in dict(found, loss=total).items()}
+
+# %% ../../nbs/bridge/12_training.ipynb #94bc6e86
+@patch
 def step(self: BridgeTrainer) -> dict[str, float]: # losses by name, unweighted; and grad_norm
     "Read, accumulate, clip, update"
     begun, losses, each = time.perf_counter(), {}, self.train.per_device_train_batch_size
     places = rows_of_step(len(self.items["train"]), self.rows, self.train.seed, self.done.step)
     for start in range(0, self.rows, each):
-        part = places[start:start + each]
-        hidden, mask = self.hidden["train"].batch(part, self.bridge.device)
-        with autocast_for(self.train, self.bridge.device):
-            found = bridge_losses(self.bridge, [self.items["train"][n] for n in part], hidden, mask)
-        on = vars(self.bridge.options.losses)
-        total = sum(weight_at(on[name], self.done.step)*loss for name, loss in found.items())
-        share = len(part)/self.rows
-        self.done.tokens += int(mask.sum())
-        (total*share).backward()
-        for name, loss in dict(found, loss=total).items(): losses[name] = losses.get(name, 0.0) + share*loss.item()
+        for name, loss in self.learn_from(places[start:start + each]).items():
+            losses[name] = losses.get(name, 0.0) + loss
     losses["grad_norm"] = clip_gradients(self.optimizer, self.train).item()
     if not math.isfinite(losses["grad_norm"]):
         raise UserError(f"training stopped at step {self.done.step + 1}: the gradient is not finite. A lower "
@@ -185,8 +193,10 @@ def choose(self: BridgeTrainer,
 def identity(self: BridgeTrainer) -> dict[str, str]:
     "The two models, by their content"
     b = self.bridge
-    return dict(source=model_fingerprint(b.source, b.source_tokenizer), target=model_fingerprint(b.target, b.target_tokenizer))
+    return dict(source=model_fingerprint(b.source, b.source_tokenizer),
+                target=model_fingerprint(b.target, b.target_tokenizer))
 
+# %% ../../nbs/bridge/12_training.ipynb #3fb12472
 @patch(as_prop=True)
 def out(self: BridgeTrainer) -> Path: return Path(self.train.output_dir)
 
@@ -236,6 +246,7 @@ def gates(self: BridgeTrainer) -> dict[str, float]: # "gate/<block>/see", "read"
     return {f"gate/{n}/{name}": value for n, block in enumerate(self.translator.blocks)
             for name, value in zip(("see", "read", "think"), block.gates.detach().tanh().tolist())}
 
+# %% ../../nbs/bridge/12_training.ipynb #abc15306
 @patch
 def metrics_line(self: BridgeTrainer,
     norm: float, # of the step's gradient
@@ -244,8 +255,8 @@ def metrics_line(self: BridgeTrainer,
     done = self.done
     means = {name if name == "loss" else f"loss/{name}": total/done.line_steps for name, total in done.line.items()}
     done.line, done.line_steps = None, 0
-    return dict(step=done.step, tokens=done.tokens, **means, learning_rate=self.schedule.get_last_lr()[0], grad_norm=finite(norm),
-                seconds=round(done.seconds, 3), **self.gates())
+    return dict(step=done.step, tokens=done.tokens, **means, learning_rate=self.schedule.get_last_lr()[0],
+                grad_norm=finite(norm), seconds=round(done.seconds, 3), **self.gates())
 
 # %% ../../nbs/bridge/12_training.ipynb #0097ce48
 @patch
@@ -309,6 +320,7 @@ class BridgeResult:
     metrics: list[dict]  # lines of metrics.jsonl
     folder: Path         # of the run
 
+# %% ../../nbs/bridge/12_training.ipynb #e79ddd15
 def train_bridge(
     cfg: Config,                       # with a bridge_config
     resume: bool | str | None = None,  # a checkpoint; True or "auto": the newest; None: as in cfg
