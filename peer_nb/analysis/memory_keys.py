@@ -190,8 +190,8 @@ def redundancy_html(
         r |= dict(median=r["nearest"][1], highest=r["nearest"][3], by_chance=r["chance"][1],
                   which=", ".join(f"{p['first']:,} ~ {p['second']:,} ({p['cosine']:.2f})" for p in r["pairs"][:3]))
     lead = ("Cosine to the nearest other vector, and how many have one nearer than any two of nineteen tables whose "
-            "columns were shuffled. Of the tables, rows that were retrieved are compared. Nearer than chance is not yet "
-            "the same: a trained table has fewer directions than columns. Look at the cosine itself.")
+            "columns were shuffled. Of the tables, rows that were retrieved are compared. Nearer than chance is not "
+            "yet the same: a trained table has fewer directions than columns. Look at the cosine itself.")
     return section_html("Redundancy", text_html(lead), table_html(rows, NEAR_COLUMNS, sort=True))
 
 # %% ../../nbs/analysis/36_memory_keys.ipynb #1befe934
