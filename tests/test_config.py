@@ -187,7 +187,7 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     **{f"bridge_config.data.{name}_items": (BRIDGE_ITEMS, "number of items") for name in ("train", "validation", "test")},
     "bridge_config.data.held_out_pairs": (BRIDGE_ITEMS, "which pairs of operands only the test has"),
     "bridge_config.data.seed": (BRIDGE_ITEMS, "which items there are"),
-    "bridge_config.data.cache_hidden": (BRIDGE, "whether hidden states are kept in files"),
+    "bridge_config.data.cache_hidden": ("bridge/hidden.py", "whether hidden states are kept in files"),
     "bridge_config.evaluate.mode": (BRIDGE, "what follows the soft tokens"),
     "bridge_config.evaluate.max_new_tokens": (BRIDGE, "length of an answer"),
     "bridge_config.evaluate.stop": (BRIDGE, "where an answer ends"),
