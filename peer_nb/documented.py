@@ -82,11 +82,14 @@ def fields_table(
 ) -> str: # Markdown; empty for a class without fields
     "Each field with its type, its default and its meaning"
     if is_dataclass(kind): defaults = {f.name: default_words(f) for f in fields(kind)}
-    else: defaults = {name: repr(kind._field_defaults[name]) if name in kind._field_defaults else "" for name in kind._fields}
+    else:
+        given = kind._field_defaults
+        defaults = {name: repr(given[name]) if name in given else "" for name in kind._fields}
     said, lines = comments_of(kind), ["| Field | Takes | Default | Meaning |", "|---|---|---|---|"]
     for name, default in defaults.items():
         shown = f"`{table_cell(default)}`" if default else "needed"
-        lines.append(f"| <code>{name}</code> | {table_cell(type_words(kind, name))} | {shown} | {table_cell(said.get(name, ''))} |")
+        takes, meaning = table_cell(type_words(kind, name)), table_cell(said.get(name, ""))
+        lines.append(f"| <code>{name}</code> | {takes} | {shown} | {meaning} |")
     return "\n".join(lines) if defaults else ""
 
 # %% ../nbs/14_documented.ipynb #d08a0d89
@@ -175,4 +178,5 @@ class NearLinks(Processor):
         if cell.cell_type == "markdown": cell.source = nearer(cell.source, self.page, self.site)
         for out in cell.get("outputs", []):
             data = out.get("data", {})
-            if "text/markdown" in data: data["text/markdown"] = nearer("".join(data["text/markdown"]), self.page, self.site)
+            if "text/markdown" not in data: continue
+            data["text/markdown"] = nearer("".join(data["text/markdown"]), self.page, self.site)

@@ -574,8 +574,6 @@ def convert(
 # %% ../../nbs/analysis/39_command.ipynb #81ae068e
 COMMANDS = {"parameters": parameters, "usage": usage, "checkpoint": checkpoint, "compare": compare, "page": page}
 COMMANDS |= INTERVENTIONS | ROUTES
+COMMANDS |= {"attention": attention, "convert": convert, "losses": losses, "explain": explain, "salvage": salvage}
 main = make_main("peer-analyze", COMMANDS,
                  doc="Look inside a model: its size and cost, the use of its memories, the contents of a checkpoint")
-
-# %% ../../nbs/analysis/39_command.ipynb #6aa9731a
-COMMANDS |= {"attention": attention, "convert": convert, "losses": losses, "explain": explain, "salvage": salvage}
