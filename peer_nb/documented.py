@@ -44,12 +44,14 @@ def _in_words(hint: Any) -> bool:
     "Whether a type has a condition or a choice in it, which words say better"
     return get_origin(hint) in (Annotated, Literal) or any(_in_words(part) for part in get_args(hint))
 
+# %% ../nbs/14_documented.ipynb #43a96d20
 def _evaluated(written: Any, owner: type) -> Any:
     "The type that an annotation means; the annotation itself where it names what only type checkers import"
     if not isinstance(written, str): return written
     try: return eval(written, vars(sys.modules[owner.__module__]))
     except NameError: return written
 
+# %% ../nbs/14_documented.ipynb #6e8250b4
 def type_words(
     kind: type, # a class with annotated fields
     name: str, # one of them
@@ -77,6 +79,7 @@ def table_cell(text: str) -> str:
     "Text inside a table of Markdown"
     return re.sub(r"\s+", " ", text).replace("|", "\\|")
 
+# %% ../nbs/14_documented.ipynb #5d8bfbfc
 def fields_table(
     kind: type, # a dataclass or a NamedTuple
 ) -> str: # Markdown; empty for a class without fields
@@ -116,6 +119,7 @@ class StandIn(type):
 
     def __getitem__(cls, parts: Any) -> StandIn: return cls
 
+# %% ../nbs/14_documented.ipynb #4df92dbe
 def with_stand_ins(
     symbol: Any, # whose annotations are evaluated
     call: Callable[[], Any], # what evaluates them
@@ -135,6 +139,7 @@ def _has_fields(kind: Any) -> bool:
     "Whether it is a dataclass or a NamedTuple"
     return inspect.isclass(kind) and (is_dataclass(kind) or hasattr(kind, "_fields"))
 
+# %% ../nbs/14_documented.ipynb #06ef7228
 class Definition(BasicMarkdownRenderer):
     "A function or class as a page of the site shows it"
     def __init__(self, sym: Any, **kwargs: Any):
