@@ -101,7 +101,7 @@ def test_a_reported_run_is_in_the_tables_and_in_no_test(words):
     claim = next(line for line in claim_lines(study) if line["claim"] == "stability fixes work")
     assert claim["status"] == "INCONCLUSIVE" and "not usable" in claim["said"].text
     line = next(row for row in log_lines(study) if row["experiment"] == "1b_baseline_64tok")
-    assert line["course"] == "0.815 → 0.360" and line["degradation"] == "0.455" and line["note"].text == "collapses: 0.46 below its peak at the end"
+    assert line["course"] == "0.815 → 0.360" and line["degradation"] == "0.455" and line["note"].text == "collapses: 0.455 below its peak at the end"
     assert [row["who"] for row in told_lines(study, told) if row["experiment"] == "1b_baseline_64tok"] == ["reported", "observed here"]
     page = write_tables(words/"index.html", [study], told).read_text()
     assert "is in no paired test" in page and "soft_tokens: 2048 there, 64 here" in page and "0.815" in page

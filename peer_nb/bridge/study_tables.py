@@ -149,7 +149,7 @@ def note_of(
     "What a reader should think first"
     mean = {part: sum(v)/len(v) for part, v in found.items() if v}
     said, own = [], mean.get("selected")
-    if mean.get("degradation", 0) > .1: said.append(f"collapses: {mean['degradation']:.2f} below its peak at the end")
+    if mean.get("degradation", 0) > .1: said.append(f"collapses: {mean['degradation']:.3f} below its peak at the end")
     if own is None: return "; ".join(said)
     best = max(("target", "source"), key=lambda end: mean.get(end, -1.))
     if best in mean:
