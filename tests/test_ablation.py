@@ -242,6 +242,7 @@ def until(what, seconds: float = 600):
     return value
 
 
+@pytest.mark.slow
 def test_interrupted_and_killed_half_way_then_continued(tmp_path):
     "In the second run Ctrl-C, then kill -9 of its process, then of the runner, then to the end: the first is run once, nothing trains on, the table is whole"
     work = write_study(tmp_path, {**STUDY, "axes": {"heads": STUDY["axes"]["heads"]}})
@@ -457,6 +458,7 @@ def test_what_this_machine_has_not_is_refused_before_anything_is_made(words, sai
     assert code == 2 and said in err and err.count("\n") == 1 and not out and sorted(tmp_path.rglob("*")) == before, err
 
 
+@pytest.mark.slow
 def test_nobody_asked_for_gpus_and_there_are_none(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(launching, "gpu_devices", lambda: [])
     work = write_study(tmp_path, study_with(axes={"rate": {"low": {}, "high": {"train_config.learning_rate": 0.02}}}))

@@ -162,6 +162,7 @@ def killed_after_five_steps(cfg: Config):
     train(cfg)
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_nothing(bases, text, tmp_path):
     train(adapter_run(bases["opt"], text, tmp_path/"straight"))
     in_child(killed_after_five_steps, adapter_run(bases["opt"], text, tmp_path/"killed"), ends=-signal.SIGKILL)
@@ -235,6 +236,7 @@ def test_mistakes_are_one_line(bases, text, tmp_path, capsys):
     assert main(["--merge", str(result.checkpoint)]) == 2 and "OUT is missing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_adapters_replicated_or_sharded(bases, text, tmp_path):
     "DDP and FSDP2 on the same rows; what either leaves is what peft reads"
     from safetensors.torch import load_file

@@ -117,6 +117,7 @@ def test_memory_of_a_step_follows_its_parts():
         assert max(parts) < step.peak <= sum(parts) and set(step.to_dict()) == {f.name for f in fields(StepMemory)}
 
 
+@pytest.mark.slow
 def test_what_a_million_rows_take():
     "Counters of a layer of the guide's size, filled from many batches, in this process's memory"
     code = """

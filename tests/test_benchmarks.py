@@ -14,7 +14,7 @@ pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'pee
 
 from lm_eval.api.model import TemplateLM  # noqa: E402
 
-from peer_nb.findings.verdicts import item_evidence  # noqa: E402
+from peer_nb.findings.effects import item_evidence  # noqa: E402
 from peer_nb.study.run import Run  # noqa: E402
 from peer_nb.config import Config, DatasetConfig, EvalConfig, config_from_dict, to_dict  # noqa: E402
 from peer_nb.data.corpora import load_tokenizer  # noqa: E402

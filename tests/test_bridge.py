@@ -208,6 +208,7 @@ def killed_after(cfg, step: int):
     train_bridge(cfg, progress=False)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_bit(pair, undisturbed, tmp_path):
     cfg = config(pair, tmp_path/"run")
     in_child(killed_after, cfg, 5, ends=-signal.SIGKILL)

@@ -153,6 +153,7 @@ def ablate(place: Path, *words) -> subprocess.CompletedProcess:
     return subprocess.run(call, capture_output=True, text=True, env=env, timeout=900)
 
 
+@pytest.mark.slow
 def test_a_study_by_both_templates(tmp_path, tiny_ends):
     "Trained for three steps, asked by every arm; then asked again without training, found by what it is"
     base = dict(train_config=dict(max_steps=3, eval_steps=1, per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=1e-3), bridge_config=dict(

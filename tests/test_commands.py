@@ -21,6 +21,7 @@ SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT/"settings.ini")
 ENTRIES = dict(word.split("=") for word in SETTINGS["DEFAULT"]["console_scripts"].split())
 ELSEWHERE = {   # beginning of a command: why it is not tried here
+    "peer-ablate --study configs/adapters/": "begins with a base that is made on the spot: test_adapter_studies plans it",
     "make ": "the environment itself; CI runs it",
     "peer-train --config configs/experiments/": "studies of one axis, with options of their own: test_one_axis",
     **dict.fromkeys(["WANDB_PROJECT=", "peer-train --config FILE", "peer-ablate --study FILE", "for config in"], "the same"),
@@ -30,6 +31,7 @@ ELSEWHERE = {   # beginning of a command: why it is not tried here
     "peer-eval benchmark CHECKPOINT units": "test_recipes asks it",
     "peer-ablate --study configs/bridge/mistral_llama/": "items of the hub: test_bridge_study plans it"}
 PARSED = {   # beginning of a command: why it is parsed and not run
+    "peer-analyze ablate output/digit_lookup/checkpoint-800 digits --all": "all that there is of a model: test_interventions",
     "peer-ablate --resume": "continues a study: test_ablation", "peer-ablate watch": "watches a study: test_running",
     "peer-eval perplexity gpt2": "a model and a set of the hub", "peer-eval benchmark": "questions of the hub: test_benchmarks",
     "peer-train --merge": "a checkpoint with adapters: test_adapters", "torchrun": "eight processes: test_parallel", "peer-analyze usage output/checkpoint-1000 --mix": "a set of the hub",

@@ -58,6 +58,7 @@ def squeezed_windows(texts, size):
 
 # ---- held out ----
 
+@pytest.mark.slow
 def test_no_long_heldout_window_is_trained_on(record_property):
     """By brute force: of the held-out text of both corpora, every window of 200 characters (white space squeezed) is looked
     for in all training text of both. None may be there. Windows of 100 characters, a line or two, may: idioms of code and
@@ -484,6 +485,7 @@ packing.tokenised(DatasetEntry("ants", sys.argv[1]), load_tokenizer(DatasetConfi
     assert [tokenizer.decode(corpus.tokens[a:b - 1]) for a, b in zip(corpus.starts, corpus.starts[1:])] == list(documents(files[0]))
 
 
+@pytest.mark.slow
 def test_two_processes_that_want_the_same_caches(cache, files):
     code = """
 import hashlib, sys

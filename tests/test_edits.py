@@ -353,6 +353,7 @@ def test_a_text_in_bits_per_byte(sure, tmp_path):
     assert whole["more_bits_per_byte"] == pytest.approx(bits() - before, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_of_an_ablation_costs_nothing(sure, tmp_path):
     "The process is killed once some examples are on the disk; the same command goes on and ends where an undisturbed one does"
     import os

@@ -106,6 +106,7 @@ def real_study(work: Path) -> tuple[Path, Path]:
     return work/"study", work/"study"/"runs"/plan.cells[0].id
 
 
+@pytest.mark.slow
 def test_a_run_gives_the_numbers_of_a_plain_notebook(tmp_path):
     "The lab's notebook as a run, and by papermill in a kernel: results, items, samples, weights and optimizer to the bit"
     folder, run = real_study(tmp_path)

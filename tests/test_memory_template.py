@@ -30,6 +30,7 @@ STUDY = dict(name="few", base_config="base.yaml", notebook="memory", seeds=[1], 
              claims=[dict(name="the memory is the cause", metric="memory/without_layer", direction="minimize", a=dict(memory="values"), b=0.5)])
 
 
+@pytest.mark.slow
 def test_a_study_of_the_memory_template_to_its_claims(tmp_path):
     "Its metrics, counted anew from the lines of single effects that it leaves"
     for name, content in (("base", BASE), ("study", STUDY)): (tmp_path/f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))

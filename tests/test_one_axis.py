@@ -42,6 +42,7 @@ def test_the_shipped_files_are_those_of_the_requirement():
     for file in files.values(): assert len(file["seeds"]) >= 3 and file["base"] == "python:opt" and file["axis"]["default"] in file["axis"]["values"]
 
 
+@pytest.mark.slow
 def test_a_pinned_run_is_taken_over_by_the_sweep(file, tmp_path, capfd, monkeypatch):
     "And both are what peer-ablate makes of the same file; W&B is switched on by its variable, offline without a key"
     for name in ("WANDB_API_KEY", "WANDB_MODE"): monkeypatch.delenv(name, raising=False)

@@ -250,6 +250,7 @@ def same_answers(one: Path, two: Path):
     assert result(two)["metrics"] == pytest.approx(result(one)["metrics"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(place, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

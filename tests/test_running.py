@@ -209,6 +209,7 @@ def test_every_way_to_end_has_its_state_and_kind(endings):
     assert look_at(load_runs(folder)).counts == {"DONE": 2, "FAILED": 2, "STALE": 1}
 
 
+@pytest.mark.slow
 def test_a_run_that_takes_too_long(tmp_path):
     "It is stopped at its limit, wherever it is, and FAILED: timeout; --retry-failed goes on"
     work = fake_study(tmp_path, seeds=[1], axes={"heads": {"four": {}}})
@@ -219,6 +220,7 @@ def test_a_run_that_takes_too_long(tmp_path):
     assert code == 0, out
 
 
+@pytest.mark.slow
 def test_what_is_taken_up_by_itself_and_what_on_request(endings, tmp_path):
     "--resume takes up what was killed; --retry-failed the rest; --rerun makes anew; DONE is left alone"
     work, folder, _ = endings
@@ -254,7 +256,7 @@ def test_a_second_study_takes_over_what_the_first_has(undisturbed, tmp_path):
 
 def test_status_and_watch_from_another_shell(tmp_path):
     work = fake_study(tmp_path, seeds=[1])
-    process = launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--parallel", 1, FAKE_STEP=0.3)
+    process = launch("--study", work/"study.yaml", "--output-dir", work/"out", "--gpus", 0, "--parallel", 1, FAKE_STEP=0.8)
     folder = until(lambda: [*(work/"out").glob("*/plan.json")])[0].parent
     until(lambda: (read_json(next(iter(folder.glob("runs/*/heartbeat.json")), tmp_path/"no")) or {}).get("step", 0) >= 3)
     watcher = launch("watch", work/"out", "--every", 0.2)

@@ -43,6 +43,7 @@ def test_differences_are_scipys_paired_test_with_holms_correction():
     assert recommendation([*found.values()], "new/loss").startswith("**b**: new/loss")   # not surely worse, and a third of the cost
 
 
+@pytest.mark.slow
 def test_the_analysis_notebook_reads_any_study(tmp_path, capfd):
     "Also one of an earlier version, whose runs had neither adapters nor halves; by the command, and as papermill does it"
     folder = Path(shutil.copytree(Path(__file__).parent/"earlier_study", tmp_path/"study"))

@@ -346,6 +346,7 @@ def test_experts_cost_what_is_counted(moe, kinds):
     assert 32*(count_parameters(options, 32).flops_per_token - dense + 2*2*3*48*40) == 2*counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_experts_save_generate_compile_and_are_adapted(tmp_path, ids):
     from peft import LoraConfig, get_peft_model
     from peer_nb.lora_targets import aliases_of

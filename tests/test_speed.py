@@ -45,6 +45,7 @@ def only(place: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_tokens_follow_from_measured_speeds(quick, tmp_path, capsys):
     "Two real configurations are timed; the arithmetic again by hand from plan.json; a second study times nothing and takes the runs over"
     work = clocked_study(tmp_path/"work")

@@ -79,6 +79,7 @@ sys.exit(loop.main(["--config", {str(folder/'run.yaml')!r}, "--resume"]))
     return folder/"run"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(tracking.find_spec("wandb") is None, reason="needs wandb")
 def test_wandb_gets_every_number_of_the_metrics(offline):
     "Both starts are one run there; each line of metrics.jsonl and usage.jsonl can be read back from what was written"
@@ -100,6 +101,7 @@ def test_wandb_gets_every_number_of_the_metrics(offline):
             assert seen.get(f"experts/{layer}/turnover") == found["turnover"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(tracking.find_spec("wandb") is None, reason="needs wandb")
 def test_wandb_takes_models_without_their_trainer_state(offline):
     records = [r for file in offline.glob("wandb/offline-run-*/run-*.wandb") for r in wandb_records(file)]
@@ -123,6 +125,7 @@ Result(metrics={"words/bits_per_byte": 1.0}).write(run_dir)
 """]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(tracking.find_spec("wandb") is None, reason="needs wandb")
 def test_wandb_can_tell_the_runs_of_a_study(tmp_path):
     "Read back from what wandb wrote: project, name, group, levels"

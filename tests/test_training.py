@@ -256,7 +256,7 @@ def killed_after(cfg: Config, seconds: float, saving: Path | None = None) -> boo
     return True
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_instants(text, tmp_path, kills):
     "Killed, continued, killed again, until enough; what comes out is the undisturbed run's, and the newest checkpoint was whole each time"
     make = lambda out: config(text, out, save_steps=2, logging_steps=2, eval_steps=6)
@@ -298,6 +298,7 @@ def filled_in_second_save(runs: list[tuple[Config, int]]):
         print(refused.value)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(text, undisturbed, tmp_path):
     "In the second save no file may grow to one's size: the error names what is left, and a resume from there ends undisturbed"
     rooms = {file: (undisturbed/"checkpoint-8"/file).stat().st_size - 1 for file in ("config.json", "model.safetensors", "trainer_state/state.pt")}
