@@ -21,7 +21,7 @@ SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT/"settings.ini")
 ENTRIES = dict(word.split("=") for word in SETTINGS["DEFAULT"]["console_scripts"].split())
 ELSEWHERE = {   # beginning of a command: why it is not tried here
-    "peer-ablate --study configs/adapters/": "begins with a base that is made on the spot: test_adapter_studies plans it",
+    "peer-ablate --study configs/adapters/": "begins with a base that is made on the spot: test_adapter_studies reads them",
     "make ": "the environment itself; CI runs it",
     "peer-train --config configs/experiments/": "studies of one axis, with options of their own: test_one_axis",
     **dict.fromkeys(["WANDB_PROJECT=", "peer-train --config FILE", "peer-ablate --study FILE", "for config in"], "the same"),
