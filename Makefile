@@ -67,8 +67,8 @@ export: $(VENV)/dev ## write the package from the notebooks, clean the notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
-pages: $(VENV)/dev ## run every notebook and store its outputs, for the site
-	TRITON_INTERPRET=1 $(ALONE) $(BIN)/python tests/site_check.py run
+pages: $(VENV)/dev ## run every notebook, or those of PAGES="…", and store outputs, for the site
+	TRITON_INTERPRET=1 $(ALONE) $(BIN)/python tests/site_check.py run $(PAGES)
 	$(BIN)/nbdev_clean
 
 readme: $(VENV)/dev ## write README.md from nbs/index.ipynb

@@ -1,6 +1,6 @@
 """The docs site without Quarto: run the notebooks, write README.md, find what would break when the site is built.
 
-    python tests/site_check.py run      run every notebook and store its outputs
+    python tests/site_check.py run [NOTEBOOK …]    run notebooks, or every one, and store their outputs
     python tests/site_check.py readme   write README.md from nbs/index.ipynb
     python tests/site_check.py example STUDY    publish a finished study: its page, and the report of its best run
 """
@@ -251,7 +251,7 @@ def looked_at(file: Path, width: int, dark: bool = False) -> tuple[dict, list[st
 
 def main(what: str = "", *more: str):
     if what == "run":
-        for page in pages():
+        for page in [Path(name).resolve() for name in more] or pages():
             print(page.relative_to(ROOT), flush=True)
             run(page)
     elif what == "example": publish(Path(more[0]))

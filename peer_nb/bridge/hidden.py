@@ -17,9 +17,9 @@ from torch import Tensor
 from .bridge import Bridge
 from .items import Item
 from ..evaluation.loading import model_fingerprint
-from ..files import cache_folder, folder_lock, sha256_of, writable_folder
+from ..files import cache_folder, sha256_of
 from ..progress import Progress
-from ..training.checkpoints import publish_folder
+from ..training.checkpoints import making, publish_folder
 
 # %% auto #0
 __all__ = ['HiddenStates', 'hidden_folder', 'read_prompts', 'write_hidden', 'all_hidden']
@@ -77,16 +77,14 @@ def write_hidden(
     final: Path,          # of the folder
 ) -> None:
     "Keep hidden states under their name"
-    work = writable_folder(final.with_name(final.name + ".making"))
-    with folder_lock(work, wait=-1):
-        if final.is_dir(): return
+    with making(final) as work:
+        if work is None: return
         inside = work/"states"
         shutil.rmtree(inside, ignore_errors=True)
         inside.mkdir()
         np.save(inside/"numbers.npy", states.numbers)
         np.save(inside/"starts.npy", states.starts)
         publish_folder(inside, final)
-    shutil.rmtree(work, ignore_errors=True)
 
 # %% ../../nbs/bridge/10_hidden.ipynb #00f359a1
 def all_hidden(

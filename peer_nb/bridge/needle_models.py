@@ -5,14 +5,13 @@
 # %% ../../nbs/bridge/04_needle_models.ipynb #b791d4e4
 from __future__ import annotations
 
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .items import LETTERS, PAIRS_SHOWN, haystack, needle_rows
 from ..children import start_child
-from ..files import UserError, cache_folder, folder_lock, sha256_of, writable_folder
+from ..files import UserError, cache_folder, sha256_of
 from ..schema import BridgeData
 from ..tasks.task import seeded_bits
 
@@ -157,18 +156,16 @@ def make_needle(
 ) -> Path: # the model
     "Make one of the two, unless another process has made it meanwhile"
     from peer_nb.evaluation.loading import no_progress_bars
-    from peer_nb.training.checkpoints import publish_folder
+    from peer_nb.training.checkpoints import making, publish_folder
     final = cached_needle(name)
-    work = writable_folder(final.with_name(final.name + ".making"))
-    with folder_lock(work, wait=-1):
-        if final.is_dir(): return final
+    with making(final) as work:
+        if work is None: return final
         model, tokenizer = train_needle(name, STEPS[name])
         if (learned := share_learned(name, model, tokenizer)) < 0.85:   # for the target: all five sums of a row
             raise UserError(f"needle:{name} has learned {learned:.0%} of its lesson, which is too little for a bridge")
         with no_progress_bars(): model.save_pretrained(work/"model")
         tokenizer.save_pretrained(work/"model")
         publish_folder(work/"model", final)
-    shutil.rmtree(work, ignore_errors=True)
     return final
 
 # %% ../../nbs/bridge/04_needle_models.ipynb #6dbb9054

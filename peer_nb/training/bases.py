@@ -14,7 +14,7 @@ from typing import Any
 from ..children import start_child
 from ..config import Config, config_from_dict, to_dict
 from ..data.corpora import data_fingerprint
-from ..files import UserError, cache_folder, folder_lock, sha256_of, writable_folder
+from ..files import UserError, cache_folder, sha256_of
 
 # %% auto #0
 __all__ = ['READER', 'OLD_TABLE', 'KNOWER', 'BASES', 'Base', 'recipe', 'cached_base', 'write_start', 'make', 'base_folder',
@@ -99,18 +99,16 @@ def make(
     name: str, # one of BASES
 ) -> Path: # the model
     "Make a base, or finish making it"
-    from peer_nb.training.checkpoints import publish_folder
+    from peer_nb.training.checkpoints import making, publish_folder
     from peer_nb.training.loop import train
     base, final = BASES[name], cached_base(name)
-    work = writable_folder(final.with_name(final.name + ".making"))
-    with folder_lock(work, wait=-1):
-        if final.is_dir(): return final   # another process has made it meanwhile
+    with making(final) as work:
+        if work is None: return final   # another process has made it meanwhile
         cfg = recipe(base, work/"run", work/"start")
         if not (work/"start"/"tokenizer.json").is_file(): write_start(base, work/"start", cfg)
         made = train(cfg, resume="auto").checkpoint
         shutil.copytree(made, work/"model", ignore=shutil.ignore_patterns("trainer_state"), dirs_exist_ok=True)
         publish_folder(work/"model", final)
-    shutil.rmtree(work, ignore_errors=True)
     return final
 
 # %% ../../nbs/training/13_bases.ipynb #834aa8ba

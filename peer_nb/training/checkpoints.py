@@ -9,6 +9,8 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,8 @@ from torch import nn
 
 from ..config import Config, config_hash, diff_configs, load_config, save_config
 from ..evaluation.loading import no_progress_bars
-from ..files import SEAL, UserError, damages, read_json, seal_folder, write_atomic, write_json
+from ..files import (
+    SEAL, UserError, damages, folder_lock, read_json, seal_folder, writable_folder, write_atomic, write_json)
 from ..models.product_keys import name_in_files
 from ..pretrained import content_hash, pretrained_folder
 from ..processes import ALONE, Processes
@@ -31,7 +34,7 @@ from .parallel import whole_weights, write_sharded
 if TYPE_CHECKING: from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['NAME', 'KEPT', 'FREE', 'FREE_SECTIONS', 'rng_state', 'set_rng_state', 'publish_folder', 'remove_folder',
+__all__ = ['NAME', 'KEPT', 'FREE', 'FREE_SECTIONS', 'rng_state', 'set_rng_state', 'publish_folder', 'remove_folder', 'making',
            'checkpoints', 'latest_checkpoint', 'check_seal', 'tell_generation', 'tokenizer_for_generation',
            'write_files', 'save_checkpoint', 'keep_weights', 'weights_only', 'same_base', 'refuse_other_config',
            'refuse_other_world', 'has_adapters', 'in_files', 'kept_tensors', 'stored_names', 'load_weights',
@@ -87,6 +90,19 @@ def remove_folder(
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists(): os.replace(folder, aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+# %% ../../nbs/training/03_checkpoints.ipynb #5a48037a
+@contextmanager
+def making(
+    final: Path, # of the cache
+) -> Iterator[Path | None]: # a folder to work in, kept when the work is cut off; None: `final` is there by now
+    "Hold the making of a folder of the cache, which several processes may ask for at once, for this one"
+    with folder_lock(writable_folder(final.parent), wait=-1, name=f".{final.name}.lock"):
+        if final.is_dir():
+            yield None
+            return
+        yield (work := writable_folder(final.with_name(final.name + ".making")))
+        shutil.rmtree(work, ignore_errors=True)
 
 # %% ../../nbs/training/03_checkpoints.ipynb #729fc596
 NAME = re.compile(r"checkpoint-(\d+)")
