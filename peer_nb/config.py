@@ -24,7 +24,7 @@ import yaml
 
 from .files import UserError, sha256_of, write_atomic
 from .models.options import Allowed, Count, MLAConfig, ModelConfig, PeerConfig, RopeScaling, attention_problem
-from .models.options import moe_problem, taken_apart
+from .models.options import moe_problem, taken_apart, ultramem_problem
 from .schema import Config, ConfigError, DatasetConfig, DatasetEntry, EvalConfig, LoraConfig, MappingText, Seed
 from .schema import Text, TrainConfig, WandbConfig
 
@@ -234,6 +234,8 @@ def _model_problems(m: ModelConfig) -> Problems:
         if problem := moe_problem(m.moe_config): yield f"model_config.moe_config.{problem[0]}", problem[1]
         if m.share_memory:
             yield "model_config.share_memory", "true has no meaning for memory_kind: moe; set it to false"
+    if m.use_peer and m.memory_kind == "ultramem" and (problem := ultramem_problem(m.peer_config)):
+        yield f"model_config.peer_config.{problem[0]}", problem[1]
     yield from _memory_problems(m)
 
 # %% ../nbs/02_config.ipynb #cfcdd361
@@ -557,7 +559,8 @@ def diff_configs(
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 # %% ../nbs/02_config.ipynb #2625cd36
-LATER = ("bridge_config", "model_config.attention_kind", "model_config.num_key_value_heads", "model_config.moe_config")
+LATER = ("bridge_config", "model_config.attention_kind", "model_config.num_key_value_heads", "model_config.moe_config",
+         "model_config.peer_config.score_rank", "model_config.peer_config.value_dim")
 
 def plain_keys(
     cfg: Config, # a whole configuration

@@ -11,12 +11,14 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
+from peer_nb.analysis.hooks import reading, retrieval_columns
 from peer_nb.analysis.parameters import cache_numbers, count_parameters, layer_rows
 from peer_nb.config import Config, ConfigError, apply_overrides, config_from_dict, config_hash, load_config, to_dict
 from peer_nb.files import UserError
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from peer_nb.models.moe import MixtureOfExperts, balance_loss, fused_linear, fused_takes, grouped_linear, grouped_linear_reference, routed_experts_reference, update_expert_bias, within_groups
 from peer_nb.models.options import MoeConfig
+from peer_nb.models.ultramem import tucker_top_k
 from peer_nb.study.identity import section_hashes
 from peer_nb.study.sparse_layer import SPARSE_KINDS, residual_of, residual_rows, sparse_layer_levels
 from peer_nb.study.study import BUILTIN_AXES, builtin_axes, load_study
@@ -292,6 +294,7 @@ import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from peer_nb.models.moe import MixtureOfExperts, update_expert_bias
 from peer_nb.models.options import MoeConfig
+from peer_nb.models.ultramem import tucker_top_k
 torch.set_num_threads(1)
 rank, where = int(sys.argv[1]), sys.argv[2]
 def build():
@@ -388,6 +391,83 @@ def test_experts_that_contradict_themselves_are_refused(wrong, key):
     config_from_dict(dict(model_config=dict(moe_config=wrong)))                        # nobody asks them where no layer is one
 
 
+# ---- UltraMem ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_score_per_side_is_the_exact_product(seed):
+    "All n² products in float64; with two scores it is exact where every key is kept"
+    g = torch.Generator().manual_seed(seed)
+    s, t = (torch.rand(20, 3, n, 1, generator=g, dtype=torch.float64) for n in (37, 23))
+    core = torch.rand(3, 1, 1, generator=g, dtype=torch.float64) + .1
+    every = (s @ core @ t.mT).flatten(-2).topk(9, -1)
+    best, index = tucker_top_k(s, t, core, 9)
+    assert torch.equal(index, every[1]) and torch.allclose(best, every[0], rtol=1e-12)
+    s, t, core = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((20, 3, 5, 2), (20, 3, 4, 2), (3, 2, 2)))
+    assert torch.equal(tucker_top_k(s, t, core, 5)[1], (s @ core @ t.mT).flatten(-2).topk(5, -1)[1])
+
+
+@pytest.mark.parametrize("peer, kinds", [(dict(), dict()), (dict(shared_keys=True, num_experts_per_tok=12, value_dim=20, score_rank=4), dict(tie_word_embeddings=True))])
+def test_ultramem_costs_what_is_counted(peer, kinds):
+    "torch's counter sees all but the rows that are read, which the formula adds"
+    options = {**SIZES, "peer_config": PEER | peer, "mla_config": MLA, "peer_start_layer": 1, "memory_kind": "ultramem", **kinds}
+    with torch.device("meta"): model = PeerMLAForCausalLM(PeerMLAConfig(**options))
+    count, rows = count_parameters(options, 32), layer_rows(options, 32)
+    assert count.total == sum(p.numel() for p in model.parameters()) == sum(row["total"] for row in rows)
+    assert (count.active, count.flops_per_token) == (sum(row["active"] for row in rows), sum(row["flops"] for row in rows))
+    assert count.active == count.total - count.memory_tables + count.active_memory - (0 if kinds else 96*48)
+    model = build(implementation="eager", **{key: value for key, value in options.items() if key not in SIZES})
+    with FlopCounterMode(display=False) as counter: model(torch.zeros(1, 32, dtype=torch.long))
+    assert counter.get_total_flops() == 32*(count.flops_per_token - 2*count.active_memory)
+
+
+def test_ultramem_begins_with_a_mean_score_of_one():
+    "Built by transformers, which draws the weights anew"
+    model = build(memory_kind="ultramem", hidden_size=96, num_hidden_layers=3, peer_config=PEER | dict(num_experts=1024, product_key_dim=[32, 32], query_dim=64))
+    weights = []
+    for layer in model.model.layers[1:]: layer.memory.reader = lambda layer, x, w, index: weights.append(w) or layer.read(x, w, index)
+    model(torch.randint(2, 97, (4, 30), generator=torch.Generator().manual_seed(0)))
+    assert all(abs(w.mean() - 1) < .1 for w in weights) and len(weights) == 2
+
+
+def test_ultramem_saves_generates_compiles_freezes_and_is_adapted(tmp_path, ids):
+    from peft import LoraConfig, get_peft_model
+    from peer_nb.lora_targets import aliases_of
+    model = build(memory_kind="ultramem", initializer_range=.1)
+    model.save_pretrained(tmp_path)
+    again = PeerMLAForCausalLM.from_pretrained(tmp_path)
+    for (name, a), b in zip(again.state_dict().items(), model.state_dict().values()): assert torch.equal(a, b), name
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+    models = {layout: build(memory_kind="ultramem", peer_config=PEER | dict(table_gradient=layout)).train() for layout in ("dense", "sparse")}
+    models["compiled"] = copy.deepcopy(models["dense"])
+    ways = {name: torch.compile(m, fullgraph=True, backend="aot_eager") if name == "compiled" else m for name, m in models.items()}
+    for way in ways.values(): way(ids, labels=ids).loss.backward()
+    torch._dynamo.reset()
+    for name, p in models["dense"].named_parameters():
+        for other in ("sparse", "compiled"): torch.testing.assert_close(models[other].get_parameter(name).grad.to_dense(), p.grad, atol=1e-6, rtol=1e-4, msg=f"{other} {name}")
+    adapted = get_peft_model(build(memory_kind="ultramem"), LoraConfig(r=2, target_modules=aliases_of("peer_mla")["mlp"]))
+    assert any("layers.1.mlp.up_proj.lora_A" in name for name, p in adapted.named_parameters() if p.requires_grad)
+
+
+def test_usage_and_retrievals_of_ultramem(ids):
+    model = build(memory_kind="ultramem").train()
+    recorder = UsageRecorder(model, Config().model_config.peer_config.__class__(log_freq=1))
+    recorder.before(1)
+    model(ids)
+    assert recorder.after(1)["model.layers.1.memory"]["tokens"] == 26
+    with reading(model.eval()) as seen: model(ids)
+    columns = retrieval_columns(seen[1], torch.ones_like(ids).bool())
+    assert torch.equal(columns["score"], columns["weight"]) and len(columns["key"]) == 26*2*4 and "similarity_0" not in columns
+    with pytest.raises(UserError, match="no sum over its sub-keys"): seen[1].similarities
+
+
+@pytest.mark.parametrize("wrong, key", [(dict(product_key_dim=[4, 4, 4], query_dim=48), "product_key_dim: 3 dimensions"), (dict(query_dim=18), "query_dim: 18 doesn't divide"), (dict(kernel="triton"), "kernel: triton")])
+def test_ultramem_that_contradicts_itself_is_refused(wrong, key):
+    sizes = dict(num_experts=64, product_key_dim=[8, 8]) | wrong
+    with pytest.raises(ConfigError, match=f"run.yaml: model_config.peer_config.{key}"): config_from_dict(dict(model_config=dict(memory_kind="ultramem", peer_config=sizes)), "run.yaml")
+    with pytest.raises(ValueError, match=f"peer_config.{key}"): PeerMLAConfig(memory_kind="ultramem", peer_config=sizes)
+
+
 # ---- the axis ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("file", ["configs/config.yaml", "configs/demo.yaml", "configs/small.yaml"])
@@ -395,7 +475,7 @@ def test_arms_of_sparse_layer_weigh_and_cost_as_much(file):
     "Parameters of models without numbers; every arm can be had, and is one percent from the base at most"
     base = load_config(file)
     levels, left_out = sparse_layer_levels(base)
-    assert set(levels) | set(left_out) == set(SPARSE_KINDS) and {"dense", "moe", "pkm", "peer"} <= set(levels) and not levels["peer"]
+    assert set(levels) | set(left_out) == set(SPARSE_KINDS) and {"dense", "moe", "pkm", "peer", "ultramem"} <= set(levels) and not levels["peer"]
     sizes = {}
     for kind, overrides in levels.items():
         with torch.device("meta"): model = PeerMLAForCausalLM(PeerMLAConfig(**to_dict(apply_overrides(base, overrides))["model_config"]))

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'TABLE_STATES', 'rows_read', 'attention_activations', 'mlp_activations', 'moe_activations',
-           'memory_activations', 'saved_activations', 'StepMemory', 'loss_bytes', 'backward_peak',
-           'table_gradient_bytes', 'number_bytes', 'factor_bytes', 'estimate_memory', 'memory_table', 'memory_text']
+           'ultramem_activations', 'memory_activations', 'saved_activations', 'StepMemory', 'loss_bytes',
+           'backward_peak', 'table_gradient_bytes', 'number_bytes', 'factor_bytes', 'estimate_memory', 'memory_table',
+           'memory_text']
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #5b948299
 from dataclasses import asdict, dataclass, replace
 from math import prod
 
-from .parameters import count_parameters, layer_rows, memory_layer_numbers, table_sizes
+from .parameters import count_parameters, layer_rows, memory_layer_numbers, table_sizes, value_width
 from ..config import Config, ModelConfig
 from ..files import UserError
 from ..formats import size_text
@@ -66,6 +67,19 @@ def moe_activations(
     routed = k * (width * (2*d + 4*hidden) + 3*8 + 2*4)                       # with places and weights of the pairs
     return block + routed + 4 * m.n_routed_experts + 4 * width * hidden * m.n_shared_experts
 
+# %% ../../nbs/analysis/01_step_memory.ipynb #3b7841a4
+def ultramem_activations(
+    c: ModelConfig, # the model
+    width: int, # as in `attention_activations`
+) -> int: # bytes per token
+    "What an UltraMem layer keeps beside its feed-forward"
+    p, r, heads, values = c.peer_config, c.peer_config.score_rank, c.peer_config.num_heads, value_width(c)
+    queries = heads * (2*width*p.query_dim + 2*2*r*4)                            # before and after the norm, its moments
+    kept = [min(p.num_experts_per_tok, n) for n in p.product_key_dim]
+    scored = heads * (8*sum(kept) + width*r*(2*kept[0] + kept[1] + r))           # places, scores, times the core
+    pairs = heads * p.num_experts_per_tok
+    return queries + scored + pairs*(8 + 8 + width + 4) + (width + 4)*values
+
 # %% ../../nbs/analysis/01_step_memory.ipynb #def9bba3
 def memory_activations(
     c: ModelConfig, # the model
@@ -74,6 +88,7 @@ def memory_activations(
     "What a memory layer and its norm keep"
     p, d = c.peer_config, c.hidden_size
     if c.memory_kind == "moe": return moe_activations(c, width)
+    if c.memory_kind == "ultramem": return mlp_activations(c, width) + ultramem_activations(c, width)
     norm = p.query_norm or ("layer" if p.batch_norm_query else "none")
     queries = p.num_heads * p.query_dim * (width + dict(batch=12, layer=width, none=0)[norm])
     pairs, half = p.num_heads * p.num_experts_per_tok, 2 if width == 2 else 0
@@ -217,12 +232,12 @@ def estimate_memory(
     kept = [n - again for n, again in zip(full, recomputed)]
     dense = [4 * (r["total"] - r["memory_tables"]) for r in rows[1:]]
     dense[0] += 4 * rows[0]["total"]
-    factored = kind == "consumed" and gpu and c.peer_config.kernel != "eager"
+    factored = kind == "consumed" and gpu and c.peer_config.kernel != "eager" and c.memory_kind != "ultramem"
     memories = memory_layer_numbers(c)
     one = factor_bytes(c, tokens) if factored else table_gradient_bytes(c, kind, tokens)
     # a shared table's gradient begins with the last reader, and each further one is added to it, a table at a time
     holders = memories[-1:] if c.share_memory and not factored else memories
-    added = one + (one // 2 if c.memory_kind == "peer" else one)
+    added = one + (one // 2 if c.memory_kind in ("peer", "ultramem") else one)
     tables = [one if n in holders else 0 for n in range(c.num_hidden_layers)] + [0]
     p = c.peer_config
     wide = dict(peer=p.expert_hidden_size, moe=0).get(c.memory_kind, 1)

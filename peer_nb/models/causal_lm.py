@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'INSIDE', 'ELSEWHERE', 'PASSING', 'ATTENTION_KINDS', 'refuse_unknown', 'refuse_misplaced', 'filled',
            'refuse_incomplete', 'mla_view', 'rotary_width', 'stored_heads', 'set_stored_heads', 'PeerMLAConfig',
-           'DenseMLP', 'DecoderLayer', 'decoder_layers', 'PeerMLAPreTrainedModel', 'refuse_auto_class', 'may_look',
-           'real_tokens', 'check_shape', 'check_tokens', 'cached_length', 'check_length', 'check_cache',
+           'DenseMLP', 'memory_layer', 'DecoderLayer', 'decoder_layers', 'PeerMLAPreTrainedModel', 'refuse_auto_class',
+           'may_look', 'real_tokens', 'check_shape', 'check_tokens', 'cached_length', 'check_length', 'check_cache',
            'document_lengths', 'take_borders', 'refuse_with_documents', 'PeerMLAModel', 'next_labels',
            'ChunkedCrossEntropy', 'PeerMLAForCausalLM']
 
@@ -37,9 +37,10 @@ from .mla import LatentAttention, RMSNorm, attention_function, is_plain_linear, 
 from .mla import rotary_angles
 from .moe import ExpertGate, GatedMLP, MixtureOfExperts, RoutedExperts
 from .options import MLAConfig, ModelConfig, MoeConfig, PeerConfig, RopeScaling, attention_problem
-from .options import adds_to_loss, key_value_heads, moe_problem, refuse_out_of_range
-from .peer import MEMORY_KINDS, MemoryTable
+from .options import adds_to_loss, key_value_heads, moe_problem, refuse_out_of_range, ultramem_problem
+from .peer import MEMORY_KINDS, MemoryLayer, MemoryTable
 from .product_keys import ProductKeyRouter, check_router
+from .ultramem import UltraMem, drawn_cores
 
 # %% ../../nbs/models/06_causal_lm.ipynb #6506e891
 def refuse_unknown(
@@ -238,9 +239,11 @@ def check(self: PeerMLAConfig):
         raise ValueError(f"moe_config.{problem[0]}: {problem[1]}")
     if moe and self.share_memory: raise ValueError("share_memory: a mixture of experts has no table to share")
     if self.memory_layer_indices and not moe:
-        p = PeerConfig(**self.peer_config).layer_arguments()
-        names = ("num_experts", "num_experts_per_tok", "product_key_dim", "query_dim", "score", "query_norm")
-        check_router(*(p[name] for name in names))
+        section = PeerConfig(**self.peer_config)
+        p, names = section.layer_arguments(), ("num_experts", "num_experts_per_tok", "product_key_dim", "query_dim")
+        ultra = self.memory_kind == "ultramem"
+        check_router(*(p[name] for name in names), *(("relu", "none") if ultra else (p["score"], p["query_norm"])))
+        if ultra and (problem := ultramem_problem(section)): raise ValueError(f"peer_config.{': '.join(problem)}")
 
 # %% ../../nbs/models/06_causal_lm.ipynb #993dc056
 class DenseMLP(GatedMLP):
@@ -253,9 +256,21 @@ class DenseMLP(GatedMLP):
 # %% ../../nbs/models/06_causal_lm.ipynb #e779c5f9
 ATTENTION_KINDS = {"mla": LatentAttention} | dict.fromkeys(("mha", "gqa", "mqa"), HeadAttention)
 
+# %% ../../nbs/models/06_causal_lm.ipynb #e09c66b5
+def memory_layer(
+    config: PeerMLAConfig, # of the model
+    tables_of=None, # decoder layer whose memory's tables are used; None: own ones
+) -> MemoryLayer:
+    "The memory that a configuration asks for"
+    p, common = PeerConfig(**config.peer_config), dict(eps=config.layer_norm_eps, tables_of=tables_of)
+    if config.memory_kind != "ultramem":
+        return MEMORY_KINDS[config.memory_kind](config.hidden_size, **p.layer_arguments(), **common)
+    return UltraMem(config.hidden_size, **p.ultramem_arguments(), inner_size=config.intermediate_size,
+                    num_memories=len(config.memory_layer_indices), **common)
+
 # %% ../../nbs/models/06_causal_lm.ipynb #b3e13c95
 class DecoderLayer(GradientCheckpointingLayer):
-    "Attention, then a dense feed-forward or a memory, each on a residual branch"
+    "Attention, then a dense feed-forward, a memory, or both side by side, on residual branches"
     def __init__(self,
         config: PeerMLAConfig, # of the model
         layer_idx: int, # which layer this is
@@ -269,11 +284,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         here, self.routed = layer_idx in config.memory_layer_indices, False
         if here and config.memory_kind == "moe":
             self.mlp, self.routed = MixtureOfExperts(config.hidden_size, MoeConfig(**config.moe_config)), True
-        elif here:
-            options = PeerConfig(**config.peer_config).layer_arguments()
-            options |= dict(eps=config.layer_norm_eps, tables_of=tables_of)
-            self.memory = MEMORY_KINDS[config.memory_kind](config.hidden_size, **options)
-        else: self.mlp = DenseMLP(config)
+        elif here: self.memory = memory_layer(config, tables_of)
+        if not here or not self.routed and self.memory.beside: self.mlp = DenseMLP(config)
 
     def forward(self,
         hidden_states: Tensor, # [B, T, d]
@@ -286,9 +298,12 @@ class DecoderLayer(GradientCheckpointingLayer):
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs)
         h = hidden_states + F.dropout(attended, self.dropout, self.training)
         x = self.post_attention_layernorm(h)
-        if self.routed: x = self.mlp(x, token_mask, balance_terms)
-        else: x = self.memory(x, token_mask) if hasattr(self, "memory") else self.mlp(x)
-        return h + F.dropout(x, self.dropout, self.training), weights
+        if self.routed: out = self.mlp(x, token_mask, balance_terms)
+        elif not hasattr(self, "memory"): out = self.mlp(x)
+        else:
+            out = self.memory(x, token_mask)
+            if hasattr(self, "mlp"): out = out + self.mlp(x)
+        return h + F.dropout(out, self.dropout, self.training), weights
 
 # %% ../../nbs/models/06_causal_lm.ipynb #5fd36409
 def decoder_layers(
@@ -331,6 +346,10 @@ class PeerMLAPreTrainedModel(PreTrainedModel):
             for weight in module.parameters(): init.normal_(weight, mean=0.0, std=self.config.initializer_range)
             for buffer in module.buffers(): init.zeros_(buffer)
         if isinstance(module, ProductKeyRouter): init.uniform_(module.sub_keys, -module.key_bound, module.key_bound)
+        if isinstance(module, UltraMem):
+            for norm in (module.query_norm, module.key_norm): init.constant_(norm.weight, module.norm_scale)
+            init.normal_(module.pre_proj.weight, mean=0.0, std=module.hidden_size**-0.5)
+            init.copy_(module.core, drawn_cores(*module.core.shape[:2]))
 
 # %% ../../nbs/models/06_causal_lm.ipynb #90631f99
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Count', 'Index', 'Even', 'Positive', 'NotBelowZero', 'Decay', 'Sizes', 'Allowed', 'taken_apart', 'is_allowed',
            'refuse_out_of_range', 'PeerConfig', 'MoeConfig', 'adds_to_loss', 'group_problem', 'moe_problem',
-           'RopeScaling', 'MLAConfig', 'ModelConfig', 'key_value_heads', 'attention_problem']
+           'ultramem_problem', 'RopeScaling', 'MLAConfig', 'ModelConfig', 'key_value_heads', 'attention_problem']
 
 # %% ../../nbs/models/00_options.ipynb #49576c93
 from collections.abc import Callable
@@ -82,6 +82,8 @@ class PeerConfig:
     # null follows batch_norm_query: layer if true, else none
     query_norm: Literal["layer", "batch", "none"] | None = None
     shared_keys: bool = False # all retrieval heads use the same sub-keys
+    score_rank: Count = 2 # ultramem: scores of a query with a sub-key, which a small matrix brings together
+    value_dim: Count | None = None # ultramem: width of a row's two vectors; null: a quarter of hidden_size
     table_gradient: Literal["dense", "sparse", "consumed"] = "dense" # how expert tables receive gradients
     # how expert tables are stored; bfloat16 halves them, and each update is rounded stochastically
     table_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -97,6 +99,12 @@ class PeerConfig:
         names = ("num_experts", "num_experts_per_tok", "num_heads", "expert_hidden_size", "product_key_dim",
             "query_dim", "activation", "score", "shared_keys", "table_gradient", "table_dtype", "kernel")
         return {name: getattr(self, name) for name in names} | {"query_norm": norm}
+
+    def ultramem_arguments(self) -> dict: # what has a meaning there, and the keys of its own
+        "What UltraMem's constructor takes"
+        mine, others = self.layer_arguments(), ("expert_hidden_size", "activation", "score", "query_norm")
+        return {k: v for k, v in mine.items() if k not in others} | dict(score_rank=self.score_rank,
+                                                                         value_dim=self.value_dim)
 
 # %% ../../nbs/models/00_options.ipynb #0c65499c
 @dataclass
@@ -152,6 +160,19 @@ def moe_problem(
                            "experts while the bias moves by a fixed amount; choose scoring sigmoid, or balance switch")
     return None
 
+# %% ../../nbs/models/00_options.ipynb #b41cc870
+def ultramem_problem(
+    p: PeerConfig, # of a model with such layers
+) -> tuple[str, str] | None: # the key, and what is wrong with it
+    "What contradicts itself in an UltraMem layer"
+    dims, query_dim, rank = len(p.product_key_dim), p.query_dim, p.score_rank
+    if dims != 2: return "product_key_dim", f"{dims} dimension{'s' * (dims > 1)}; ultramem has rows and columns, so two"
+    if query_dim % (2*rank):
+        return "query_dim", (f"{query_dim} doesn't divide into two sides of score_rank = {rank} pieces; choose a "
+                             f"multiple of {2*rank}")
+    if p.kernel == "triton": return "kernel", "triton has no kernels for ultramem; choose auto or eager"
+    return None
+
 # %% ../../nbs/models/00_options.ipynb #384a518d
 @dataclass
 class RopeScaling:
@@ -195,8 +216,8 @@ class ModelConfig:
     # latent attention, or keys and values of every head (mha), of a few (gqa), of one (mqa)
     attention_kind: Literal["mla", "mha", "gqa", "mqa"] = "mla"
     num_key_value_heads: Count | None = None # heads of keys and values; null: as attention_kind says, gqa needs it
-    # PEER experts, product-key memory, Memory+, or a mixture of experts (moe_config)
-    memory_kind: Literal["peer", "pkm", "memory_plus", "moe"] = "peer"
+    # PEER experts, product-key memory, Memory+, a mixture of experts (moe_config), UltraMem beside the feed-forward
+    memory_kind: Literal["peer", "pkm", "memory_plus", "moe", "ultramem"] = "peer"
     moe_config: MoeConfig = field(default_factory=MoeConfig) # a mixture of experts
     memory_layers: list[Index] | None = None # which layers hold memory; null: all from peer_start_layer on
     share_memory: bool = False # all memory layers use one table

@@ -5,6 +5,7 @@
 # %% ../../nbs/study/02_sparse_layer.ipynb #8aac0e18
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,8 +17,8 @@ from ..files import UserError
 
 # %% auto #0
 __all__ = ['SPARSE_KINDS', 'NEAR', 'PEER_KEYS', 'MOE_KEYS', 'LayerBudget', 'layer_budget', 'grid', 'table_candidates',
-           'moe_candidates', 'dense_candidates', 'Residual', 'residual_of', 'solved', 'arm_overrides',
-           'check_sparse_base', 'sparse_layer_levels', 'residual_rows']
+           'moe_candidates', 'beside_budget', 'ultramem_candidates', 'dense_candidates', 'Residual', 'residual_of',
+           'solved', 'arm_overrides', 'check_sparse_base', 'sparse_layer_levels', 'residual_rows']
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #5adb9a04
 class LayerBudget(NamedTuple):
@@ -29,9 +30,10 @@ class LayerBudget(NamedTuple):
 def layer_budget(
     m: ModelConfig, # has memory layers
 ) -> LayerBudget:
-    "Of one memory layer of a model"
+    "Of one memory layer of a model, and of the feed-forward that stands beside it, if one does"
     (row, held, read), (parameters, flops) = table_sizes(m), router_cost(m)
-    return LayerBudget(parameters + row*held, flops//2 + row*read)
+    beside = 3*m.hidden_size*m.intermediate_size if m.memory_kind == "ultramem" else 0   # a feed-forward
+    return LayerBudget(parameters + row*held + beside, flops//2 + row*read + beside)
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #1c3eddbf
 def grid(
@@ -81,6 +83,38 @@ def moe_candidates(
                           moe_intermediate_size=width, n_group=1, topk_group=1)
             yield replace(m, memory_kind="moe", moe_config=moe), abs(math.log2(k/6)) + abs(shared - 1)
 
+# %% ../../nbs/study/02_sparse_layer.ipynb #1b70b8f8
+def beside_budget(
+    m: ModelConfig, # the base
+    width: int, # of the feed-forward that all blocks have then
+) -> LayerBudget: # of each layer that is to hold a memory
+    "What is left for memories beside feed-forwards"
+    memories, layers, each = memory_layer_count(m), m.num_hidden_layers, 3*m.hidden_size
+    budget = layer_budget(m)
+    more = each*(layers*width - (layers - memories)*m.intermediate_size)/memories
+    return LayerBudget(round(budget.total - more), round(budget.macs - more))
+
+# %% ../../nbs/study/02_sparse_layer.ipynb #103240b5
+def ultramem_candidates(
+    m: ModelConfig, # the base
+) -> Iterator[tuple[ModelConfig, float]]: # a model, and how far from customary proportions it is
+    "Memories beside feed-forwards that are narrower for it"
+    d, macs, unit = m.hidden_size, layer_budget(m).macs, memory_layer_count(m)/(3*m.hidden_size*m.num_hidden_layers)
+    dense = (m.num_hidden_layers - memory_layer_count(m))*m.intermediate_size/m.num_hidden_layers
+    for query, values, k in itertools.product([d*n//32*4 for n in range(1, 9)], [d//8, d//4, d//2], (8, 16, 32, 64)):
+        p = replace(m.peer_config, num_heads=1, query_dim=query, value_dim=values, num_experts_per_tok=k, score_rank=2,
+                    kernel=m.peer_config.kernel.replace("triton", "auto"))
+        arm = replace(m, memory_kind="ultramem", peer_config=replace(p, product_key_dim=[64, 64]))
+        for _ in range(6):   # rows, sub-keys and the feed-forward's width depend on each other
+            own = LayerBudget(router_cost(arm)[0], router_cost(arm)[1]//2 + k*2*values)
+            width = round(dense + (macs - own.macs)*unit)
+            rows = (beside_budget(m, width).total - own.total)/(2*values)
+            if width < 1 or rows < 4*k: break
+            sizes = grid(rows, 2)
+            sized = replace(p, product_key_dim=sizes, num_experts=math.prod(sizes))
+            arm = replace(arm, intermediate_size=width, peer_config=sized)
+        else: yield arm, abs(math.log2(own.macs/macs/0.17)) + abs(math.log2(query/(2*d))) + abs(math.log2(4*values/d))
+
 # %% ../../nbs/study/02_sparse_layer.ipynb #7af3edd3
 def dense_candidates(
     m: ModelConfig, # the base
@@ -112,7 +146,7 @@ def residual_of(
     return Residual(a.flops_per_token/b.flops_per_token - 1, a.total/b.total - 1, bytes_read(arm))
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #0c535ac2
-SPARSE_KINDS = ("dense", "moe", "pkm", "memory_plus", "peer")
+SPARSE_KINDS = ("dense", "moe", "pkm", "memory_plus", "peer", "ultramem")
 NEAR = 0.005 # below this, proportions decide
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #9c377e60
@@ -123,7 +157,7 @@ def solved(
 ) -> ModelConfig | None: # None: no such layer fits the budget
     "The base with another kind of layer, at equal active FLOPs and total parameters"
     if kind == m.memory_kind: return m
-    special = dict(moe=moe_candidates, dense=dense_candidates)
+    special = dict(moe=moe_candidates, dense=dense_candidates, ultramem=ultramem_candidates)
     found = special[kind](m) if kind in special else table_candidates(m, kind)
     tried = [(residual_of(arm, m, context).worst(kind == "dense"), far, n, arm) for n, (arm, far) in enumerate(found)]
     if not tried: return None
@@ -131,7 +165,8 @@ def solved(
     return min(near)[-1] if near else min(tried)[-1]
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #897944e2
-PEER_KEYS = ("num_experts", "num_experts_per_tok", "num_heads", "expert_hidden_size", "product_key_dim", "query_dim")
+PEER_KEYS = ("num_experts", "num_experts_per_tok", "num_heads", "expert_hidden_size", "product_key_dim", "query_dim",
+             "value_dim", "score_rank", "kernel")
 MOE_KEYS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "n_group",
             "topk_group")
 
