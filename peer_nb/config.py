@@ -24,7 +24,7 @@ import yaml
 
 from .files import UserError, sha256_of, write_atomic
 from .models.options import Allowed, Count, MLAConfig, ModelConfig, PeerConfig, RopeScaling, attention_problem
-from .models.options import moe_problem, taken_apart, ultramem_problem
+from .models.options import engram_problem, moe_problem, taken_apart, ultramem_problem
 from .schema import Config, ConfigError, DatasetConfig, DatasetEntry, EvalConfig, LoraConfig, MappingText, Seed
 from .schema import Text, TrainConfig, WandbConfig
 
@@ -230,6 +230,8 @@ def _model_problems(m: ModelConfig) -> Problems:
         if layer >= m.num_hidden_layers: yield key, f"{layer} is not a layer; allowed: 0 to {m.num_hidden_layers - 1}"
         if layer in m.memory_layers[:i]: yield key, f"{layer} is named twice"
     if problem := attention_problem(m): yield f"model_config.{problem[0]}", problem[1]
+    if problem := engram_problem(m.engram_config, m.num_hidden_layers):
+        yield f"model_config.engram_config.{problem[0]}", problem[1]
     if m.use_peer and m.memory_kind == "moe":
         if problem := moe_problem(m.moe_config): yield f"model_config.moe_config.{problem[0]}", problem[1]
         if m.share_memory:
@@ -560,7 +562,7 @@ def diff_configs(
 
 # %% ../nbs/02_config.ipynb #2625cd36
 LATER = ("bridge_config", "model_config.attention_kind", "model_config.num_key_value_heads", "model_config.moe_config",
-         "model_config.peer_config.score_rank", "model_config.peer_config.value_dim")
+         "model_config.peer_config.score_rank", "model_config.peer_config.value_dim", "model_config.engram_config")
 
 def plain_keys(
     cfg: Config, # a whole configuration

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'MADE', 'WIDTHS', 'ParameterCount', 'as_model_config', 'memory_layer_count', 'attention_cost', 'value_width',
-           'ultramem_cost', 'router_cost', 'table_sizes', 'count_parameters', 'attention_flops', 'count_pretrained',
-           'count_run', 'training_cost', 'model_width', 'translator_parameters', 'count_bridge', 'memory_layer_numbers',
-           'layer_rows', 'weight_bytes', 'bytes_read', 'cache_numbers']
+           'ultramem_cost', 'router_cost', 'table_sizes', 'engram_cost', 'engram_tables', 'count_parameters',
+           'attention_flops', 'count_pretrained', 'count_run', 'training_cost', 'model_width', 'translator_parameters',
+           'count_bridge', 'memory_layer_numbers', 'layer_rows', 'weight_bytes', 'bytes_read', 'cache_numbers']
 
 # %% ../../nbs/analysis/00_parameters.ipynb #7a80541a
 import re
@@ -17,7 +17,7 @@ from pathlib import Path
 from ..config import Config, MLAConfig, ModelConfig, PeerConfig
 from ..files import UserError
 from ..lora_targets import adapter_parameters
-from ..models.options import MoeConfig, key_value_heads
+from ..models.options import EngramConfig, MoeConfig, engram_rows, key_value_heads
 from ..pretrained import longest, model_facts, model_sizes, pretrained_folder, tensor_shapes
 from ..schema import BridgeConfig, TranslatorConfig
 
@@ -59,7 +59,8 @@ def as_model_config(
     "The section as a dataclass"
     if isinstance(model_config, ModelConfig): return model_config
     given = dict(model_config)
-    for name, kind in (("peer_config", PeerConfig), ("mla_config", MLAConfig), ("moe_config", MoeConfig)):
+    sections = dict(peer_config=PeerConfig, mla_config=MLAConfig, moe_config=MoeConfig, engram_config=EngramConfig)
+    for name, kind in sections.items():
         if not isinstance(given.get(name), kind): given[name] = kind(**(given.get(name) or {}))
     return ModelConfig(**given)
 
@@ -136,6 +137,21 @@ def table_sizes(
     row = 2*value_width(c) if ultra else (2 if c.memory_kind == "peer" else 1) * p.expert_hidden_size * d
     return row, prod(p.product_key_dim), p.num_heads * p.num_experts_per_tok
 
+# %% ../../nbs/analysis/00_parameters.ipynb #73704b30
+def engram_cost(
+    c: ModelConfig, # the model
+) -> tuple[int, int]: # parameters, FLOPs per token
+    "One layer with n-grams without its table"
+    e, d = c.engram_config, c.hidden_size
+    return 2*e.embed_dim*d + 3*d + e.kernel_size*d, 2*(2*e.embed_dim*d + e.kernel_size*d)
+
+def engram_tables(
+    c: ModelConfig, # the model
+) -> dict[int, int]: # layer -> numbers
+    "The tables of n-grams"
+    heads = (c.engram_config.ngram_size - 1)*c.engram_config.num_heads
+    return {n: sum(rows)*c.engram_config.embed_dim//heads for n, rows in engram_rows(c.engram_config).items()}
+
 # %% ../../nbs/analysis/00_parameters.ipynb #31d01aa0
 def count_parameters(
     model_config: ModelConfig | dict, # the `model_config` section
@@ -152,12 +168,16 @@ def count_parameters(
     head, mlp, norms = c.vocab_size * d, 3 * d * c.intermediate_size, (2*layers + 1) * d
     embedding = head if tied else 2 * head
     tables = held * row * (min(memories, 1) if c.share_memory else memories)
-    rest = layers*attention + dense*mlp + norms + memories*router
-    flops = 2*head + layers*attention_flops + dense*2*mlp + memories*(router_flops + 2*rows*row)
+    ngrams, (own, own_flops) = engram_tables(c), engram_cost(c)
+    router, read, rows = memories*router + len(ngrams)*own, memories*rows*row, memories*rows
+    tables, read_ngrams = tables + sum(ngrams.values()), len(ngrams)*c.engram_config.embed_dim
+    rest = layers*attention + dense*mlp + norms + router
+    flops = 2*(head + dense*mlp + read) + layers*attention_flops + memories*router_flops + len(ngrams)*own_flops
+    rows += len(ngrams)*(c.engram_config.ngram_size - 1)*c.engram_config.num_heads
     return ParameterCount(
-        total=embedding + rest + tables, active=head + (0 if tied else d) + rest + memories*rows*row,
+        total=embedding + rest + tables, active=head + (0 if tied else d) + rest + read + read_ngrams,
         embedding=embedding, attention=layers*attention, dense_mlp=dense*mlp, norms=norms, memory_tables=tables,
-        memory_router=memories*router, active_memory=memories*rows*row, active_experts_per_token=memories*rows,
+        memory_router=router, active_memory=read + read_ngrams, active_experts_per_token=rows,
         flops_per_token=flops, context=context)
 
 # %% ../../nbs/analysis/00_parameters.ipynb #985957a1
@@ -284,20 +304,25 @@ def layer_rows(
     count, memories = count_parameters(c, context), memory_layer_numbers(c)
     attention, attention_flops = attention_cost(c, count.context)
     router, router_flops = router_cost(c)
-    read = count.active_memory // max(len(memories), 1)
-    table = count.memory_tables if c.share_memory else count.memory_tables // max(len(memories), 1)
+    ngrams, (own_router, own_flops), (row, held, rows) = engram_tables(c), engram_cost(c), table_sizes(c)
+    read, table = rows*row, row*held
     beside = mlp if c.memory_kind == "ultramem" else 0
-    rows = [_layer_row("embedding", "embedding", active=0 if tied else d, flops=0, embedding=vocabulary)]
+    found = [_layer_row("embedding", "embedding", active=0 if tied else d, flops=0, embedding=vocabulary)]
     for n in range(c.num_hidden_layers):
-        common, active = dict(attention=attention, norms=2*d), attention + 2*d
-        if n in memories:
-            own = 0 if c.share_memory and n != memories[0] else table
-            work = attention_flops + router_flops + 2*(read + beside)
-            rows.append(_layer_row(n, c.memory_kind, active + router + read + beside, work, **common, dense_mlp=beside,
-                                   memory_router=router, memory_tables=own))
-        else: rows.append(_layer_row(n, "dense", active + mlp, attention_flops + 2*mlp, **common, dense_mlp=mlp))
+        parts, here = dict(attention=attention, norms=2*d, dense_mlp=mlp, memory_router=0, memory_tables=0), n in memories
+        active, work = 0, attention_flops
+        if here:
+            shared = c.share_memory and n != memories[0]
+            parts |= dict(dense_mlp=beside, memory_router=router, memory_tables=0 if shared else table)
+            active, work = read, work + router_flops + 2*read
+        active, work = active + attention + 2*d + parts["dense_mlp"] + parts["memory_router"], work + 2*parts["dense_mlp"]
+        if n in ngrams:
+            parts["memory_router"], parts["memory_tables"] = parts["memory_router"] + own_router, parts["memory_tables"] + ngrams[n]
+            active, work = active + own_router + c.engram_config.embed_dim, work + own_flops
+        kind = " + ".join(["engram"]*(n in ngrams) + [c.memory_kind if here else "dense"])
+        found.append(_layer_row(n, kind, active, work, **parts))
     head = _layer_row("head", "head", vocabulary + d, 2*vocabulary, embedding=0 if tied else vocabulary, norms=d)
-    return [*rows, head]
+    return [*found, head]
 
 # %% ../../nbs/analysis/00_parameters.ipynb #e21f2866
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1} # bytes of a number
@@ -315,7 +340,8 @@ def bytes_read(
     "What one token reads of the weights, if it comes alone"
     c = as_model_config(model_config)
     count, half = count_parameters(c), c.peer_config.table_dtype == "bfloat16" and c.memory_kind != "moe"
-    return 4*count.active - (2*count.active_memory if half else 0)
+    rows = count.active_memory - len(c.engram_config.layers)*c.engram_config.embed_dim
+    return 4*count.active - (2*rows if half else 0)
 
 # %% ../../nbs/analysis/00_parameters.ipynb #4040022b
 def cache_numbers(

@@ -31,13 +31,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .engram import Engram, canonical_map, remembered
 from .heads import HeadAttention
 from .kernels.ops import differentiated_again, transformed, twin_gradients
 from .mla import LatentAttention, RMSNorm, attention_function, is_plain_linear, refuse_keywords
 from .mla import rotary_angles
 from .moe import ExpertGate, GatedMLP, MixtureOfExperts, RoutedExperts
-from .options import MLAConfig, ModelConfig, MoeConfig, PeerConfig, RopeScaling, attention_problem
-from .options import adds_to_loss, key_value_heads, moe_problem, refuse_out_of_range, ultramem_problem
+from .options import EngramConfig, MLAConfig, ModelConfig, MoeConfig, PeerConfig, RopeScaling
+from .options import adds_to_loss, attention_problem, engram_problem, key_value_heads, moe_problem
+from .options import refuse_out_of_range, ultramem_problem
 from .peer import MEMORY_KINDS, MemoryLayer, MemoryTable
 from .product_keys import ProductKeyRouter, check_router
 from .ultramem import UltraMem, drawn_cores
@@ -56,7 +58,7 @@ def refuse_unknown(
             raise ValueError(f"{where} has no key {name!r}; did you mean {near[0]!r}? Known: {', '.join(known)}")
 
 # %% ../../nbs/models/06_causal_lm.ipynb #9e78a9e0
-SECTIONS = {"moe_config": MoeConfig, "peer_config": PeerConfig, "mla_config": MLAConfig}
+SECTIONS = {"engram_config": EngramConfig, "moe_config": MoeConfig, "peer_config": PeerConfig, "mla_config": MLAConfig}
 INSIDE = {f.name: name for name, section in SECTIONS.items() for f in fields(section)} # key -> its section, the last
 INSIDE |= {"rope_parameters": "mla_config"} # transformers' name for base and stretching together
 ELSEWHERE = {f.name for kind in (DeepseekV3Config, LlamaConfig) for f in fields(kind)}
@@ -139,6 +141,7 @@ class PeerMLAConfig(PreTrainedConfig, ModelConfig):
     peer_config: dict | None = None # keys of `PeerConfig`
     mla_config: dict | None = None # keys of `MLAConfig`
     moe_config: dict | None = None # keys of `MoeConfig`
+    engram_config: dict | None = None # keys of `EngramConfig`
     use_cache: bool = True # return a cache when not training
     pad_token_id: int | None = None # for batched generation
     bos_token_id: int | None = None # begins a text
@@ -234,6 +237,8 @@ def check(self: PeerMLAConfig):
     if not set(named) <= set(range(last + 1)) or len(set(named)) < len(named):
         raise ValueError(f"memory_layers={named}: name each layer once, from 0 to {last}")
     if problem := attention_problem(self): raise ValueError(": ".join(problem))
+    if problem := engram_problem(EngramConfig(**self.engram_config), self.num_hidden_layers):
+        raise ValueError(f"engram_config.{problem[0]}: {problem[1]}")
     moe = self.memory_layer_indices and self.memory_kind == "moe"
     if moe and (problem := moe_problem(MoeConfig(**self.moe_config))):
         raise ValueError(f"moe_config.{problem[0]}: {problem[1]}")
@@ -281,6 +286,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.self_attn = ATTENTION_KINDS[config.attention_kind](config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = config.dropout
+        if layer_idx in config.engram_config["layers"]:
+            options, eps = EngramConfig(**config.engram_config), config.layer_norm_eps
+            self.engram = Engram(config.hidden_size, options, layer_idx, config.initializer_range, eps)
         here, self.routed = layer_idx in config.memory_layer_indices, False
         if here and config.memory_kind == "moe":
             self.mlp, self.routed = MixtureOfExperts(config.hidden_size, MoeConfig(**config.moe_config)), True
@@ -292,9 +300,14 @@ class DecoderLayer(GradientCheckpointingLayer):
         attention_mask=None, # as the attention implementation takes it
         token_mask: Tensor | None = None, # [B, T] True for real tokens; None: all
         balance_terms: list | None = None, # gets what a mixture of experts adds to the loss
+        ngrams: dict | None = None, # of `ngram_inputs`, for layers with n-grams
         **kwargs, # for the attention
     ) -> tuple[Tensor, Tensor | None]: # hidden states [B, T, d], attention weights
         "Both branches"
+        if hasattr(self, "engram"):
+            rows, place = ngrams["rows"][self.self_attn.layer_idx]
+            added = self.engram(hidden_states, rows, ngrams["reach"], ngrams["mask"], kwargs.get("past_key_values"), place)
+            hidden_states = hidden_states + F.dropout(added, self.dropout, self.training)
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs)
         h = hidden_states + F.dropout(attended, self.dropout, self.training)
         x = self.post_attention_layernorm(h)
@@ -350,6 +363,7 @@ class PeerMLAPreTrainedModel(PreTrainedModel):
             for norm in (module.query_norm, module.key_norm): init.constant_(norm.weight, module.norm_scale)
             init.normal_(module.pre_proj.weight, mean=0.0, std=module.hidden_size**-0.5)
             init.copy_(module.core, drawn_cores(*module.core.shape[:2]))
+        if isinstance(module, Engram): init.zeros_(module.conv)
 
 # %% ../../nbs/models/06_causal_lm.ipynb #90631f99
 @patch
@@ -526,6 +540,8 @@ class PeerMLAModel(PeerMLAPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = decoder_layers(config)
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
+        if config.engram_config["layers"]:   # canonical number of each token, and of what stands before a text
+            self.register_buffer("canonical_ids", torch.full((config.vocab_size + 1,), -1))
         self.post_init()
 
     @can_return_tuple
@@ -557,6 +573,8 @@ class PeerMLAModel(PeerMLAPreTrainedModel):
         shared = self.shared_inputs(h, attention_mask, position_ids, past_key_values, cu_seqlens, max_seqlen,
             output_attentions) | ({} if balance_terms is None else dict(balance_terms=balance_terms))
         if use_cache and past_key_values is None: past_key_values = DynamicCache(config=self.config)
+        if "reach" in shared:
+            shared["ngrams"] = self.ngram_inputs(input_ids, attention_mask, shared.pop("reach"), past_key_values)
         hidden, attentions = [], []
         for layer in self.layers[:self.config.num_hidden_layers]:                # fewer for an early exit
             if output_hidden_states: hidden.append(h)
@@ -654,7 +672,41 @@ def shared_inputs(self: PeerMLAModel,
     angles = rotary_angles(position_ids, self.config.head_dim, mla["rope_theta"], mla["rope_scaling"])
     attention = self.attention_inputs(h, attention_mask, apart, past_key_values, documents, output_attentions)
     token_mask = real_tokens(attention_mask, new) if in_memories else None
-    return dict(position_embeddings=angles, token_mask=token_mask, **attention)
+    reach = dict(reach=apart if documents else position_ids) if self.config.engram_config["layers"] else {}
+    return dict(position_embeddings=angles, token_mask=token_mask, **attention, **reach)
+
+# %% ../../nbs/models/06_causal_lm.ipynb #99d0ec5c
+@patch
+def take_tokens(self: PeerMLAModel,
+    tokenizer, # from transformers
+):
+    "Learn from the tokenizer which tokens are the same word"
+    numbers, pad = canonical_map(tokenizer, self.config.vocab_size)
+    self.canonical_ids.copy_(torch.tensor([*numbers, pad]))
+    for layer in self.layers:
+        if hasattr(layer, "engram"): layer.engram.take_tokens(max(numbers) + 1)
+
+@patch
+def ngram_inputs(self: PeerMLAModel,
+    input_ids: Tensor | None, # [B, T]
+    attention_mask: Tensor | None, # as given to `forward`
+    reach: Tensor, # [B or 1, T] tokens of its text or document before each
+    past_key_values, # a cache or None
+) -> dict: # rows: layer -> addresses and the place of its state in a cache; reach; mask
+    "What layers with n-grams are told"
+    if input_ids is None: raise ValueError("n-grams are looked up by tokens: give input_ids, not inputs_embeds")
+    if may_look() and not getattr(self, "knows_tokens", False):
+        self.knows_tokens = bool(self.canonical_ids[-1] >= 0)
+        if not self.knows_tokens:
+            raise ValueError("engram_config: this model doesn't know which tokens are the same word: "
+                             "model.get_decoder().take_tokens(tokenizer) tells it; peer-train does, and checkpoints keep it")
+    tokens, mask, first = self.canonical_ids[input_ids], real_tokens(attention_mask, input_ids.shape[1]), len(self.layers)
+    if mask is not None: tokens = torch.where(mask, tokens, self.canonical_ids[-1])
+    tokens = remembered(past_key_values, first, tokens[..., None])[..., 0]
+    holders = [n for n, layer in enumerate(self.layers) if hasattr(layer, "engram")]
+    rows = {n: (self.layers[n].engram.addresses(tokens, self.canonical_ids[-1], reach), first + place)
+            for place, n in enumerate(holders, 1)}
+    return dict(rows=rows, reach=reach, mask=mask)
 
 # %% ../../nbs/models/06_causal_lm.ipynb #a16cd3d0
 def next_labels(

@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from ..analysis.parameters import bytes_read, count_parameters, memory_layer_count, router_cost, table_sizes
+from ..analysis.parameters import bytes_read, count_parameters, engram_cost, memory_layer_count
+from ..analysis.parameters import memory_layer_numbers, router_cost, table_sizes
 from ..config import Config, ModelConfig, apply_overrides
 from ..files import UserError
+from ..models.options import engram_rows
 
 # %% auto #0
-__all__ = ['SPARSE_KINDS', 'NEAR', 'PEER_KEYS', 'MOE_KEYS', 'LayerBudget', 'layer_budget', 'grid', 'table_candidates',
-           'moe_candidates', 'beside_budget', 'ultramem_candidates', 'dense_candidates', 'Residual', 'residual_of',
-           'solved', 'arm_overrides', 'check_sparse_base', 'sparse_layer_levels', 'residual_rows']
+__all__ = ['SPARSE_KINDS', 'NEAR', 'PEER_KEYS', 'MOE_KEYS', 'ENGRAM_KEYS', 'LayerBudget', 'layer_budget', 'grid',
+           'table_candidates', 'moe_candidates', 'beside_budget', 'ultramem_candidates', 'dense_candidates',
+           'engram_candidates', 'Residual', 'residual_of', 'solved', 'arm_overrides', 'check_sparse_base',
+           'sparse_layer_levels', 'residual_rows']
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #5adb9a04
 class LayerBudget(NamedTuple):
@@ -124,6 +127,24 @@ def dense_candidates(
     macs = (layers - memories)*3*d*m.intermediate_size + memories*layer_budget(m).macs
     yield replace(m, use_peer=False, intermediate_size=max(1, round(macs/(3*d*layers)))), 0.0
 
+# %% ../../nbs/study/02_sparse_layer.ipynb #be793afd
+def engram_candidates(
+    m: ModelConfig, # the base
+) -> Iterator[tuple[ModelConfig, float]]: # a model, and how far from customary proportions it is
+    "N-grams before the attention of some blocks, all with narrower feed-forwards"
+    d, macs, layers = m.hidden_size, layer_budget(m).macs, memory_layer_numbers(m)
+    unit, dense = len(layers)/(3*d*m.num_hidden_layers), (m.num_hidden_layers - len(layers))*m.intermediate_size
+    for wide in (1/4, 1/2, 1):
+        e = replace(m.engram_config, layers=layers, ngram_size=3, num_heads=8, embed_dim=max(1, round(wide*d/16))*16)
+        arm = replace(m, use_peer=False, engram_config=e)
+        parameters, flops = engram_cost(arm)
+        width = round(dense/m.num_hidden_layers + (macs - flops//2)*unit)
+        wanted = (beside_budget(m, width).total - parameters)/e.embed_dim       # rows of a head
+        if width < 1 or wanted < 100: continue
+        heads = [n for rows in engram_rows(replace(e, table_size=round(wanted))).values() for n in rows]
+        start = max(2, round(2*wanted - sum(heads)/len(heads)))                 # primes lie above it
+        yield replace(arm, intermediate_size=width, engram_config=replace(e, table_size=start)), abs(math.log2(2*wide))
+
 # %% ../../nbs/study/02_sparse_layer.ipynb #976e737a
 class Residual(NamedTuple):
     "By how much an arm misses the base, and what it reads"
@@ -146,7 +167,7 @@ def residual_of(
     return Residual(a.flops_per_token/b.flops_per_token - 1, a.total/b.total - 1, bytes_read(arm))
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #0c535ac2
-SPARSE_KINDS = ("dense", "moe", "pkm", "memory_plus", "peer", "ultramem")
+SPARSE_KINDS = ("dense", "moe", "pkm", "memory_plus", "peer", "ultramem", "engram")
 NEAR = 0.005 # below this, proportions decide
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #9c377e60
@@ -157,7 +178,7 @@ def solved(
 ) -> ModelConfig | None: # None: no such layer fits the budget
     "The base with another kind of layer, at equal active FLOPs and total parameters"
     if kind == m.memory_kind: return m
-    special = dict(moe=moe_candidates, dense=dense_candidates, ultramem=ultramem_candidates)
+    special = dict(moe=moe_candidates, dense=dense_candidates, ultramem=ultramem_candidates, engram=engram_candidates)
     found = special[kind](m) if kind in special else table_candidates(m, kind)
     tried = [(residual_of(arm, m, context).worst(kind == "dense"), far, n, arm) for n, (arm, far) in enumerate(found)]
     if not tried: return None
@@ -169,6 +190,7 @@ PEER_KEYS = ("num_experts", "num_experts_per_tok", "num_heads", "expert_hidden_s
              "value_dim", "score_rank", "kernel")
 MOE_KEYS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "n_group",
             "topk_group")
+ENGRAM_KEYS = ("layers", "ngram_size", "num_heads", "table_size", "embed_dim")
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #92717cc3
 def arm_overrides(
@@ -178,7 +200,7 @@ def arm_overrides(
     "What makes an arm of a base"
     out = {f"model_config.{key}": getattr(arm, key) for key in ("use_peer", "intermediate_size", "memory_kind")
            if getattr(arm, key) != getattr(base, key)}
-    for section, keys in (("peer_config", PEER_KEYS), ("moe_config", MOE_KEYS)):
+    for section, keys in dict(peer_config=PEER_KEYS, moe_config=MOE_KEYS, engram_config=ENGRAM_KEYS).items():
         mine, other = getattr(arm, section), getattr(base, section)
         out |= {f"model_config.{section}.{key}": getattr(mine, key) for key in keys
                 if getattr(mine, key) != getattr(other, key)}
@@ -193,13 +215,16 @@ def check_sparse_base(
     if m.share_memory:
         raise UserError("--axes sparse_layer: the base's layers share one memory (model_config.share_memory: true), "
                         "which not every kind can; set it to false")
+    if m.engram_config.layers:
+        raise UserError("--axes sparse_layer: the base has n-grams (model_config.engram_config.layers), which are a "
+                        "level of the axis; set it to []")
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #b2701c5f
 def sparse_layer_levels(
     base: Config, # must have memory layers
     most: float = 0.03, # residual of an arm
 ) -> tuple[dict[str, dict], dict[str, str]]: # level: overrides; level left out: reason
-    "Dense, mixture of experts, and each kind of memory, at equal active FLOPs and total parameters"
+    "Dense, mixture of experts, each kind of memory and n-grams, at equal active FLOPs and total parameters"
     check_sparse_base(base)
     m, context, levels, left_out = base.model_config, base.dataset_config.max_seq_length, {}, {}
     for kind in SPARSE_KINDS:
@@ -219,7 +244,7 @@ def residual_rows(
     rows, context = [], base.dataset_config.max_seq_length
     for level, overrides in levels.items():
         arm = apply_overrides(base, overrides).model_config
-        found, bare = residual_of(arm, base.model_config, context), memory_layer_count(arm) == 0
+        found, bare = residual_of(arm, base.model_config, context), not (memory_layer_count(arm) or arm.engram_config.layers)
         rows.append({"sparse_layer": level, "active FLOPs": f"{found.flops:+.2%}",
                      "parameters": "not comparable" if bare else f"{found.total:+.2%}",
                      "bytes read per token": f"{found.bytes:,}"})
