@@ -75,11 +75,10 @@ def ultramem_activations(
 ) -> int: # bytes per token
     "What an UltraMem layer keeps beside its feed-forward"
     p, r, heads, values = c.peer_config, c.peer_config.score_rank, c.peer_config.num_heads, value_width(c)
-    queries = heads * (2*width*p.query_dim + 2*2*r*4)                            # before and after the norm, its moments
+    queries = heads * (2*width*p.query_dim + 2*2*r*4) + (4*c.hidden_size if width == 2 else 0)   # and copies of the input
     kept = [min(p.num_experts_per_tok, n) for n in p.product_key_dim]
-    scored = heads * (8*sum(kept) + width*r*(2*kept[0] + kept[1] + r))           # places, scores, times the core
-    pairs = heads * p.num_experts_per_tok
-    return queries + scored + pairs*(8 + 8 + width + 4) + (width + 4)*values
+    scored = heads * (8*sum(kept) + width*r*(sum(p.product_key_dim) + 2*kept[0] + kept[1] + r))
+    return queries + scored + heads*p.num_experts_per_tok*(8 + 8 + 4 + width) + (4 + width)*values
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #630c5053
 def engram_activations(
@@ -89,7 +88,7 @@ def engram_activations(
     "What n-grams, their gate and their convolution keep"
     e, d = c.engram_config, c.hidden_size
     heads = (e.ngram_size - 1)*e.num_heads
-    return 8*heads + (4 + width)*e.embed_dim + d*(4*12 + e.kernel_size*4)
+    return 8*heads + 4*e.embed_dim + d*(4*(8 + e.kernel_size) + 2*width) + 32
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #def9bba3
 def memory_activations(
