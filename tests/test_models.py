@@ -71,12 +71,12 @@ def test_model_config_fields_and_defaults_are_the_packages():
     package, model = config.ModelConfig(), PeerMLAConfig()
     for f in fields(config.ModelConfig):
         want, got = getattr(package, f.name), vars(model)[f.name]
-        assert got == (vars(want) if f.name in ("peer_config", "mla_config", "moe_config") else want), f.name
+        assert got == (vars(want) if f.name in ("peer_config", "mla_config", "moe_config", "engram_config") else want), f.name
 
 
 def test_models_import_only_what_they_may():
     code = ("import sys, peer_nb.models.causal_lm; own = [m for m in sys.modules if m.startswith('peer_nb')]; "
-            "assert set(own) <= {'peer_nb', 'peer_nb.models'} | {'peer_nb.models.'+m for m in ('options', 'mla', 'heads', 'product_keys', 'peer', 'moe', 'ultramem', 'causal_lm', 'kernels', 'kernels.ops')}, own")
+            "assert set(own) <= {'peer_nb', 'peer_nb.models'} | {'peer_nb.models.'+m for m in ('options', 'mla', 'heads', 'product_keys', 'peer', 'moe', 'ultramem', 'engram', 'causal_lm', 'kernels', 'kernels.ops')}, own")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

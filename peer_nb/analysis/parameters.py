@@ -349,9 +349,10 @@ def cache_numbers(
 ) -> tuple[int, int]: # ours; keys and values of every head, for comparison
     "Numbers that a cache holds per token, over all layers"
     c = as_model_config(model_config)
-    m, layers = c.mla_config, c.num_hidden_layers
+    m, layers, own = c.mla_config, c.num_hidden_layers, len(c.engram_config.layers)
+    ngrams = own*c.hidden_size + (own > 0)                                # input of the convolutions, and the token
     if c.attention_kind != "mla":
         stored = key_value_heads(c.attention_kind, c.num_attention_heads, c.num_key_value_heads)
-        return layers * 2*stored*(c.hidden_size // c.num_attention_heads), layers * 2*c.hidden_size
+        return layers * 2*stored*(c.hidden_size // c.num_attention_heads) + ngrams, layers * 2*c.hidden_size
     every_head = c.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim)
-    return layers * (m.kv_lora_rank + m.qk_rope_head_dim), layers * every_head
+    return layers * (m.kv_lora_rank + m.qk_rope_head_dim) + ngrams, layers * every_head
