@@ -428,6 +428,9 @@ def rest_of(
     number: int, # of a layer
 ) -> nn.Module: # takes `inputs_embeds`
     "What comes after a layer, as a decoder of its own that shares all modules"
+    if any(hasattr(layer, "engram") for layer in decoder.layers[number + 1:]):
+        raise UserError(f"layers after {number} look n-grams up (engram_config.layers) and cannot be run again from "
+                        "hidden states alone")
     rest = copy.copy(decoder)
     rest._modules = decoder._modules | {"layers": decoder.layers[number + 1:]}
     rest.lend_tables = lambda: None   # the whole model has lent them; their holder may lie before
