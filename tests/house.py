@@ -15,9 +15,7 @@ ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"""(\]\(|(?:href|src)=\\?["'])([\w./-]+?\.ipynb)(?=[#)"'\\\s])""")
 GUIDES = {"Start": "start", "How-to": "how_to", "Reference": "reference"}   # pages that export nothing, by what a reader wants
 BEFORE = {"How-to": ["where_to_add.ipynb"]}
-RESULTS = [{"text": "A finished study", "href": "example/index.html"}, {"section": "Studies of a bridge", "contents": [
-    {"text": "Plans, claims, outcomes", "href": "results/bridge/index.html"}, {"text": "Every arm", "href": "results/bridge/arms/index.html"},
-    {"text": "Stability", "href": "results/bridge/1_stability/index.html"}, {"text": "Compression", "href": "results/bridge/2_compression/index.html"}]}, "benchmarks.ipynb"]
+RESULTS = [{"text": "A finished study", "href": "example/index.html"}, "benchmarks.ipynb"]
 
 
 def rooms(root: Path = ROOT) -> dict[str, dict]:
