@@ -115,10 +115,10 @@ def test_tables_are_counted_from_runs(tmp_path):
     assert {row["status"] for row in plan_lines(todo)} == {"TODO"} and {c["status"] for c in claim_lines(todo)} == {"TODO"} and not log_lines(todo)
     finish(tmp_path/"study", plan, **METRICS)
     study = study_of(tmp_path/"study")
-    first = plan_lines(study)[0]
+    plain, first = plan_lines(study)
     assert (first["status"], first["tokens"], first["seeds"], first["runtime"]) == ("✓ DONE", 8, 3, "3 min")
-    assert first["stability"] == "InfoNCE, prompt alignment, RoPE projection, KL, early stopping" and plan_lines(study)[1]["stability"] == "none"
-    line = log_lines(study)[0]
+    assert first["stability"] == "InfoNCE, prompt alignment, RoPE projection, KL, early stopping" and plain["stability"] == "none"
+    line = log_lines(study)[1]
     assert line["course"] == "0.900 → 0.720 ± 0.025" and line["degradation"].startswith("0.180")   # .71, .72, .73
     status = {c["claim"]: c["status"] for c in claim_lines(study)}
     assert status["the bridge beats both of its models"] == "SUPPORTED" and status["soft tokens carry more than text"] == "REFUTED"
