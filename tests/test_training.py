@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from children import Child, in_child
 
 from peer_nb.config import (Config, DatasetConfig, DatasetEntry, EvalConfig, MLAConfig, ModelConfig, PeerConfig, TrainConfig, apply_overrides, load_config,
                             save_config)
-from peer_nb.data.corpora import data_fingerprint
+from peer_nb.data.corpora import data_fingerprint, is_heldout
 from peer_nb.evaluation.command import main as peer_eval
 from peer_nb.files import UserError, folder_lock, read_json, read_jsonl, write_json
 from peer_nb.training import checkpoints
@@ -406,6 +407,12 @@ def curve(cfg: Config, steps: int) -> list[float]:
     return [trainer.step().loss for _ in range(steps)]
 
 
+def test_what_a_set_is_called_changes_no_loss(text, tmp_path):
+    cfg = config(text, tmp_path)
+    called = replace(cfg, dataset_config=replace(cfg.dataset_config, datasets=[replace(e, name=name) for e, name in zip(cfg.dataset_config.datasets, "xy")]))
+    assert curve(cfg, 6) == curve(called, 6)
+
+
 def test_golden_curve(text, tmp_path):
     "50 steps of configs/small.yaml on sums, in bytes: text that is the same on every machine"
     cfg = apply_overrides(load_config(ROOT/"configs"/"small.yaml"), {"train_config.output_dir": str(tmp_path), "train_config.max_tokens": 25_600,
@@ -485,6 +492,20 @@ def test_mistakes_are_one_line_and_write_nothing(text, tmp_path, capsys, changes
     assert main(["--config", str(tmp_path/"run.yaml"), *(f"{k}={v}" for k, v in changes.items())]) == 2
     message = capsys.readouterr().err
     assert message.startswith("peer-train: error:") and named in message and "Traceback" not in message
+    assert not (tmp_path/"run").exists()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("held, named", [(True, "has no text to train on beside what is held out"), (False, "is held out")])
+def test_an_empty_part_is_said_before_anything_is_made(held, named, streaming, tmp_path, capsys):
+    "A set whose only document is held out, and one of which nothing is"
+    only = next(t for t in (f"This is document {i}, and there is no other." for i in range(999)) if is_heldout(t, .1) == held)
+    (tmp_path/"one.jsonl").write_text(json.dumps(dict(text=only)) + "\n")
+    save_config(config(tmp_path/"one.jsonl", tmp_path/"run"), tmp_path/"run.yaml")
+    streams = [f"dataset_config.datasets.{i}.streaming={streaming}" for i in (0, 1)]
+    assert main(["--config", str(tmp_path/"run.yaml"), *streams]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("peer-train: error: dataset 'sums'") and named in message and "Traceback" not in message
     assert not (tmp_path/"run").exists()
 
 

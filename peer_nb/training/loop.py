@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..cli import check_least, make_main, steady_streams
 from ..config import Config, apply_overrides, diff_configs, load_config, to_dict
-from ..data.corpora import data_manifest, load_tokenizer
+from ..data.corpora import check_datasets, check_parts, data_manifest, load_tokenizer
 from ..data.packing import training_batches, differences
 from ..evaluation.loading import load_to_train
 from ..evaluation.benchmarks import benchmark_metrics, run_benchmarks
@@ -118,6 +118,8 @@ def total(self: Trainer,
 def build_data(self: Trainer) -> None:
     "Tokenizer, batches, and how many steps they are to be read for"
     cfg, train = self.cfg, self.train
+    check_datasets(cfg.dataset_config.datasets, "dataset_config.datasets")
+    check_parts(cfg)
     self.tokenizer = load_tokenizer(cfg.dataset_config)
     check_vocabulary(self.tokenizer, cfg)
     if self.pretrained: check_own_tokenizer(self.tokenizer, self.pretrained[1], cfg)
