@@ -234,6 +234,10 @@ def test_mistakes_are_one_line(bases, text, tmp_path, capsys):
     assert "is an adapter, and no model of its own; put it into its base first: peer-train --merge" in said(cfg=run_of(result.checkpoint, text, tmp_path/"x"))
     assert main(["--merge", str(bases["opt"]), str(tmp_path/"out")]) == 2 and "no checkpoint of adapters" in capsys.readouterr().err
     assert main(["--merge", str(result.checkpoint)]) == 2 and "OUT is missing" in capsys.readouterr().err
+    for place in (bases["opt"], result.checkpoint, tmp_path/"run.yaml"):   # a model, the adapters themselves, a file
+        before = {path: path.read_bytes() for path in [place, *place.rglob("*")] if path.is_file()}
+        assert main(["--merge", str(result.checkpoint), str(place)]) == 2 and "is there already" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in [place, *place.rglob("*")] if path.is_file()} == before
 
 
 @pytest.mark.slow

@@ -168,3 +168,55 @@ def test_each_reason_is_found_and_no_other(good, tmp_path, question, capsys):
     code = main(["checkpoint", str(folder), "--why", str(folder)])
     assert question in ("unexpected", "formats") or code == 1
     assert list(QUESTIONS) == [line.split(":")[0][2:].strip() for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
+
+
+# ---- files that others have left --------------------------------------------------------------------------------------
+
+def refused(words: list, capsys) -> str:
+    "What a command says that refuses, in one line"
+    capsys.readouterr()
+    assert main(list(map(str, words))) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("peer-analyze: error: ") and "\n" not in said, said
+    return said
+
+
+@pytest.mark.parametrize("content, said", [
+    ('{"kind": "recall", "groups": [{"split": "test"}]}', "lacks what such a file has"), ('{"kind": "perplexity", "texts": {"a": {"bits_per_byte": "x"}}}', "lacks what such a file has"),
+    ('{"kind": "recall", "groups": 3}', "lacks what such a file has"), ('{"schema": "peer-analyze attention 1"}', "lacks what such a file has"),
+    ('[1]', "not a result that can be explained"), ('{"kind": "rec', "not a JSON file")])
+def test_a_result_of_another_shape_is_refused_by_its_name(content, said, tmp_path, capsys):
+    (file := tmp_path/"recall.json").write_text(content)
+    answer = refused(["explain", file], capsys)
+    assert str(file) in answer and said in answer
+    refused(["explain", file, "--against", file], capsys)
+
+
+@pytest.mark.parametrize("kind", ["attention", "losses", "usage", "routing", "keys", "parameters", "ablate"])
+def test_a_page_of_a_result_that_was_cut_is_refused_by_its_name(kind, tmp_path, capsys):
+    write_json(file := tmp_path/"result.json", dict(schema=f"peer-analyze {kind} 1", source=["a"], complete=True, versions={}))
+    assert str(tmp_path) in refused(["page", file], capsys)
+
+
+@pytest.mark.parametrize("lines, status, said", [
+    (["3"], "{}", "3 is no line of metrics"), (['{"tokens": "abc", "loss": 1}'], "{}", "tokens is 'abc', no number"), (['{"tokens": 1,', "{}"], "{}", "line 1 is not JSON")])
+def test_a_log_of_another_shape_is_refused_by_its_name(lines, status, said, tmp_path, capsys):
+    (tmp_path/"metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert said in refused(["losses", tmp_path, "--output", tmp_path/"out"], capsys) and not (tmp_path/"out").exists()
+
+
+@pytest.mark.parametrize("status", ["[1]", '{"attempt": "x"}', '{"att', '{"attempt": null}'])
+def test_a_damaged_status_hides_no_curve(status, tmp_path):
+    (tmp_path/"metrics.jsonl").write_text("".join(json.dumps(dict(tokens=n, loss=True if n == 2 else 9 - n)) + "\n" for n in range(1, 5)))
+    (tmp_path/"status.json").write_text(status)
+    curve = read_curve(tmp_path)
+    assert (curve.attempts, curve.tokens, curve.broken) == (1, [1, 3, 4], [2])
+
+
+def test_salvage_writes_over_nothing_and_changes_no_spelling(tmp_path, capsys):
+    (torn := tmp_path/"torn.json").write_text('{"a": {"x": 0.10,\n "y": [1e2, 1e999, "\\ud83d"]}, "b": 12')
+    for _ in range(2): assert main(["salvage", str(torn)]) == 0    # the same again is no other file
+    assert (tmp_path/"torn.salvaged.jsonl").read_text() == '{"path": ["a"], "value": {"x": 0.10,  "y": [1e2, 1e999, "\\ud83d"]}}\n'
+    (mine := tmp_path/"mine.txt").write_text("mine")
+    for place in (mine, tmp_path, "/dev/null"): assert "is there already" in refused(["salvage", torn, "--output", place], capsys)
+    assert mine.read_text() == "mine" and not Path("/dev/null").is_file()

@@ -31,14 +31,14 @@ from ..evaluation.loading import claim_answers, files_fingerprint, load_model
 from ..evaluation.recall import Encoded, Question, batches_of, check_fit, encode_questions, read_questions
 from ..evaluation.recall_command import trained_start
 from ..files import (
-    UserError, append_jsonl, folder_lock, read_json, read_jsonl, sha256_of, writable_folder, write_json)
+    UserError, append_jsonl, folder_lock, read_json, read_jsonl, refuse_full, sha256_of, writable_folder, write_json)
 
 # %% auto #0
 __all__ = ['FIELDS', 'MOST_ROWS', 'DONORS', 'jsonl_questions', 'text_questions', 'asked_of', 'fitting_questions', 'records_of',
            'slot_ranks', 'keys_until_loss', 'layer_answers', 'HeadOutputs', 'heads_of_data', 'all_parts',
            'answers_without', 'part_records', 'Job', 'losses_of', 'append_all', 'example_lines', 'run_batches',
-           'layer_groups', 'finish_ablation', 'run_ablation', 'setting_for', 'run_retrievals', 'run_swap',
-           'wanted_tokens', 'curve_lines', 'run_intervene', 'memory_effects', 'fact_metrics']
+           'layer_groups', 'finish_ablation', 'run_ablation', 'setting_for', 'refuse_others_file', 'run_retrievals',
+           'run_swap', 'wanted_tokens', 'curve_lines', 'run_intervene', 'memory_effects', 'fact_metrics']
 
 # %% ../../nbs/analysis/14_ablation.ipynb #2d263b4f
 def jsonl_questions(
@@ -465,6 +465,18 @@ def setting_for(
     answers = (answers_of(batch, embedding.weight.device) for batch in batches)
     return setting_of(model, answers, [n for group in groups for n in group], settings["seed"])
 
+# %% ../../nbs/analysis/14_ablation.ipynb #b908c673
+def refuse_others_file(
+    output: Path, # Parquet file
+) -> None:
+    "Refuse to write over what is no file of retrievals"
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    if not output.is_symlink() and not output.exists(): return
+    try: ours = output.is_file() and {"id", "layer", "head", "key"} <= {*pq.read_schema(output).names}
+    except (pa.ArrowException, OSError): ours = False
+    if not ours: raise UserError(f"--output {output}: is there already, and holds no retrievals; name another file")
+
 # %% ../../nbs/analysis/14_ablation.ipynb #743e4653
 def run_retrievals(
     checkpoint: Path, # folder of a model with memory layers
@@ -475,6 +487,7 @@ def run_retrievals(
     output: Path, # Parquet file
 ) -> int: # exit code
     "Write down what memory layers retrieve for the questions of a data set and their answers"
+    refuse_others_file(output)
     model, tokenizer = load_model(checkpoint)
     chosen_layers(model, layers)
     if asked["start"] == "auto": asked = asked | dict(start=trained_start(checkpoint))
@@ -540,6 +553,7 @@ def run_intervene(
     output: Path | None, # folder of the result
 ) -> int: # exit code
     "Edit, and say what changes and what else"
+    if save is not None: refuse_full(save)
     model, tokenizer = load_model(checkpoint)
     default, aim, want = chain.get("layer"), chain.get("aim"), chain.get("want")
     edits = parse_edits(chain.get("edits"), max(chosen_layers(model)) if default is None else default)

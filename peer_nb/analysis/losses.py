@@ -26,9 +26,9 @@ from ..stats import compare
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['LOSSES_SCHEMA', 'Curve', 'found_gaps', 'read_curve', 'line_name', 'runs_of', 'smoothed', 'mean_curve',
-           'losses_result', 'with_breaks', 'losses_figure', 'losses_png', 'caption_text', 'problem_lines', 'end_rows',
-           'draw_losses', 'losses']
+__all__ = ['LOSSES_SCHEMA', 'Curve', 'found_gaps', 'is_number', 'attempts_of', 'read_curve', 'line_name', 'runs_of', 'smoothed',
+           'mean_curve', 'losses_result', 'with_breaks', 'losses_figure', 'losses_png', 'caption_text', 'problem_lines',
+           'end_rows', 'draw_losses', 'losses']
 
 # %% ../../nbs/analysis/25_losses.ipynb #415f2322
 @dataclass
@@ -52,6 +52,20 @@ def found_gaps(
     usual = sorted(steps)[len(steps)//2]
     return [(a, b) for a, b in zip(at, at[1:]) if b - a > 1.5*usual]
 
+# %% ../../nbs/analysis/25_losses.ipynb #34d584d1
+def is_number(value: Any) -> bool:
+    "Whether a value of a log is a number"
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+def attempts_of(
+    status: Path, # of a run; may be missing, or damaged
+) -> int: # 1 where it does not say
+    "How often a run was started"
+    try: found = read_json(status)
+    except UserError: return 1   # a curve needs no status
+    said = found.get("attempt") if isinstance(found, dict) else None
+    return said if isinstance(said, int) and said > 0 else 1
+
 # %% ../../nbs/analysis/25_losses.ipynb #6b7fee0e
 def read_curve(
     folder: Path, # of a run
@@ -59,20 +73,23 @@ def read_curve(
 ) -> Curve: # with one point a line, or none
     "The losses of a run, and what is wrong with its log"
     lines = read_jsonl(folder/"metrics.jsonl")
+    if odd := [line for line in lines if not isinstance(line, dict)]:
+        raise UserError(f"{folder}/metrics.jsonl: {odd[0]!r:.60} is no line of metrics")
     key = "tokens" if all("tokens" in line for line in lines) else "step"
     curve, values = Curve(folder.name), {}
     for line in lines:
         if column not in line or key not in line: continue
+        if not is_number(line[key]): raise UserError(f"{folder}/metrics.jsonl: {key} is {line[key]!r:.60}, no number")
         at = float(line[key])
         if values and at <= max(values):
             curve.restarts.append(at)
             values = {t: v for t, v in values.items() if t < at}
         values[at] = line[column]
-    curve.broken = [t for t, v in values.items() if not isinstance(v, (int, float))]
+    curve.broken = [t for t, v in values.items() if not is_number(v)]
     curve.tokens = [t for t in values if t not in curve.broken]
     curve.loss = [float(values[t]) for t in curve.tokens]
     curve.gaps = found_gaps(list(values))
-    curve.attempts = int((read_json(folder/"status.json") or {}).get("attempt") or 1)
+    curve.attempts = attempts_of(folder/"status.json")
     return curve
 
 # %% ../../nbs/analysis/25_losses.ipynb #5d66bc99

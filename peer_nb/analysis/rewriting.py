@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from .ablation import curve_lines, fitting_questions, wanted_tokens
 from peer_nb.analysis.edits import (
-    check_aim, edit_effects, edits_page, judged, of_one_length, refuse_full, refuse_shared_table, unedited,
+    check_aim, edit_effects, edits_page, judged, of_one_length, refuse_shared_table, unedited,
     write_edited)
 from .hooks import Retrievals, chosen_layers
 from .interventions import AnswerBatch, answer_logprobs, answers_of, at_places, clean_pass
 from ..evaluation.loading import load_model
 from ..evaluation.recall import Encoded
-from ..files import UserError, writable_folder, write_json
+from ..files import UserError, refuse_full, writable_folder, write_json
 from ..models.peer import MemoryLayer
 
 # %% auto #0

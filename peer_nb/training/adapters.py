@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..evaluation.loading import in_folder, read_parts
-from ..files import UserError, writable_folder
+from ..files import UserError, at_home, new_folder, refuse_full
 from ..lora_targets import adaptable, check_rank, find_targets
 from ..schema import LoraConfig
 from ..evaluation.loading import no_progress_bars
-from .checkpoints import publish_folder, tell_generation, tokenizer_for_generation
+from .checkpoints import tell_generation, tokenizer_for_generation
 from .freezing import hold_statistics
 
 if TYPE_CHECKING: from transformers import PreTrainedModel
@@ -89,14 +89,13 @@ def merge_adapters(
 def write_model(
     model: PreTrainedModel, # with its weights
     tokenizer,              # its own
-    final: Path,            # folder, whole or not there
+    final: Path,            # new folder
 ) -> None:
     "A model as `from_pretrained` takes it"
-    beside = writable_folder(final.with_name(final.name + ".tmp"))
     tell_generation(model, tokenizer)
-    with no_progress_bars(): model.save_pretrained(beside)
-    tokenizer_for_generation(tokenizer).save_pretrained(beside)
-    publish_folder(beside, final)
+    with new_folder(final) as beside, no_progress_bars():
+        model.save_pretrained(beside)
+        tokenizer_for_generation(tokenizer).save_pretrained(beside)
 
 # %% ../../nbs/training/08_adapters.ipynb #20b812bf
 def export_merged(
@@ -106,9 +105,7 @@ def export_merged(
     """Merge adapters into their base, for a plain model
 
     peer-train --merge output/checkpoint-500 merged"""
-    final = Path(out)
-    if final.exists() and any(final.iterdir()) and not (final/"config.json").is_file():
-        raise UserError(f"{out}: holds something else than a model; choose another folder")
-    write_model(*merge_adapters(Path(checkpoint)), final)
-    log.info("%s: merged", final)
+    refuse_full(out)
+    write_model(*merge_adapters(Path(checkpoint)), at_home(out))
+    log.info("%s: merged", out)
     return 0
