@@ -350,6 +350,31 @@ OTHERS = {   # what has changed since the checkpoint: what the refusal names
     "train_config.per_device_train_batch_size": (4, "train_config.per_device_train_batch_size")}
 
 
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_newest_checkpoint_is_gone_or_damaged(text, undisturbed, tmp_path, capsys, caplog, damaged, finished):
+    "What can be gone on from is, to the bit; a finished run has weights only, and it is said what to do; `latest` names what is there"
+    out = tmp_path/"run"
+    save_config(cfg := config(text, out, keep_optimizer_state=not finished, log_level="warning"), tmp_path/"run.yaml")
+    if finished: train(cfg)
+    else: shutil.copytree(undisturbed, out)
+    newest = latest_checkpoint(out)
+    if damaged: (newest/"model.safetensors").write_bytes((newest/"model.safetensors").read_bytes()[:-8])
+    else: shutil.rmtree(newest)
+    start = lambda *words: main(["--config", str(tmp_path/"run.yaml"), *words])
+    code, said = start("--resume"), capsys.readouterr().err
+    if damaged:
+        assert code == 2 and f"{newest} is damaged: model.safetensors has" in said
+        if not finished:
+            assert f"--resume {out}/checkpoint-8" in said
+            code = start("--resume", str(out/"checkpoint-8"))
+    if finished:
+        assert code == 2 and "weights only" in said and "pretrained_layer_path" in said and said.count("\n") == 1
+        if not damaged: assert f"{newest} is gone; latest names checkpoint-8 now" in caplog.text
+    else: assert code == 0 and assert_same_end(out, undisturbed) is None
+    assert (out/(out/"latest").read_text().strip()).is_dir()
+
+
 @pytest.mark.parametrize("key", OTHERS)
 def test_another_run_is_refused_with_the_difference(text, undisturbed, tmp_path, key):
     value, named = OTHERS[key]

@@ -33,7 +33,8 @@ from ..files import UserError, folder_lock, read_json, read_jsonl, writable_fold
 from ..pretrained import model_sizes
 from .adapters import add_adapters, export_merged, merge_adapters, write_model
 from .checkpoints import FREE, checkpoints, keep_weights, latest_checkpoint, load_checkpoint
-from .checkpoints import remove_folder, rng_state, save_checkpoint, set_rng_state, weights_only
+from .checkpoints import mend_latest, remove_folder, rng_state, save_checkpoint, set_rng_state
+from .checkpoints import weights_only
 from .freezing import freeze_model_layers
 from .launch import how_many, train_in_processes
 from .layer_loading import PretrainedLayerLoader, checkpoint_options
@@ -648,6 +649,7 @@ def begin(self: Trainer,
         for leftover in [*out.glob("checkpoint-*.tmp"), *out.glob("checkpoint-*.removed")]: remove_folder(leftover)
         for name in OWN_FILES:
             for leftover in out.glob(f".{name}.*.tmp"): leftover.unlink()
+        if gone := mend_latest(out): log.warning("%s is gone; latest names %s now", out/gone, latest_checkpoint(out).name)
     start = self.processes.from_main(start)
     if start:
         self.restore(start, approximate)
