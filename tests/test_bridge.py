@@ -247,6 +247,32 @@ def test_what_is_loaded_is_what_was_trained(undisturbed):
     with pytest.raises(UserError, match="no translator of step 99 there; kept: selected, 3, 6, last"): Bridge.load(undisturbed.folder, 99)
 
 
+def test_a_translator_that_is_damaged_or_between_other_models_answers_nothing(pair, tmp_path, capsys):
+    import shutil
+    models = shutil.copytree(pair, tmp_path/"models")
+    run = train_bridge(config(models, tmp_path/"run", "mistral", "llama"), progress=False).folder
+    def said() -> str:
+        capsys.readouterr()
+        assert main(["evaluate", str(run), "--items", "2"]) == 2
+        return capsys.readouterr().err
+    file = run/"selected"/"model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8])
+    assert "selected is damaged: model.safetensors has" in said()
+    file.write_bytes(whole)
+    weights = load_file(file)
+    (run/"selected"/"trainer_state"/"files.json").unlink()   # as a copy without its seal
+    save_file({name: value for name, value in weights.items() if name != "queries"}, file, metadata=dict(format="pt"))
+    assert "lacks 1 of the model's weights, such as queries" in said()
+    save_file(weights | dict(queries=weights["queries"]*torch.nan), file, metadata=dict(format="pt"))
+    assert "queries has numbers that are not finite" in said()
+    file.write_bytes(whole)
+    changed = built("llama", len(characters(0)))
+    with torch.no_grad(): changed.model.norm.weight.mul_(2)
+    changed.save_pretrained(models/"llama")
+    assert "was trained between other models: the weights of its target have changed since" in said()
+
+
 def test_controls_read_another_item_or_nothing(undisturbed):
     bridge, items = undisturbed.bridge, needle_items(undisturbed.bridge.options, "test", 5)
     own, shuffled, zero = (bridge.soft_tokens(items, kind, rows=2) for kind in ("own", "shuffled", "zero"))

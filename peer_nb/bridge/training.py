@@ -16,12 +16,11 @@ import torch
 from fastcore.basics import patch
 
 from .answers import grade
-from .bridge import Bridge
+from .bridge import Bridge, model_hashes
 from .hidden import all_hidden
 from .items import Item, load_items
 from .losses import answer_nll, answered, bridge_losses, weight_at
 from ..config import Config, TrainConfig, diff_configs
-from ..evaluation.loading import model_fingerprint
 from ..evaluation.perplexity import autocast_for
 from ..files import UserError, folder_lock, read_json, read_jsonl, seal_folder, writable_folder, write_json
 from ..tasks.task import permutation
@@ -93,7 +92,7 @@ class BridgeTrainer:
         cfg: Config, # the run
     ):
         check_bridge(cfg)
-        self.cfg, self.train, self.done = cfg, cfg.train_config, BridgeProgress()
+        self.cfg, self.train, self.done, self.models = cfg, cfg.train_config, BridgeProgress(), None
         self.items = load_items(cfg.bridge_config)
         seed_everything(self.train.seed)
         self.bridge = Bridge.new(cfg)
@@ -192,9 +191,8 @@ def choose(self: BridgeTrainer,
 @patch
 def identity(self: BridgeTrainer) -> dict[str, str]:
     "The two models, by their content"
-    b = self.bridge
-    return dict(source=model_fingerprint(b.source, b.source_tokenizer),
-                target=model_fingerprint(b.target, b.target_tokenizer))
+    if self.models is None: self.models = model_hashes(self.bridge)   # once: neither changes
+    return self.models
 
 # %% ../../nbs/bridge/12_training.ipynb #3fb12472
 @patch(as_prop=True)
@@ -219,7 +217,8 @@ def save(self: BridgeTrainer) -> Path: # the checkpoint's folder
 def keep_selected(self: BridgeTrainer) -> None:
     "Write the best translator so far beside the checkpoints"
     beside = self.out/"selected.tmp"
-    write_files(beside, self.done.step, self.translator, None, self.bridge.target_tokenizer, self.cfg, {}, 1)
+    write_files(beside, self.done.step, self.translator, None, self.bridge.target_tokenizer, self.cfg,
+                dict(models=self.identity()), 1)
     seal_folder(beside)
     publish_folder(beside, self.out/"selected")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..evaluation.loading import in_folder, read_parts
+from ..evaluation.loading import check_weights, in_folder, read_parts
 from ..files import UserError, at_home, new_folder, refuse_full
 from ..lora_targets import adaptable, check_rank, find_targets
 from ..schema import LoraConfig
@@ -82,7 +82,9 @@ def merge_adapters(
     if not (checkpoint/"adapter_config.json").is_file():
         raise UserError(f"{checkpoint}: no checkpoint of adapters (it has no adapter_config.json)")
     in_folder(checkpoint)
-    model, _, tokenizer = read_parts(str(checkpoint), True)
+    model, loading, tokenizer = read_parts(str(checkpoint), True)
+    try: check_weights(model, loading)
+    except UserError as error: raise UserError(f"{checkpoint}: {error}") from error
     return model, tokenizer
 
 # %% ../../nbs/training/08_adapters.ipynb #a4c34886
