@@ -130,7 +130,9 @@ def instead_of(
     others = [path for path in reversed(checkpoints(folder.parent)) if path != folder]
     if not others: return "There is no other checkpoint beside it."
     for path in others:
-        if (path/"trainer_state"/"state.pt").exists(): return f"Continue from an earlier one: --resume {path}"
+        if (path/"trainer_state"/"state.pt").exists():
+            return (f"Continue from an earlier one: --resume {path} (a run of a study: remove the damaged folder, and "
+                    "peer-ablate --resume --retry-failed goes on from there)")
     return (f"The others, {others[0].name} the newest, have weights only, since the run was finished: train again into "
             "another output_dir, or begin a new run with their weights (train_config.pretrained_layer_path)")
 
