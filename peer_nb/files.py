@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['SEAL', 'UserError', 'write_atomic', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl', 'write_jsonl',
-           'folder_lock', 'die_with_parent', 'at_home', 'writable_folder', 'refuse_full', 'new_folder', 'cache_folder',
-           'sha256_of', 'file_hash', 'seal_folder', 'damages']
+__all__ = ['SEAL', 'UserError', 'write_atomic', 'half_characters', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl',
+           'write_jsonl', 'folder_lock', 'die_with_parent', 'at_home', 'writable_folder', 'refuse_full', 'new_folder',
+           'cache_folder', 'sha256_of', 'file_hash', 'seal_folder', 'damages']
 
 # %% ../nbs/00_files.ipynb #dc84e902
 class UserError(Exception):
@@ -79,12 +79,16 @@ def _not_finite(value: Any, name: str = "") -> list[str]: # such as "eval/docs/l
 # %% ../nbs/00_files.ipynb #f623067d
 _HALF = re.compile("[\ud800-\udfff]") # of a pair of surrogates, as "\\ud83d" in somebody's JSON leaves it
 
+def half_characters(text: str) -> bool:
+    "Whether a text has what UTF-8 cannot say"
+    return _HALF.search(text) is not None
+
 def _json(path: str | Path, value: Any, **options) -> str:
     "A value as strict JSON, which has no name for what is not a number"
     def dumped(ascii): return json.dumps(value, ensure_ascii=ascii, allow_nan=False, default=_plain, **options)
     try:
         text = dumped(False)
-        return text if not _HALF.search(text) else dumped(True)   # UTF-8 has no way to write half a character
+        return dumped(True) if half_characters(text) else text
     except ValueError as e:
         if not str(e).startswith("Out of range"): raise
         odd = _not_finite(json.loads(json.dumps(value, default=_plain)))
@@ -251,8 +255,9 @@ def refuse_full(
 ) -> None:
     "Refuse a folder that holds something, and what is no folder"
     folder = at_home(folder)
-    if folder.is_symlink() or folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already, and is not empty; name a new folder")
+    try: full = folder.is_symlink() or folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as e: raise UserError(f"{str(folder):.80}: cannot be a new folder: {e.strerror}") from e
+    if full: raise UserError(f"{folder}: is there already, and is not empty; name a new folder")
 
 # %% ../nbs/00_files.ipynb #a5c315e7
 @contextmanager

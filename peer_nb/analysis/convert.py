@@ -268,8 +268,8 @@ def write_converted(
     top_k: int | None, # as it was asked for
 ) -> int: # exit code
     "Save beside, load, compare, and give it its name"
-    from peer_nb.evaluation.loading import load_model, model_fingerprint
-    with new_folder(output) as beside:
+    from peer_nb.evaluation.loading import load_model, model_fingerprint, no_progress_bars
+    with new_folder(output) as beside, no_progress_bars():
         for part in (models[1], tokenizer): part.save_pretrained(beside)
         apart, largest = largest_difference(models[0], load_model(beside)[0].cpu(), compared[0])
         if exact and apart > ROUNDING * max(1., largest):

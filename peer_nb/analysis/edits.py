@@ -28,7 +28,7 @@ from ..stats import compare
 __all__ = ['EDIT_KEYS', 'PATTERNS', 'ACTS', 'ANSWER_COLUMNS', 'EDITS_NOTE', 'Edit', 'whole_number', 'parse_edit', 'touches',
            'meet', 'refuse_contradictions', 'parse_edits', 'check_edits', 'Slots', 'drop_row', 'swap_slots',
            'replace_row', 'inject_row', 'pattern_keys', 'put_patterns', 'acts_at', 'editing', 'asked_under',
-           'of_one_length', 'facts_of_rows', 'edit_effects', 'unedited', 'judged', 'check_aim', 'sweep',
+           'of_one_length', 'facts_of_rows', 'edit_effects', 'unedited', 'judged', 'check_aim', 'check_places', 'sweep',
            'refuse_shared_table', 'check_for_good', 'edit_tables', 'write_edited', 'save_edited', 'sweep_figure',
            'edits_page']
 
@@ -366,10 +366,23 @@ def check_aim(
     aim: Sequence[str], # ids
 ):
     "Refuse questions that are not there"
+    if isinstance(aim, str) or not all(isinstance(name, str) for name in aim):
+        raise UserError(f"aim: {aim!r:.60} is no list of ids, such as [test_known/3]")
     unknown = sorted({*aim} - {e.question.id for e in encoded})
     if not unknown: return
     first = ", ".join(e.question.id for e in encoded[:3])
     raise UserError(f"--aim {unknown[0]}: no such question; the first ones are {first}")
+
+# %% ../../nbs/analysis/13_edits.ipynb #d6d89dd0
+def check_places(
+    encoded: Sequence[Encoded], # questions
+    edits: Sequence[Edit], # a chain
+):
+    "Refuse an edit at a position that no question has"
+    for e in (e for e in edits if isinstance(e.at, int)):
+        sizes = (len(q.context) + len(q.answer) if e.at >= 0 else len(q.context) for q in encoded)
+        if (longest := max(sizes)) <= (e.at if e.at >= 0 else -e.at - 1):
+            raise UserError(f"{e}: no question has this position; the longest has {longest} before it ends")
 
 # %% ../../nbs/analysis/13_edits.ipynb #a46f5b03
 def sweep(
@@ -381,7 +394,8 @@ def sweep(
 ) -> dict[str, Any]: # curve: for each weight the numbers of `judged`; answers under the last
     "Efficacy and collateral of a chain of edits, at each weight"
     check_edits(model, edits)
-    check_aim(encoded, aim or ())
+    check_places(encoded, edits)
+    check_aim(encoded, () if aim is None else aim if isinstance(aim, (list, tuple)) else [aim])
     aim = facts_of_rows(model, encoded, edits) if aim is None else list(aim)
     weights = next((e.weight for e in edits if isinstance(e.weight, tuple)), (None,))
     before, curve = unedited(model, encoded), []

@@ -371,6 +371,9 @@ def explain(
     peer-analyze explain eval/recall.json
     peer-analyze explain a/recall.json --against b/recall.json"""
     results, against = [Path(p) for p in results], [Path(p) for p in against or []]
+    for side in (results, against):
+        if twice := [p for p in side if [q.resolve() for q in side].count(p.resolve()) > 1]:
+            raise UserError(f"{twice[0]}: is given twice on one side; each seed counts once")
     if against:
         found = compared_sides(results, against, metric)
         lines, used = [paired_text(f) for f in found], [f.method for f in found]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,13 +161,17 @@ def losses_result(
 ) -> dict: # what losses.json holds
     "Read all runs, and sum up each line"
     lines: dict[str, list[Curve]] = {}
-    for label, folder in (run for word in words for run in runs_of(word)):
+    found = [run for word in words for run in runs_of(word)]
+    count = Counter((label, folder.resolve()) for label, folder in found)
+    if twice := [folder for (_, folder), times in count.items() if times > 1]:
+        raise UserError(f"{twice[0]}: is given twice; a run that is counted twice makes an interval too narrow")
+    for label, folder in found:
         lines.setdefault(label, []).append(read_curve(folder, column))
-    if not any(c.tokens for curves in lines.values() for c in curves):
-        raise UserError(f"{', '.join(words)}: no line of metrics has a number called {column}")
+    if not any(len(c.tokens) > 1 for curves in lines.values() for c in curves):
+        raise UserError(f"{', '.join(words)}: no run has two lines of metrics with a number called {column}")
     def plain(c): return dict(run=c.name, points=len(c.tokens), gaps=[*map(list, c.gaps)], restarts=c.restarts,
                               broken=c.broken, attempts=c.attempts, tokens=c.tokens, loss=c.loss)
-    found = [dict(line=line, seeds=len(curves), runs=[plain(c) for c in curves], **mean_curve(curves, smooth))
+    found = [dict(line=line, seeds=sum(len(c.tokens) > 1 for c in curves), runs=[plain(c) for c in curves], **mean_curve(curves, smooth))
              for line, curves in lines.items()]
     return analysis_result("losses", words, dict(column=column, smooth=smooth, lines=found))
 
@@ -200,7 +205,7 @@ def losses_figure(
         if line["seeds"] == 1: xs, ys = with_breaks(xs, ys, line["runs"][0]["gaps"])
         figure.add_scatter(x=xs, y=ys, name=name, legendgroup=name, mode="lines", line=dict(width=2, color=colour),
                            connectgaps=False, hovertemplate="%{x:,} tokens: %{y:.4f}")
-        marks = [(r["run"], t) for r in line["runs"] for t in r["restarts"] if t <= line["tokens"][-1]]
+        marks = [(r["run"], t) for r in line["runs"] for t in r["restarts"] if line["tokens"] and t <= line["tokens"][-1]]
         heights = [next((m for at, m in zip(line["tokens"], line["mean"]) if at >= t and m is not None), None)
                    for _, t in marks]
         if marks: figure.add_scatter(
@@ -255,6 +260,7 @@ def problem_lines(
                                              "time, so the curve does not show where.")
         if r["gaps"]: found.append(f"{r['run']} lacks lines between " + ", ".join(
             f"{number(a)} and {number(b)}" for a, b in r["gaps"]) + " tokens.")
+        if r["points"] < 2: found.append(f"{r['run']} has fewer than two points, and is left out.")
         if r["broken"]: found.append(f"{r['run']} has a loss that is no number at {places('broken')} tokens.")
     return found
 
