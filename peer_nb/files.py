@@ -24,8 +24,8 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['SEAL', 'UserError', 'write_atomic', 'half_characters', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl',
-           'write_jsonl', 'folder_lock', 'die_with_parent', 'at_home', 'writable_folder', 'refuse_full', 'new_folder',
-           'cache_folder', 'sha256_of', 'file_hash', 'seal_folder', 'damages']
+           'write_jsonl', 'folder_lock', 'die_with_parent', 'at_home', 'writable_folder', 'is_there', 'refuse_full',
+           'new_folder', 'cache_folder', 'sha256_of', 'file_hash', 'seal_folder', 'damages']
 
 # %% ../nbs/00_files.ipynb #dc84e902
 class UserError(Exception):
@@ -249,15 +249,22 @@ def writable_folder(
         raise UserError(f"{str(path)!r}: not a folder that can be written to: {_reason(e)}") from e
     return folder
 
+# %% ../nbs/00_files.ipynb #346d4183
+def is_there(
+    path: Path, # that a person has typed
+) -> bool:
+    "Whether something has this name, a link that leads nowhere too; a `UserError` where no file can have it"
+    try: return path.is_symlink() or path.exists()
+    except OSError as e: raise UserError(f"{str(path):.80}: cannot be written: {e.strerror}") from e
+
 # %% ../nbs/00_files.ipynb #4ec1689f
 def refuse_full(
     folder: str | Path, # where something new is to be written
 ) -> None:
     "Refuse a folder that holds something, and what is no folder"
     folder = at_home(folder)
-    try: full = folder.is_symlink() or folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    except OSError as e: raise UserError(f"{str(folder):.80}: cannot be a new folder: {e.strerror}") from e
-    if full: raise UserError(f"{folder}: is there already, and is not empty; name a new folder")
+    if is_there(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already, and is not empty; name a new folder")
 
 # %% ../nbs/00_files.ipynb #a5c315e7
 @contextmanager

@@ -220,3 +220,58 @@ def test_salvage_writes_over_nothing_and_changes_no_spelling(tmp_path, capsys):
     (mine := tmp_path/"mine.txt").write_text("mine")
     for place in (mine, tmp_path, "/dev/null"): assert "is there already" in refused(["salvage", torn, "--output", place], capsys)
     assert mine.read_text() == "mine" and not Path("/dev/null").is_file()
+
+
+LONG = "x"*300
+TYPED = { # a mistake of a command line, and what is said; before the work where that can be known
+    "salvage to a name too long": (["salvage", "torn.jsonl", "--output", LONG], "cannot be written: File name too long"),
+    "retrievals to a name too long": (["retrievals", "model", "q.jsonl", "--output", LONG], "cannot be written: File name too long"),
+    "retrievals over another file": (["retrievals", "model", "q.jsonl", "--output", "torn.jsonl"], "is there already, and holds no retrievals"),
+    "an edited model to a name too long": (["intervene", "model", "q.jsonl", "--drop", "1", "--save", LONG], "cannot be written: File name too long"),
+    "an edited model over another": (["intervene", "model", "q.jsonl", "--drop", "1", "--save", "model"], "is there already"),
+    "a converted model to a name too long": (["convert", "model", LONG], "cannot be written: File name too long"),
+    "splits of a file": (["swap", "model", "q.jsonl", "--splits", "x"], "has no splits"),
+    "an output that is a file": (["swap", "model", "q.jsonl", "--output", "q.jsonl"], "not a folder that can be written to"),
+    "an empty answer": (["intervene", "model", "q.jsonl", "--drop", "1", "--want", ""], "an empty answer can't be wanted"),
+    "a position that no question has": (["intervene", "model", "q.jsonl", "--drop", "1", "--at", "999"], "no question has this position"),
+    "edits that are not UTF-8": (["intervene", "model", "q.jsonl", "--edits", "latin.yaml"], "not a UTF-8 text file (byte 14)"),
+    "an aim that is no list": (["intervene", "model", "q.jsonl", "--edits", "aim.yaml"], "aim: [7] is no list of ids"),
+    "one id for two questions": (["intervene", "model", "same.jsonl", "--drop", "1"], "the id a is there 2 times"),
+    "an end that is no text": (["intervene", "model", "end.jsonl", "--drop", "1"], "line 1: end is 3, not text"),
+    "half a character": (["intervene", "model", "half.jsonl", "--drop", "1"], "line 1 has half a character"),
+    "a run that is counted twice": (["losses", "run", "run"], "is given twice"),
+    "a result that is counted twice": (["explain", "result.json", "result.json"], "is given twice on one side"),
+    "features that fail": (["keys", "model", "q.jsonl", "--permutations", "19", "--features", "features.py:fails"], "cannot be computed: KeyError"),
+    "features that are no numbers": (["keys", "model", "q.jsonl", "--permutations", "19", "--features", "features.py:words"], "one finite number each is needed")}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    "A model, and files of all kinds"
+    folder, tokenizer = tmp_path_factory.mktemp("typed"), load_tokenizer(DatasetConfig(tokenizer_name="bytes"))
+    torch.manual_seed(0)
+    for part in (PeerMLAForCausalLM(facts_config(len(tokenizer), 96, hidden_size=16, num_hidden_layers=2, memory_layers=[0, 1])).eval(), tokenizer): part.save_pretrained(folder/"model")
+    lines = {"q": [dict(id=f"q{n}", prompt=f"Ann {n}:", answer=f" {n*37 % 100:02d}") for n in range(6)], "same": [dict(id="a", prompt="b:", answer="c")]*2, "end": [dict(prompt="a:", answer="b", end=3)]}
+    for name, rows in lines.items(): write_jsonl(folder/f"{name}.jsonl", rows)
+    write_json(folder/"result.json", dict(metrics={"a/loss": 1.5}, standard_errors={}))
+    (folder/"half.jsonl").write_text(json.dumps(dict(prompt="x \ud83d:", answer="y")) + "\n")
+    (folder/"torn.jsonl").write_text('{"a": 1}\n{"b": 2')
+    (folder/"latin.yaml").write_bytes(b"- {drop: 1} # \xff\n")
+    (folder/"aim.yaml").write_text("edits: [{drop: 1}]\naim: 7\n")
+    (folder/"features.py").write_text("def fails(e): raise KeyError('z')\ndef words(e): return dict(a=['x']*len(e))\n")
+    (folder/"run").mkdir()
+    write_jsonl(folder/"run"/"metrics.jsonl", [dict(tokens=n, loss=9 - n) for n in range(1, 6)])
+    return folder
+
+
+@pytest.mark.parametrize("words, said", TYPED.values(), ids=TYPED.keys())
+def test_what_cannot_be_meant_is_one_line_and_changes_nothing(words, said, places, monkeypatch, capsys):
+    monkeypatch.chdir(places)
+    before = {path: path.read_bytes() for path in places.rglob("*") if path.is_file()}
+    assert said in refused(words, capsys)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_brackets_in_brackets_take_no_minutes():
+    rest = salvage_document(b"["*60_000)
+    assert not rest.records and rest.lost

@@ -32,7 +32,7 @@ from ..evaluation.loading import claim_answers, files_fingerprint, load_model
 from ..evaluation.recall import Encoded, Question, batches_of, check_fit, encode_questions, read_questions
 from ..evaluation.recall_command import trained_start
 from ..files import (
-    UserError, append_jsonl, folder_lock, half_characters, read_json, read_jsonl, refuse_full, sha256_of,
+    UserError, append_jsonl, folder_lock, half_characters, is_there, read_json, read_jsonl, refuse_full, sha256_of,
     writable_folder, write_json)
 
 # %% auto #0
@@ -481,7 +481,7 @@ def refuse_others_file(
     "Refuse to write over what is no file of retrievals"
     import pyarrow as pa
     import pyarrow.parquet as pq
-    if not output.is_symlink() and not output.exists(): return
+    if not is_there(output): return
     try: ours = output.is_file() and {"id", "layer", "head", "key"} <= {*pq.read_schema(output).names}
     except (pa.ArrowException, OSError): ours = False
     if not ours: raise UserError(f"--output {output}: is there already, and holds no retrievals; name another file")

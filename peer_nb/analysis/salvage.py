@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import UserError, write_atomic
+from ..files import UserError, is_there, write_atomic
 
 # %% auto #0
-__all__ = ['complete_value', 'Rest', 'salvage_document', 'salvage_lines', 'is_log', 'salvaged_text', 'write_new', 'salvage']
+__all__ = ['DEEPEST', 'complete_value', 'Rest', 'salvage_document', 'salvage_lines', 'is_log', 'salvaged_text', 'write_new',
+           'salvage']
 
 # %% ../../nbs/analysis/21_salvage.ipynb #911fec5a
 def _once(pairs: list[tuple[str, Any]]) -> dict:
@@ -72,6 +73,8 @@ def _step(text: str, at: int, places: list, kinds: list[str]) -> int | None: # w
     return member[1]
 
 # %% ../../nbs/analysis/21_salvage.ipynb #9184996b
+DEEPEST = 1000 # brackets in each other that are followed
+
 def salvage_document(
     data: bytes, # of a JSON file
 ) -> Rest:
@@ -85,7 +88,7 @@ def salvage_document(
             rest.records.append((list(places), found[0]))
             rest.spelt.append(text[at:found[1]])
             kept, at = found[1], _step(text, found[1], places, kinds)
-        elif text[at:at + 1] in ("{", "["):
+        elif text[at:at + 1] in ("{", "[") and len(kinds) < DEEPEST:
             kinds.append(text[at])
             member = _next_member(text, _space.match(text, at + 1).end(), text[at] == "{")
             places.append(0 if member is None or member[0] is None else member[0])
@@ -146,7 +149,7 @@ def write_new(
     content: bytes, # of it
 ) -> None:
     "Write a file, never over another one"
-    there = output.is_symlink() or output.exists()
+    there = is_there(output)
     if there and not (output.is_file() and output.read_bytes() == content):
         raise UserError(f"--output {output}: is there already, with something else in it; remove it, or name another")
     if not there: write_atomic(output, content)

@@ -33,8 +33,8 @@ from ..training.steps import Preempted, disk_errors, log, seed_everything, start
 from ..training.tracking import Tracker, check_wandb, finite
 
 # %% auto #0
-__all__ = ['READ_KEYS', 'check_bridge', 'rows_of_step', 'BridgeProgress', 'BridgeTrainer', 'curve_summary', 'BridgeResult',
-           'train_bridge']
+__all__ = ['READ_KEYS', 'check_bridge', 'rows_of_step', 'BridgeProgress', 'BridgeTrainer', 'refuse_odd', 'curve_summary',
+           'BridgeResult', 'train_bridge']
 
 # %% ../../nbs/bridge/12_training.ipynb #91cf1539
 READ_KEYS = {f.strip() for f in """output_dir, per_device_train_batch_size, gradient_accumulation_steps, learning_rate,
@@ -257,6 +257,16 @@ def metrics_line(self: BridgeTrainer,
     return dict(step=done.step, tokens=done.tokens, **means, learning_rate=self.schedule.get_last_lr()[0],
                 grad_norm=finite(norm), seconds=round(done.seconds, 3), **self.gates())
 
+# %% ../../nbs/bridge/12_training.ipynb #92b5bab9
+def refuse_odd(
+    found: dict[str, float], # of an evaluation
+    step: int,               # that it is of
+) -> None:
+    "Stop where a score is no number, before a step is chosen by it"
+    if odd := [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]:
+        raise UserError(f"training stopped at step {step}: {odd[0]}. A lower train_config.learning_rate or "
+                        "max_grad_norm, or a longer warmup_ratio, may help")
+
 # %% ../../nbs/bridge/12_training.ipynb #0097ce48
 @patch
 def report(self: BridgeTrainer,
@@ -273,6 +283,7 @@ def report(self: BridgeTrainer,
     line = self.metrics_line(norm)
     if due:
         with tracker.heartbeat.during("evaluating", self.bridge.target): found = self.evaluate()
+        refuse_odd(found, done.step)
         if self.choose(found): self.keep_selected()
         line |= found
         right = {split: found[f"eval/{split}/exact_match"] for split in self.asked}
