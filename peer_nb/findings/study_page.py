@@ -701,7 +701,7 @@ def page_effects(
 ) -> tuple[list[Finding], dict[str, pd.DataFrame]]: # its claims; metric -> judged_effects
     "What the page says of claims and effects, made once"
     rows, plan, found = runs.rows, runs.plan, study_findings(runs)
-    return found, {m: judged_effects(rows, plan.axes, m, found, runs.runs) for m in shown_metrics(rows, plan)}
+    return found, {m: judged_effects(rows, plan.axes, m, found, runs.runs, plan.looks) for m in shown_metrics(rows, plan)}
 
 # %% ../../nbs/findings/06_study_page.ipynb #f2c86a2a
 def study_page(

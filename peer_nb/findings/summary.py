@@ -111,7 +111,7 @@ def summary_lines(
     lines = [f"{done} of {len(rows)} runs done{others}"]
     if best := best_run(rows, plan): lines.append(f"best {plan.metric}: {best[plan.metric]:.4f} by {best['run']}")
     claims, by_id = (study_findings(runs), runs.runs) if runs else ((), None)
-    effects = judged_effects(rows, plan.axes, plan.metric, claims, by_id)
+    effects = judged_effects(rows, plan.axes, plan.metric, claims, by_id, plan.looks)
     lines += filter(None, (effect_sentence(axis, effects) for axis in plan.axes))
     if clock := wall_time_sentence(rows, plan): lines.append(clock[0])
     return lines + _failures(rows) + [ANECDOTAL]*(rows.seed.nunique() == 1)
