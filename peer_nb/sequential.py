@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
+from .factorial import Estimates
 from .schema import Count
 
 if TYPE_CHECKING: import numpy as np
 
 # %% auto #0
-__all__ = ['Spending', 'spent', 'look_levels', 'Looks', 'chance_to_decide']
+__all__ = ['Spending', 'spent', 'look_levels', 'Looks', 'chance_to_decide', 'Walked', 'walked']
 
 # %% ../nbs/16_sequential.ipynb #86288d67
 Spending = Literal["obrien_fleming", "pocock"]
@@ -123,3 +124,54 @@ def chance_to_decide(
     needed = -ndtri(np.asarray(level)/2)*np.sqrt(error**2*share + items**2)
     spread = error*math.sqrt(1 - share) if share < 1 else np.asarray(error)*1e-12
     return stdtr(degrees, (distance - needed)/spread) + stdtr(degrees, (-distance - needed)/spread)
+
+# %% ../nbs/16_sequential.ipynb #2c5587c4
+@dataclass(frozen=True)
+class Walked:
+    "What became of many studies"
+    verdict: np.ndarray # [studies, claims]: 1 supported, -1 refuted, 0 neither
+    seeds: np.ndarray # [studies, claims]: with which a claim was decided or given up
+
+def _holm(p: np.ndarray) -> np.ndarray:
+    "Holm's correction of each row"
+    import numpy as np
+    order, many = p.argsort(1), p.shape[1]
+    step = np.take_along_axis(p, order, 1)*(many - np.arange(many))
+    out = np.empty_like(p)
+    np.put_along_axis(out, order, np.minimum(1, np.maximum.accumulate(step, 1)), 1)
+    return out
+
+# %% ../nbs/16_sequential.ipynb #8e88ba55
+def _hopeless(found: Estimates, looks: Looks, seeds: int, undecided: np.ndarray, alpha: float, least: float) -> np.ndarray:
+    "Claims that more seeds will hardly decide"
+    import numpy as np
+    shared = np.maximum(1, undecided.sum(1, keepdims=True))
+    last = np.array([looks.level(looks.most, alpha/n) for n in range(1, undecided.shape[1] + 1)])[shared - 1]
+    with np.errstate(all="ignore"):
+        chance = chance_to_decide(found.mean, found.error, found.degrees, looks.share(seeds), last)
+    return chance < least
+
+# %% ../nbs/16_sequential.ipynb #bdc9dd7c
+def walked(
+    looks: Looks, # of every study
+    told: Callable[[int], Estimates], # [studies, claims] with so many seeds
+    alpha: float = 0.05, # of each study
+    least: float = 0.1, # chance of being decided below which a claim is given up
+) -> Walked:
+    "Carry many studies through their looks"
+    import numpy as np
+    from scipy.special import stdtr
+    for seeds in range(looks.first, looks.most + 1):
+        found = told(seeds)
+        with np.errstate(all="ignore"): plain = 2*stdtr(found.degrees, -np.abs(found.mean)/found.error)
+        counted = np.where(np.isfinite(plain), looks.p_value(seeds, np.nan_to_num(plain, nan=1.0)), 1.0)
+        if seeds == looks.first:
+            best, verdict = counted, np.zeros(counted.shape, int)
+            at, going = np.full(counted.shape, looks.most), np.ones(counted.shape, bool)
+        best = np.where(going, np.minimum(best, counted), best)   # a claim that was given up has no new runs
+        sure = going & (_holm(best) <= alpha)
+        verdict[sure], at[sure] = np.sign(found.mean[sure]).astype(int), seeds
+        going &= ~sure
+        if seeds == looks.most: return Walked(verdict, at)
+        lost = going & _hopeless(found, looks, seeds, going, alpha, least)
+        at[lost], going = seeds, going & ~lost

@@ -507,12 +507,12 @@ def cell_rounds(
 # %% ../../nbs/study/06_plan.ipynb #e5089f15
 @patch
 def called(self: Plan,
-    folder: str | Path, # of the study
+    folder: str | Path | None = None, # of the study; None: before there is one
 ) -> Plan: # itself where all seeds are run at once
     "The plan with those cells that have been called for"
     if (looks := self.looks) is None: return self
-    number, path = cell_rounds(self), Path(folder)/ROUNDS
-    record = read_json(path) or {"rounds": []}
+    number, path = cell_rounds(self), None if folder is None else Path(folder)/ROUNDS
+    record = path and read_json(path) or {"rounds": []}
     try: asked = {run for entry in record["rounds"] for run in entry["runs"]}
     except (KeyError, TypeError) as e: raise UserError(f"{path}: not a record of rounds ({e})") from e
     def wanted(cell): return number[cell.id] <= looks.first or cell.id in asked
