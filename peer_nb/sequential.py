@@ -142,7 +142,8 @@ def _holm(p: np.ndarray) -> np.ndarray:
     return out
 
 # %% ../nbs/16_sequential.ipynb #8e88ba55
-def _hopeless(found: Estimates, looks: Looks, seeds: int, undecided: np.ndarray, alpha: float, least: float) -> np.ndarray:
+def _hopeless(found: Estimates, looks: Looks, seeds: int, undecided: np.ndarray, alpha: float,
+              least: float) -> np.ndarray:
     "Claims that more seeds will hardly decide"
     import numpy as np
     shared = np.maximum(1, undecided.sum(1, keepdims=True))
