@@ -36,7 +36,8 @@ def needed(
 # %% ../../nbs/findings/12_rounds.ipynb #818bfcca
 def next_round(
     runs: StudyRuns, # of a study; those that were called for
-) -> tuple[list[Cell], list[Finding]]: # what to run next and for which claims; nothing: the study is over, or a round is not
+# what to run next and for which claims; nothing: the study is over, or a round is not
+) -> tuple[list[Cell], list[Finding]]:
     "The cells that undecided claims need, after a round that is over"
     plan = runs.plan
     if not plan.later or any(run.state not in (*FINISHED, "FAILED") for run in runs): return [], []

@@ -172,8 +172,9 @@ def claim_text(
 # %% ../../nbs/findings/06_study_page.ipynb #3fc71f71
 CLAIMS = """
 <h2>Claims</h2>
-<p class="soft">Written down before the first run and fixed by the plan's hash; decided {{ 'after a round of seeds' if
-looks else 'when no run is left to come' }}, by a test that counts all claims{{ ' and all looks' if looks }} (Holm, 5 %). The evidence is word for word that of the summary.</p>
+<p class="soft">Written down before the first run and fixed by the plan's hash; decided
+{{ 'after a round of seeds' if looks else 'when no run is left to come' }}, by a test that counts all claims
+{{- ' and all looks' if looks }} (Holm, 5 %). The evidence is word for word that of the summary.</p>
 <div class="wide"><table class="cards">
 <tr><th>claim</th><th>status</th><th>comparison</th><th>evidence</th>
 <th class="n">pairs</th><th class="n">p after Holm</th></tr>
@@ -190,7 +191,9 @@ over items {{ f.noise.items|decimals }}</small>
 {% endif %}
 {% if f.answer.look and f.answer.look.count > 1 %}
 <br><small>p after each look, before Holm:
-{% for p in f.answer.look.p %}{{ '–' if p is none else '%.2g'|format(p) }}{{ ', ' if not loop.last }}{% endfor %}</small>
+{% for p in f.answer.look.p %}
+{{- '–' if p is none else '%.2g'|format(p) }}{{ ', ' if not loop.last }}
+{%- endfor %}</small>
 {% endif %}
 {% if f.claim.evidence %}<br><small>{{ f.claim.evidence }}</small>{% endif %}</td>
 <td class="n" data-head="pairs">{{ f.pairs }} of {{ f.planned }}</td>
@@ -707,7 +710,8 @@ def page_effects(
 ) -> tuple[list[Finding], dict[str, pd.DataFrame]]: # its claims; metric -> judged_effects
     "What the page says of claims and effects, made once"
     rows, plan, found = runs.rows, runs.plan, study_findings(runs)
-    return found, {m: judged_effects(rows, plan.axes, m, found, runs.runs, plan.looks) for m in shown_metrics(rows, plan)}
+    def judged(metric): return judged_effects(rows, plan.axes, metric, found, runs.runs, plan.looks)
+    return found, {metric: judged(metric) for metric in shown_metrics(rows, plan)}
 
 # %% ../../nbs/findings/06_study_page.ipynb #f2c86a2a
 def study_page(

@@ -165,7 +165,8 @@ def make_folder(
     seeds = sorted({c.seed for c in plan.cells})
     how = {k: plan.study[k] for k in ("pairing",) if k in plan.study} | plan.study.get("rounds", {})
     if how: seeds = how | dict(values=plan.study["seeds"])
-    again = {k: v for k, v in plan.study.items() if k not in ("pairing", "rounds")} | {"base_config": BASE, "seeds": seeds}
+    again = {k: v for k, v in plan.study.items() if k not in ("pairing", "rounds")}
+    again |= {"base_config": BASE, "seeds": seeds}
     write_atomic(folder/STUDY, yaml_text(again))
     (folder/RUNS).mkdir()
     save_plan(plan, folder, created=time.strftime("%Y-%m-%d %H:%M:%S%z"), device=device, git=git_state(), **beside)

@@ -18,6 +18,11 @@ if TYPE_CHECKING: import numpy as np
 # %% auto #0
 __all__ = ['SPENT_AS', 'walked_plan', 'runs_of_rounds', 'rounds_outlook']
 
+# %% ../../nbs/running/04_seed_outlook.ipynb #02b8f8c7
+def _cell_design(plan: Plan, cells: list) -> Design:
+    "The design that cells make"
+    return design_of([cell.levels | {"seed": cell.seed} for cell in cells], plan.axes)
+
 # %% ../../nbs/running/04_seed_outlook.ipynb #be9b98d0
 def _claimed_contrasts(plan: Plan, design: Design) -> tuple[np.ndarray, list[dict]]:
     "Contrasts of the claims that compare two arms, and these claims"
@@ -26,10 +31,6 @@ def _claimed_contrasts(plan: Plan, design: Design) -> tuple[np.ndarray, list[dic
     found = [design.difference(claim["a"], claim["b"]) for claim in arms]
     known = [n for n, contrast in enumerate(found) if contrast is not None]
     return np.array([found[n] for n in known]), [arms[n] for n in known]
-
-def _cell_design(plan: Plan, cells: list) -> Design:
-    "The design that cells make"
-    return design_of([cell.levels | {"seed": cell.seed} for cell in cells], plan.axes)
 
 # %% ../../nbs/running/04_seed_outlook.ipynb #4ee20e8e
 def walked_plan(
@@ -70,9 +71,11 @@ def runs_of_rounds(
         runs += np.maximum(called, plan.looks.first) >= number[cell.id]
     return runs
 
-# %% ../../nbs/running/04_seed_outlook.ipynb #090ef122
-SPENT_AS = {"obrien_fleming": "as O'Brien and Fleming's bounds do, little at early looks", "pocock": "evenly, as Pocock"}
+# %% ../../nbs/running/04_seed_outlook.ipynb #1f79ad7d
+SPENT_AS = {"obrien_fleming": "as O'Brien and Fleming's bounds do, little at early looks",
+            "pocock": "evenly, as Pocock's bounds do"}
 
+# %% ../../nbs/running/04_seed_outlook.ipynb #090ef122
 def rounds_outlook(
     plan: Plan, # any
 ) -> list[str]: # lines; none where all seeds are run at once
