@@ -146,7 +146,6 @@ def statements(
         yield node
         yield from statements(node)
 
-
 # %% ../../nbs/study/04_identity.ipynb #e34a91cf
 def imports(
     tree: ast.Module, # of a module or a cell
