@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..files import UserError, read_json, write_json
+from ..files import UserError, new_folder, read_json, refuse_full, write_json
 from ..models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from ..models.options import PeerConfig
 from ..models.peer import MEMORY_KINDS, MemoryLayer
@@ -245,7 +245,7 @@ def convert_checkpoint(
 ) -> int: # exit code
     "Write a checkpoint whose layers are of another kind and whose function is the same, or say why there is none"
     from peer_nb.evaluation.loading import choose_window, load_model
-    if Path(output).exists(): raise UserError(f"{output}: is there already; name a new folder")
+    refuse_full(output)
     model, tokenizer = load_model(source)
     if not isinstance(model, PeerMLAForCausalLM):
         raise UserError(f"{source} is a {type(model).__name__}; only checkpoints of our own models are converted whole")
@@ -268,12 +268,8 @@ def write_converted(
     top_k: int | None, # as it was asked for
 ) -> int: # exit code
     "Save beside, load, compare, and give it its name"
-    import os
-    import secrets
-    import shutil
-    from peer_nb.evaluation.loading import load_model, model_fingerprint
-    beside = output.with_name(f".{output.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    from peer_nb.evaluation.loading import load_model, model_fingerprint, no_progress_bars
+    with new_folder(output) as beside, no_progress_bars():
         for part in (models[1], tokenizer): part.save_pretrained(beside)
         apart, largest = largest_difference(models[0], load_model(beside)[0].cpu(), compared[0])
         if exact and apart > ROUNDING * max(1., largest):
@@ -282,7 +278,5 @@ def write_converted(
         about = dict(source=str(source), weights=model_fingerprint(models[0], tokenizer), to=to, top_k=top_k,
                      compared_on=compared[1], largest_difference=apart, largest_logit=largest)
         write_json(beside/"converted.json", about)
-        os.replace(beside, output)
-    finally: shutil.rmtree(beside, ignore_errors=True)
     print(f"largest difference of logits {apart:.2e} (logits up to {largest:.2f}), on {compared[1]}\n{output}")
     return 0
