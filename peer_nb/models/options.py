@@ -79,8 +79,8 @@ class PeerConfig:
     batch_norm_query: bool = True # normalise the query, by LayerNorm unless `query_norm` says otherwise
     activation: Literal["gelu", "relu", "silu"] = "gelu" # expert non-linearity
     score: Literal["softmax", "sigmoid", "relu"] = "softmax" # from similarity to expert weight
-    # null follows batch_norm_query: layer if true, else none
-    query_norm: Literal["layer", "batch", "none"] | None = None
+    # null follows batch_norm_query: layer if true, else none; pieces: LayerNorm of each dimension's part by itself
+    query_norm: Literal["layer", "pieces", "batch", "none"] | None = None
     shared_keys: bool = False # all retrieval heads use the same sub-keys
     table_gradient: Literal["dense", "sparse", "consumed"] = "dense" # how expert tables receive gradients
     # how expert tables are stored; bfloat16 halves them, and each update is rounded stochastically
