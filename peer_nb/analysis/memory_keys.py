@@ -5,6 +5,7 @@
 # %% ../../nbs/analysis/37_memory_keys.ipynb #3c6071df
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,9 @@ if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
 __all__ = ['POINTS', 'BUCKET_COLUMNS', 'BUSY_COLUMNS', 'OWN_COLUMNS', 'NEAR_COLUMNS', 'PAIR_COLUMNS', 'fact_numbers',
-           'keys_of_model', 'heads_of_rows', 'together_figure', 'bucket_html', 'clusters_text', 'layer_html',
-           'redundancy_html', 'correlation_figure', 'points_figure', 'facts_section', 'draw_keys', 'keys_text',
-           'run_keys']
+           'KeyOptions', 'keys_of_model', 'heads_of_rows', 'together_figure', 'bucket_html', 'clusters_text',
+           'layer_html', 'redundancy_html', 'correlation_figure', 'points_figure', 'facts_section', 'draw_keys',
+           'keys_text', 'run_keys']
 
 # %% ../../nbs/analysis/37_memory_keys.ipynb #cfd21152
 POINTS = 1000 # facts that the file lists, for the figure
@@ -60,33 +61,39 @@ def fact_numbers(
     return dict(facts=len(mine), known=float(exact.mean()), loss=float(loss.mean()), points=lines[:POINTS],
                 correlations=rank_correlations(looks, outcomes, strata, permutations, seed))
 
+# %% ../../nbs/analysis/37_memory_keys.ipynb #746e0ea8
+@dataclass(frozen=True)
+class KeyOptions:
+    "How rows are looked at"
+    window: int | None = None # longest input, tokens; None: the model's longest
+    layers: list[int] | None = None # None: all memory layers
+    threshold: float = 5.0 # a row is hot beyond so many times its equal share
+    permutations: int = 999 # other orders of facts
+    seed: int = 0 # of all that is random
+
 # %% ../../nbs/analysis/37_memory_keys.ipynb #0a093586
 def keys_of_model(
     loaded: tuple[Any, Any], # model, tokenizer
     documents: list[Document], # in text
     folder: Path, # of what is done
-    *,
-    window: int, # longest input, tokens
-    layers: list[int] | None = None, # None: all memory layers
-    threshold: float = 5.0, # a row is hot beyond so many times its equal share
-    permutations: int = 999, # other orders of facts
-    seed: int = 0, # of all that is random
+    options: KeyOptions = KeyOptions(), # how
     features: Features = entity_features, # of entities
 ) -> dict[str, Any]: # the fields of a result of kind keys
     "What the rows of a model's memories are to some documents"
-    tokens = tokens_of(loaded, documents, window)
-    records = write_records(loaded[0], tokens, writable_folder(folder/"records"), layers, weights=True)
+    o = replace(options, window=choose_window(loaded[0], options.window))
+    tokens = tokens_of(loaded, documents, o.window)
+    records = write_records(loaded[0], tokens, writable_folder(folder/"records"), o.layers, weights=True)
     predicts = records.column("predicts")
     keep = predicts if predicts.any() else records.column("classes") >= 0
-    found = dict(window=window, threshold=threshold, at="answers" if predicts.any() else "all tokens",
-                 permutations=permutations, **cut_facts(tokens), layers=[])
+    found = dict(window=o.window, threshold=o.threshold, at="answers" if predicts.any() else "all tokens",
+                 permutations=o.permutations, **cut_facts(tokens), layers=[])
     widths = []
     for n, layer in chosen_layers(loaded[0], records.layers).items():
-        row, width = layer_keys(records, n, keep, threshold)
+        row, width = layer_keys(records, n, keep, o.threshold)
         used = np.flatnonzero(row_totals(records, n, keep).counts)
-        found["layers"].append(row | dict(redundancy=layer_redundancy(layer, used, seed)))
+        found["layers"].append(row | dict(redundancy=layer_redundancy(layer, used, o.seed)))
         widths.append(width)
-    return found | dict(facts=fact_numbers(records.documents, widths, features, permutations, seed))
+    return found | dict(facts=fact_numbers(records.documents, widths, features, o.permutations, o.seed))
 
 # %% ../../nbs/analysis/37_memory_keys.ipynb #b1bac40d
 def heads_of_rows(
@@ -173,7 +180,8 @@ def layer_html(
 # %% ../../nbs/analysis/37_memory_keys.ipynb #e2e8db8b
 NEAR_COLUMNS = dict(layer="layer", what="what", vectors="compared", redundant="nearer than chance",
                     median="nearest, median", by_chance="if shuffled", highest="nearest, largest",
-                    threshold="largest if shuffled", which="pairs")
+                    threshold="largest if shuffled", kept="nearer, spectrum kept",
+                    kept_threshold="largest, spectrum kept", which="pairs")
 
 # %% ../../nbs/analysis/37_memory_keys.ipynb #66b828dd
 def redundancy_html(
@@ -187,11 +195,14 @@ def redundancy_html(
             rows.append(dict(layer=layer["layer"], what=f"sub-keys {k['dimension']}, {head}", **k))
         rows += [dict(layer=layer["layer"], what=f"rows of {t['table']}", **t) for t in layer["redundancy"]["tables"]]
     for r in rows:
+        kept = r.get("spectrum") or dict(redundant=None, threshold=None)
+        r |= dict(kept=kept["redundant"], kept_threshold=kept["threshold"])
         r |= dict(median=r["nearest"][1], highest=r["nearest"][3], by_chance=r["chance"][1],
                   which=", ".join(f"{p['first']:,} ~ {p['second']:,} ({p['cosine']:.2f})" for p in r["pairs"][:3]))
     lead = ("Cosine to the nearest other vector, and how many have one nearer than any two of nineteen tables whose "
-            "columns were shuffled. Of the tables, rows that were retrieved are compared. Nearer than chance is not "
-            "yet the same: a trained table has fewer directions than columns. Look at the cosine itself.")
+            "columns were shuffled. Of the tables, rows that were retrieved are compared. A trained table has fewer "
+            "directions than columns, in which much is near; so beside it, nineteen tables drawn with the same "
+            "spectrum. Look at the cosine itself, too.")
     return section_html("Redundancy", text_html(lead), table_html(rows, NEAR_COLUMNS, sort=True))
 
 # %% ../../nbs/analysis/37_memory_keys.ipynb #1befe934
@@ -266,7 +277,8 @@ def keys_text(
     "The main numbers in lines"
     lines = [f"{result['documents']:,} documents, rows at {result['at']}", *left_out_lines(result)]
     for l in result["layers"]:
-        doubled = sum(t["redundant"] for t in l["redundancy"]["tables"])
+        tables = l["redundancy"]["tables"]
+        doubled = sum((t.get("spectrum") or t)["redundant"] for t in tables)
         lines.append(f"layer {l['layer']}: {l['retrieved']:,} of {l['rows']:,} rows retrieved, {len(l['hot'])} hot, "
                      f"{l['exclusive']['rows']:,} one document's own ({l['exclusive']['by_chance']:,.0f} by chance), "
                      f"{doubled:,} values nearer than chance, {len(l['together']['clusters'])} clusters")
@@ -282,17 +294,16 @@ def keys_text(
 def run_keys(
     checkpoint: Path, # folder of a model with memory layers
     documents: list[Document], # in text
-    settings: dict, # window, layers, threshold, permutations, seed
+    options: KeyOptions, # how
     features: Features, # of entities
     folder: Path, # of what is done
     force: bool = False, # forget what is there
 ) -> dict[str, Any]: # the fields of a result of kind keys
     "Load, and run what is not done"
     loaded = load_model(checkpoint)
-    settings = settings | dict(window=choose_window(loaded[0], settings["window"]))
+    window = choose_window(loaded[0], options.window)
     texts = sha256_of([[d.id, d.text, d.answers] for d in documents])
     parts = list((folder/"records").glob("part-*.parquet"))
-    identity = dict(weights=[files_fingerprint(checkpoint)], documents=texts)
-    identity |= {name: settings[name] for name in ("layers", "window")}
+    identity = dict(weights=[files_fingerprint(checkpoint)], documents=texts, layers=options.layers, window=window)
     claim_answers(folder/"run.json", identity, parts, force)
-    return keys_of_model(loaded, documents, folder, features=features, **settings)
+    return keys_of_model(loaded, documents, folder, options, features)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..models.peer import MemoryLayer
 
 # %% auto #0
-__all__ = ['SHUFFLES', 'LISTED_PAIRS', 'MOST_ROWS_COMPARED', 'nearest_others', 'shuffled_columns', 'redundancy',
-           'layer_redundancy']
+__all__ = ['SHUFFLES', 'LISTED_PAIRS', 'QUANTILES', 'MOST_ROWS_COMPARED', 'nearest_others', 'shuffled_columns',
+           'drawn_in_spectrum', 'beyond_chance', 'redundancy', 'layer_redundancy']
 
 # %% ../../nbs/analysis/35_redundancy.ipynb #3e38ea57
 def nearest_others(
@@ -41,25 +41,49 @@ def shuffled_columns(
     order = torch.rand(vectors.shape, generator=rng).argsort(0).to(vectors.device)
     return vectors.gather(0, order)
 
+# %% ../../nbs/analysis/35_redundancy.ipynb #e9a59dcd
+def drawn_in_spectrum(
+    vectors: Tensor, # [n, d]
+    seed: int, # of the drawing
+) -> Tensor: # [n, d] float64
+    "Other rows with the same mean and the same singular values and directions around it"
+    mean = vectors.double().mean(0)
+    _, size, direction = torch.linalg.svd(vectors.double() - mean, full_matrices=False)   # [r], [r, d]
+    rng = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(len(vectors), len(size), generator=rng, dtype=torch.float64).to(vectors.device)
+    return mean + (torch.linalg.qr(drawn)[0] * size) @ direction
+
 # %% ../../nbs/analysis/35_redundancy.ipynb #18a689cc
 SHUFFLES, LISTED_PAIRS = 19, 20
 
 # %% ../../nbs/analysis/35_redundancy.ipynb #7a6c09c9
+QUANTILES = (.05, .5, .95, 1.)
+
+def beyond_chance(
+    near: Tensor, # [n] cosine to the nearest other vector
+    null: Tensor, # [tables, n] of tables without redundancy
+) -> tuple[Tensor, dict]: # [m] which are nearer than any of these; redundant, threshold, chance
+    "Vectors nearer than chance"
+    limit, parts = float(null.max()), torch.tensor(QUANTILES, dtype=torch.float64, device=near.device)
+    beyond = (near > limit).nonzero()[:, 0]
+    chance = null.flatten()[:2**20].quantile(parts).tolist()
+    return beyond, dict(redundant=len(beyond), threshold=limit, chance=chance)
+
+# %% ../../nbs/analysis/35_redundancy.ipynb #ed04c946
 def redundancy(
     vectors: Tensor, # [n, d]
     numbers: np.ndarray, # [n] what each is called
-    seed: int = 0, # of the shuffles
-) -> dict: # vectors, redundant, threshold; quantiles of nearest cosines, and of shuffled ones; pairs
-    "Vectors that have a neighbour nearer than chance"
+    seed: int = 0, # of the drawings
+) -> dict: # vectors, redundant, threshold; quantiles of nearest cosines, and by chance; spectrum: the same; pairs
+    "Vectors that have a neighbour nearer than chance, of both kinds"
     near, who = nearest_others(vectors)
-    null = torch.stack([nearest_others(shuffled_columns(vectors, 1000*seed + n))[0] for n in range(SHUFFLES)])
-    limit = float(null.max())
-    parts = torch.tensor([.05, .5, .95, 1.], dtype=torch.float64, device=near.device)
-    beyond = (near > limit).nonzero()[:, 0]
+    def drawn(how): return torch.stack([nearest_others(how(vectors, 1000*seed + n))[0] for n in range(SHUFFLES)])
+    beyond, found = beyond_chance(near, drawn(shuffled_columns))
     pairs = {tuple(sorted((int(i), int(who[i])))): float(near[i]) for i in beyond}
     best = sorted(pairs.items(), key=lambda p: -p[1])[:LISTED_PAIRS]
-    return dict(vectors=len(vectors), redundant=len(beyond), threshold=limit, nearest=near.quantile(parts).tolist(),
-                chance=null.flatten()[:2**20].quantile(parts).tolist(),
+    parts = torch.tensor(QUANTILES, dtype=torch.float64, device=near.device)
+    return dict(vectors=len(vectors), **found, nearest=near.quantile(parts).tolist(),
+                spectrum=beyond_chance(near, drawn(drawn_in_spectrum))[1],
                 pairs=[dict(first=int(numbers[i]), second=int(numbers[j]), cosine=c) for (i, j), c in best])
 
 # %% ../../nbs/analysis/35_redundancy.ipynb #de316159

@@ -5,6 +5,7 @@
 # %% ../../nbs/analysis/32_routing.ipynb #0a48f72f
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -25,7 +26,8 @@ from ..progress import Progress
 
 # %% auto #0
 __all__ = ['PLACES', 'BEFORE', 'place_labels', 'answer_labels', 'label_sets', 'heads_known', 'family_of_heads', 'class_uses',
-           'consistent', 'planted_overlaps', 'tokens_of', 'cut_facts', 'routing_of', 'run_routing', 'forget_records']
+           'consistent', 'planted_overlaps', 'tokens_of', 'cut_facts', 'RoutingOptions', 'routing_of', 'run_routing',
+           'forget_records']
 
 # %% ../../nbs/analysis/32_routing.ipynb #cac7cef0
 PLACES = ("0–7", "8–15", "16–31", "32–63", "64–127", "128–255", "256–511", "512–1023", "1024 on")
@@ -184,57 +186,63 @@ def cut_facts(
                 cut_documents=sum(t.cut > 0 for t in tokens), cut_tokens=sum(t.cut for t in tokens),
                 straddling=sum(t.straddling for t in tokens), unanswered=lost)
 
+# %% ../../nbs/analysis/32_routing.ipynb #afdb1d77
+@dataclass(frozen=True)
+class RoutingOptions:
+    "How routing is looked at"
+    window: int | None = None # longest input, tokens; None: the model's longest
+    layers: list[int] | None = None # None: all memory layers
+    permutations: int = 99 # turned copies of the labels by which chance is known
+    pairs: int = 100 # of documents whose rows are compared
+    seed: int = 0 # of all that is random
+
 # %% ../../nbs/analysis/32_routing.ipynb #7cc5ef74
 def routing_of(
     loaded: tuple[Any, Any], # model, tokenizer
     documents: list[Document], # in text
     folder: Path, # of what is done
-    *,
-    window: int, # longest input, tokens
-    layers: list[int] | None = None, # None: all memory layers
-    permutations: int = 99, # turned copies
-    pairs: int = 100, # of documents
-    seed: int = 0, # of all that is random
+    options: RoutingOptions = RoutingOptions(), # how
     against: Any = None, # another model, of the same run
 ) -> dict[str, Any]: # the fields of a result of kind routing
     "Where tokens go"
-    tokens = tokens_of(loaded, documents, window)
-    records = write_records(loaded[0], tokens, writable_folder(folder/"records"), layers)
+    o = replace(options, window=choose_window(loaded[0], options.window))
+    tokens = tokens_of(loaded, documents, o.window)
+    records = write_records(loaded[0], tokens, writable_folder(folder/"records"), o.layers)
     other = None
-    if against is not None: other = write_records(against, tokens, writable_folder(folder/"against"), layers)
+    if against is not None: other = write_records(against, tokens, writable_folder(folder/"against"), o.layers)
     sets = label_sets(records)
     labels, names = sets["types"]
-    found = dict(window=window, permutations=permutations, **cut_facts(tokens), records_bytes=records.bytes)
+    found = dict(window=o.window, permutations=o.permutations, **cut_facts(tokens), records_bytes=records.bytes)
     found["layers"] = [dict(layer=n, **known) for n, known in records.layers.items()]
     found["labels"] = {about: dict(names=list(own), tokens=np.bincount(l[l >= 0], minlength=len(own)).tolist())
                        for about, (l, own) in sets.items()}
-    found["information"] = heads_known(records, sets, permutations, seed, folder/"information.jsonl")
+    found["information"] = heads_known(records, sets, o.permutations, o.seed, folder/"information.jsonl")
     found["classes"] = class_uses(records, labels, names)
     tests = {n: layer_tests(records, n, labels, len(names)) for n in records.layers}
     found["specialised"] = specialised_rows(tests, list(names))
-    found["consistency"] = consistent(loaded, documents, records, pairs, window, folder/"pairs.jsonl")
-    found["moved"] = moved_rows(records, other, labels, list(names), seed) if other else None
+    found["consistency"] = consistent(loaded, documents, records, o.pairs, o.window, folder/"pairs.jsonl")
+    found["moved"] = moved_rows(records, other, labels, list(names), o.seed) if other else None
     return found
 
 # %% ../../nbs/analysis/32_routing.ipynb #f78db9e2
 def run_routing(
     checkpoint: Path, # folder of a model with memory layers
     documents: list[Document], # in text
-    settings: dict, # window, layers, permutations, pairs, seed
+    options: RoutingOptions, # how
     against: Path | None, # another checkpoint
     folder: Path, # of what is done
     force: bool = False, # forget what is there
 ) -> dict[str, Any]: # the fields of a result of kind routing
     "Load, run what is not done, and forget the records"
     loaded = load_model(checkpoint)
-    settings = settings | dict(window=choose_window(loaded[0], settings["window"]))
+    options = replace(options, window=choose_window(loaded[0], options.window))
     texts = sha256_of([[d.id, d.text, d.answers] for d in documents])
     prints = [files_fingerprint(c) for c in (checkpoint, against) if c is not None]
     logs = [folder/name for name in ("information.jsonl", "pairs.jsonl")]
     parts = [p for name in ("records", "against") for p in (folder/name).glob("part-*.parquet")]
-    claim_answers(folder/"run.json", dict(weights=prints, documents=texts, **settings), [*logs, *parts], force)
+    claim_answers(folder/"run.json", dict(weights=prints, documents=texts, **asdict(options)), [*logs, *parts], force)
     other = None if against is None else load_model(against)[0]
-    return routing_of(loaded, documents, folder, against=other, **settings)
+    return routing_of(loaded, documents, folder, options, other)
 
 # %% ../../nbs/analysis/32_routing.ipynb #91c3da08
 def forget_records(

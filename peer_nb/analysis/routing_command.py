@@ -83,12 +83,12 @@ def routing(
     for folder in (checkpoint, against):
         if folder is not None: check_memory(folder)
     from peer_nb.analysis.routed_documents import read_documents
-    from peer_nb.analysis.routing import forget_records, run_routing
+    from peer_nb.analysis.routing import RoutingOptions, forget_records, run_routing
     documents = read_documents(data, splits, limit)
-    settings = dict(window=window, layers=layers, permutations=permutations, pairs=pairs, seed=seed)
+    options = RoutingOptions(window, layers, permutations, pairs, seed)
     output = output or Path(f"routing-{checkpoint.resolve().name}-{data.resolve().name}")
     with folder_lock(writable_folder(output), name=".routing.lock"):
-        found = run_routing(checkpoint, documents, settings, against, output, force)
+        found = run_routing(checkpoint, documents, options, against, output, force)
         both = [checkpoint] if against is None else [checkpoint, against]
         written_result("routing", both, dict(model_type="peer_mla", data=[str(data)]) | found, output)
         if not keep_records: forget_records(output)
@@ -118,14 +118,14 @@ def keys(
     check_least(0, seed=seed)
     check_memory(checkpoint)
     from peer_nb.analysis.entity_features import features_from
-    from peer_nb.analysis.memory_keys import run_keys
+    from peer_nb.analysis.memory_keys import KeyOptions, run_keys
     from peer_nb.analysis.routed_documents import read_documents
     from peer_nb.analysis.routing import forget_records
     function, documents = features_from(features), read_documents(data, splits, limit)
-    settings = dict(window=window, layers=layers, threshold=threshold, permutations=permutations, seed=seed)
+    options = KeyOptions(window, layers, threshold, permutations, seed)
     output = output or Path(f"keys-{checkpoint.resolve().name}-{data.resolve().name}")
     with folder_lock(writable_folder(output), name=".keys.lock"):
-        found = run_keys(checkpoint, documents, settings, function, output, force)
+        found = run_keys(checkpoint, documents, options, function, output, force)
         written_result("keys", [checkpoint], dict(model_type="peer_mla", data=[str(data)]) | found, output)
         if not keep_records: forget_records(output)
     return 0

@@ -23,10 +23,10 @@ from ..models.product_keys import name_in_files
 from ..page import Shown, facts_html, heading, note_html, section_html, table_html
 
 # %% auto #0
-__all__ = ['NOT_SIZES', 'ROUNDS', 'LAYOUTS', 'PREFIXES', 'SHAPE_COLUMNS', 'shapes_inside', 'held_shapes', 'described', 'flow_of',
-           'in_order', 'traced', 'number_keys', 'with_change', 'size_changes', 'layers_named', 'structure_changes',
-           'misfit_rows', 'all_changes', 'better_config', 'at_path', 'layout_of', 'check_shapes', 'misfit_text',
-           'first_misfit', 'shape_text', 'shapes_text', 'draw_check']
+__all__ = ['NOT_SIZES', 'ROUNDS', 'LAYOUTS', 'CONVERTED', 'PREFIXES', 'SHAPE_COLUMNS', 'shapes_inside', 'held_shapes',
+           'described', 'flow_of', 'in_order', 'traced', 'number_keys', 'with_change', 'size_changes', 'layers_named',
+           'structure_changes', 'misfit_rows', 'all_changes', 'better_config', 'at_path', 'layout_of', 'check_shapes',
+           'misfit_text', 'first_misfit', 'shape_text', 'shapes_text', 'draw_check']
 
 # %% ../../nbs/analysis/38_shape_trace.ipynb #7af7dc9e
 def shapes_inside(stored: Any) -> dict[str, list[int]]:
@@ -259,6 +259,7 @@ LAYOUTS = { # name -> patterns, each of which some tensor has
     "GPT-2": (r"(^|\.)wte\.weight$", r"\.attn\.c_attn\.weight$"),
     "Llama or one like it, in transformers' names": (r"\.self_attn\.k_proj\.weight$", r"\.mlp\.gate_proj\.weight$"),
 }
+CONVERTED = [*LAYOUTS][:3] # a layer of these can be put into a checkpoint
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 # %% ../../nbs/analysis/38_shape_trace.ipynb #3a56ef9a
@@ -273,7 +274,10 @@ def layout_of(
             return f"all names begin with '{prefix}': save the model that was wrapped"
     for name, patterns in LAYOUTS.items():
         if all(any(re.search(p, n) for n in held) for p in patterns):
-            return f"the names are those of {name}: its tensors must be renamed and brought into this layout first"
+            how = "its tensors must be renamed and brought into this layout first"
+            if name in CONVERTED:
+                how = "peer-analyze convert FILE NEW --into CHECKPOINT --layer N --top-k K puts such a layer into a model"
+            return f"the names are those of {name}: {how}"
     common = sum(n in held for n in known)
     return f"only {common} of the {len(known)} names that the configuration asks for are there: another model's"
 
