@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .edits import (
-    check_edits, check_for_good, edits_page, parse_edits, save_edited, sweep)
+    check_edits, check_for_good, check_places, edits_page, parse_edits, save_edited, sweep)
 from .hooks import (
     Retrievals, attention_layers, chosen_layers, head_outputs, stream_retrievals, writing)
 from .impact import finished_effects, impact_page, impact_text, summarised
@@ -45,8 +45,8 @@ def jsonl_questions(
     file: Path, # a prompt and an answer in each line
 ) -> list[Question]:
     "Questions of a file"
-    found = []
-    for number, line in enumerate(whole_text(file).rstrip("\n").split("\n"), 1):
+    found, text = [], whole_text(file).rstrip("\n")
+    for number, line in enumerate(text.split("\n") if text else (), 1):
         try: row = json.loads(line)
         except ValueError: raise UserError(f"{file}: line {number} is not JSON") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) and row[k] for k in ("prompt", "answer")):
@@ -475,6 +475,8 @@ def run_retrievals(
     output: Path, # Parquet file
 ) -> int: # exit code
     "Write down what memory layers retrieve for the questions of a data set and their answers"
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; name a file, such as {output/'retrievals.parquet'}")
     model, tokenizer = load_model(checkpoint)
     chosen_layers(model, layers)
     if asked["start"] == "auto": asked = asked | dict(start=trained_start(checkpoint))
@@ -546,6 +548,7 @@ def run_intervene(
     check_edits(model, edits)
     if save is not None: check_for_good(model, edits)
     _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
+    check_places(edits, encoded)
     found = sweep(copy.deepcopy(model).double(), encoded, edits, aim, wanted_tokens(want, encoded, tokenizer))
     if save is not None: print(save_edited(model, tokenizer, edits, save, checkpoint))
     folder = writable_folder(output or f"intervene-{checkpoint.resolve().name}-{data.resolve().name}")

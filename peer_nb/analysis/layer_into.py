@@ -20,9 +20,13 @@ from ..models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from ..models.options import PeerConfig
 
 # %% auto #0
-__all__ = ['ROUTED', 'layer_tensors', 'place_for', 'changed_config', 'model_with', 'said_alone', 'put_layer', 'layer_report']
+__all__ = ['UNREADABLE', 'ROUTED', 'layer_tensors', 'place_for', 'changed_config', 'model_with', 'said_alone', 'put_layer',
+           'layer_report']
 
 # %% ../../nbs/analysis/30_layer_into.ipynb #188d17de
+# what torch.load raises at files that are something else
+UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, UnpicklingError)
+
 def layer_tensors(
     file: Path, # .safetensors, or of torch.save
 ) -> dict[str, Tensor]: # name -> tensor, in float32 at least
@@ -34,8 +38,9 @@ def layer_tensors(
             from safetensors.torch import load_file
             state = load_file(file)
         else: state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as e:
-        raise UserError(f"{file}: cannot be read as tensors ({str(e).partition(chr(10))[0][:80]})") from e
+    except (*UNREADABLE, SafetensorError) as e:
+        kind = "safetensors" if file.suffix == ".safetensors" else "tensors by torch.load"
+        raise UserError(f"{file}: cannot be read as {kind} ({type(e).__name__})") from e
     if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{file}: holds something else than the tensors of one layer")
     return {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in state.items()}

@@ -5,15 +5,17 @@
 # %% ../../nbs/analysis/39_routing_command.ipynb #d3378903
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from ..cli import check_least
 from ..files import UserError, folder_lock, writable_folder
 
 # %% auto #0
-__all__ = ['COMMANDS', 'check_memory', 'drawn', 'written_result', 'routing', 'keys']
+__all__ = ['COMMANDS', 'check_memory', 'held_folder', 'drawn', 'written_result', 'routing', 'keys']
 
 # %% ../../nbs/analysis/39_routing_command.ipynb #f163105e
 def check_memory(
@@ -27,6 +29,20 @@ def check_memory(
     if config.get("model_type") != "peer_mla":
         raise UserError(f"{checkpoint} is a {config.get('model_type')} model: it has no memory layers, so no token is "
                         "routed in it; peer-analyze attention and parameters work on it")
+
+# %% ../../nbs/analysis/39_routing_command.ipynb #d9afea43
+@contextmanager
+def held_folder(
+    output: Path, # made when missing
+    name: str, # of the lock's file
+) -> Iterator[None]:
+    "A folder for this process alone, of which nothing is left where a mistake ends the run with nothing in it"
+    new = not output.exists()
+    try:
+        with folder_lock(writable_folder(output), name=name): yield
+    except UserError:
+        if new and not [p for p in output.glob("*") if p.name != name]: rmtree(output)
+        raise
 
 # %% ../../nbs/analysis/39_routing_command.ipynb #9221cfcf
 def drawn(
@@ -87,7 +103,7 @@ def routing(
     documents = read_documents(data, splits, limit)
     options = RoutingOptions(window, layers, permutations, pairs, seed)
     output = output or Path(f"routing-{checkpoint.resolve().name}-{data.resolve().name}")
-    with folder_lock(writable_folder(output), name=".routing.lock"):
+    with held_folder(output, ".routing.lock"):
         found = run_routing(checkpoint, documents, options, against, output, force)
         both = [checkpoint] if against is None else [checkpoint, against]
         written_result("routing", both, dict(model_type="peer_mla", data=[str(data)]) | found, output)
@@ -124,7 +140,7 @@ def keys(
     function, documents = features_from(features), read_documents(data, splits, limit)
     options = KeyOptions(window, layers, threshold, permutations, seed)
     output = output or Path(f"keys-{checkpoint.resolve().name}-{data.resolve().name}")
-    with folder_lock(writable_folder(output), name=".keys.lock"):
+    with held_folder(output, ".keys.lock"):
         found = run_keys(checkpoint, documents, options, function, output, force)
         written_result("keys", [checkpoint], dict(model_type="peer_mla", data=[str(data)]) | found, output)
         if not keep_records: forget_records(output)
