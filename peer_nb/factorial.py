@@ -144,9 +144,9 @@ def chance_to_find(
     alpha: float = 0.05, # two-sided level
 ) -> float: # 0 to 1
     "Chance that a t-test finds an effect, on its right side"
-    from scipy.stats import nct, t
+    from scipy.special import nctdtr, stdtrit   # scipy.stats takes half a second to import, before every plan
     if not degrees or math.isnan(degrees) or math.isnan(error): return 0.0
-    return float(nct.sf(t.isf(alpha/2, degrees), degrees, abs(effect)/error))
+    return 1 - float(nctdtr(degrees, abs(effect)/error, -stdtrit(degrees, alpha/2)))
 
 # %% ../nbs/15_factorial.ipynb #a11cd640
 def smallest_found(
@@ -156,11 +156,9 @@ def smallest_found(
     wanted: float = 0.8, # chance to find it
 ) -> float: # inf where there is no second draw
     "The smallest effect that is found with the wanted chance"
-    from scipy.optimize import brentq
+    from scipy.special import nctdtrinc, stdtrit
     if not degrees or math.isnan(degrees) or math.isnan(error): return math.inf
-    high = 4.0
-    while chance_to_find(high, 1.0, degrees, alpha) < wanted: high *= 2
-    return error*float(brentq(lambda e: chance_to_find(e, 1.0, degrees, alpha) - wanted, 0.0, high, xtol=1e-4))
+    return error*float(nctdtrinc(degrees, 1 - wanted, -stdtrit(degrees, alpha/2)))
 
 # %% ../nbs/15_factorial.ipynb #b82af0c9
 def precision(

@@ -120,7 +120,8 @@ def source_of(html: Path) -> Path | None:
 
 
 def publish(study: Path, to: Path = ROOT/"nbs"/"example"):
-    "A study's page and the report of its best run, as pages of the site; links to what stays behind become text"
+    "A study's page, its effects as a picture and the report of its best run, for the site; links to what stays behind become text"
+    from peer_nb.study.run import file_name
     plan = json.loads((study/"plan.json").read_text())["plan"]
     with open(study/"ablation_results.csv", newline="") as file: rows = [row for row in csv.DictReader(file) if row[plan["metric"]]]
     kept = (min if plan["direction"] == "minimize" else max)(rows, key=lambda row: float(row[plan["metric"]]))["run"]
@@ -131,6 +132,7 @@ def publish(study: Path, to: Path = ROOT/"nbs"/"example"):
         gone = lambda m: m[0] if m[1].startswith(("http", "#")) or m[1].partition("#")[0] in here else m[2]
         (to/name).parent.mkdir(parents=True, exist_ok=True)
         (to/name).write_text(re.sub(r'<a [^>]*?href="([^"]*)"[^>]*>(.*?)</a>', gone, text, flags=re.S))
+    shutil.copy(study/"visualizations"/f"intervals-{file_name(plan['metric'])}.svg", to/"effects.svg")
 
 
 def mixes_imports(cell: str) -> bool:

@@ -1,5 +1,6 @@
 "The three studies of adapters: how their numbers are read, and that their files are what their pages say."
 import math
+from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from peer_nb.findings.adapter_capacity import Memorized, capacity, needed_rank, 
 from peer_nb.findings.adapter_places import cross_fitted
 from peer_nb.findings.forgetting import at_equal
 from peer_nb.lora_targets import equal_ranks
+from peer_nb.schema import TrainConfig
 from peer_nb.study.study import load_study
 from peer_nb.training.bases import BASES, cached_base
 
@@ -134,6 +136,30 @@ def test_a_study_may_begin_with_a_base_that_is_made_on_the_spot(bases, tmp_path,
         request = read_request(None, STUDIES/"where.yaml", None, None, None, None, [])
         assert request.base.model_config.pretrained == request.base.dataset_config.tokenizer_name == str(cached_base("digits:opt"))
     assert len(made) == 1 and "digits:opt" in made[0]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_is_made_anew_by_what_decides_it_alone(name, monkeypatch):
+    "Every number of the training stands in the recipe, so that no default of the schema decides; each changes the folder"
+    from peer_nb.training import bases
+    base, told = BASES[name], bases.DECIDING | BASES[name].train
+    trained = bases.recipe(base, Path("out"), Path("start")).train_config
+    silent = {f.name for f in fields(TrainConfig) if isinstance(getattr(trained, f.name), float)} - {*told} - {"table_weight_decay"}   # it has no table
+    assert not silent and {"seed", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps"} <= {*told}
+    monkeypatch.setattr(bases, "data_fingerprint", lambda cfg: "of the text")
+    folder = cached_base(name)
+    monkeypatch.setitem(bases.BOOKKEEPING, "save_steps", 7)
+    later = make_dataclass("Later", [("new_key", int, field(default=1))], bases=(TrainConfig,))
+    monkeypatch.setattr(bases, "recipe", lambda *given, made=bases.recipe: (cfg := made(*given), setattr(cfg, "train_config", later(**vars(cfg.train_config))))[0])
+    assert cached_base(name) == folder
+    for part, key in [("sizes", "hidden_size"), ("train", "per_device_train_batch_size"), ("data", "max_seq_length")]:
+        monkeypatch.setitem(BASES, name, replace(base, **{part: getattr(base, part) | {key: 24}}))
+        assert cached_base(name) != folder, key
+        monkeypatch.setitem(BASES, name, base)
+    for key in bases.DECIDING:
+        with monkeypatch.context() as changed:
+            changed.setitem(bases.DECIDING, key, "linear" if key == "lr_scheduler_type" else 2 if isinstance(bases.DECIDING[key], int) else 0.5)
+            assert cached_base(name) != folder or key in base.train, key
 
 
 def test_another_model_comes_with_its_own_tokenizer(tmp_path):

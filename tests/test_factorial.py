@@ -1,6 +1,8 @@
 "The linear model of a design against programs that we did not write, and what the rule of its noise promises."
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,17 @@ def test_power_is_what_simulated_t_tests_find():
     found = (stats.ttest_1samp(d, 0, axis=1).pvalue < 0.05) & (d.mean(1) > 0)
     assert abs(found.mean() - chance_to_find(0.02, 0.012/np.sqrt(5), 4)) < 0.01
     assert np.isclose(chance_to_find(smallest_found(0.5, 7, 0.01, 0.9), 0.5, 7, 0.01), 0.9, atol=1e-3)
+
+
+def test_power_is_that_of_the_noncentral_t():
+    "Against scipy.stats, which takes half a second to import, before every plan: nothing that a plan needs may bring it in"
+    for degrees, alpha, wanted in itertools.product((1, 1.3, 2, 3.7, 10, 200), (.05, .05/3, .05/200), (.5, .8, .9)):
+        bound = stats.t.isf(alpha/2, degrees)
+        for effect in (0, .5, 2, 4, 10): assert np.isclose(chance_to_find(effect, .7, degrees, alpha), stats.nct.sf(bound, degrees, effect/.7), atol=1e-8)
+        least = smallest_found(.7, degrees, alpha, wanted)/.7
+        if least < 1000: assert np.isclose(stats.nct.sf(bound, degrees, least), wanted, atol=1e-4)   # beyond, scipy's own series does not converge
+    code = "import sys, peer_nb.running.command; from peer_nb.factorial import smallest_found; smallest_found(1, 2); print('scipy.stats' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
 def test_crossed_seeds_and_items_cover_what_they_promise():

@@ -1,6 +1,7 @@
 "One file, pinned or swept: the command lines as a person types them, on a base that fits into a test."
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,12 @@ def file(text, bases, tmp_path) -> Path:
     path.write_text(yaml.safe_dump(dict(name="rank", base=str(bases["opt"]), axis=dict(name="lora_rank", values=[2, 4], default=4), learning_rates=[1e-3, 1e-2],
                                         seeds=[1], primary=dict(metric="sums/bits_per_byte_reported"), hold=hold)))
     return path
+
+
+@pytest.fixture(scope="module")
+def mute(bases, tmp_path_factory) -> Path:
+    "The same model without its tokenizer"
+    return Path(shutil.copytree(bases["opt"], tmp_path_factory.mktemp("mute")/"opt", ignore=shutil.ignore_patterns("*token*")))
 
 
 def test_the_shipped_files_are_those_of_the_requirement():
@@ -90,11 +97,12 @@ MISTAKES = {   # words, and what the one line says
     "an unmatched target": (["--lora_rank", "2", "lora_config.target_modules=[o_proj]"], "'o_proj' names no module of this opt model (near: "),
     "a base that is not there": (["base=/nowhere/at/all"], "no such folder"), "a base by another name": (["base=python:llama"], "are called python:opt, digits:opt"),
     "rows that do not fit": (["dataset_config.max_seq_length=128"], "reads 64 tokens"), "an unknown option": (["--lora_rankk", "2"], "did you mean"),
-    "an architecture beside it": (["model_config.hidden_size=64"], "contradicts pretrained")}
+    "a base without a tokenizer": (["base=MUTE"], "holds no tokenizer"), "an architecture beside it": (["model_config.hidden_size=64"], "contradicts pretrained")}
 
 
 @pytest.mark.parametrize("words,said", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_line(words, said, file, tmp_path, capfd):
+def test_a_mistake_is_one_line(words, said, file, mute, tmp_path, capfd):
+    words = [word.replace("MUTE", str(mute)) for word in words]
     assert peer_train(["--config", str(file), "--output-dir", str(tmp_path/"out"), "--gpus", "0", *words]) == 2
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("peer-train: error: ") and said in lines[0], lines

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from peer_nb.findings.settings import recommendation, settings_of
+from peer_nb.findings.settings import edge_of, recommendation, settings_of
 from peer_nb.running.command import main as peer_ablate
 
 AXES = dict(rank=["4", "16"], learning_rate=["low", "high"])
@@ -41,6 +41,19 @@ def test_differences_are_scipys_paired_test_with_holms_correction():
     assert found[raw[0][1]].p == pytest.approx(2*raw[0][0]) and found[raw[1][1]].p == pytest.approx(max(raw[1][0], 2*raw[0][0]))
     assert found["c"].sure and not found["b"].sure
     assert recommendation([*found.values()], "new/loss").startswith("**b**: new/loss")   # not surely worse, and a third of the cost
+
+
+def test_a_best_rate_at_the_end_of_those_tried_is_said():
+    def found(best: dict) -> list:
+        rates = ["0.001", "0.004", "0.016", "0.064"]
+        loss = {(rank, rate): abs(np.log(float(rate)/best[rank])) for rank in best for rate in rates}
+        rows = table_of({key: ([value]*3, [value + .1*seed for seed in range(3)]) for key, value in loss.items()})
+        return settings_of(rows, dict(rank=[*best], learning_rate=rates), "new/loss_reported")
+    assert [s.edge for s in found({"4": .004, "16": .017})] == ["", ""] and "beyond" not in recommendation(found({"4": .004, "16": .017}), "new/loss")
+    ends = found({"4": .06, "16": .0001, "8": .005})
+    assert {s.name: s.edge for s in ends} == {"4": "largest", "16": "smallest", "8": ""}
+    assert "The smallest learning rate that was tried is best for 16 and the largest learning rate that was tried is best for 4: one beyond" in recommendation(ends, "new/loss")
+    assert [edge_of("low", ["low", "high"]), edge_of("1", ["1"])] == ["", ""]
 
 
 @pytest.mark.slow

@@ -495,8 +495,10 @@ def tokenizer_identity(config: DatasetConfig) -> str: # sha256
     if name == "bytes": return sha256_of([RECIPE, "bytes"])
     path = at_home(name)
     if path.is_dir():
-        parts = [f for f in path.iterdir() if f.is_file() and re.search("token|vocab|merges|spiece", f.name)]
-        return sha256_of({f.name: file_hash(f) for f in parts})
+        parts = [f for f in path.iterdir() if f.is_file() and re.search("token|vocab|merges|piece", f.name)]
+        if parts: return sha256_of({f.name: file_hash(f) for f in parts})
+        problem = "holds no tokenizer (tokenizer.json or the like); save the model's own there"
+        raise UserError(f"dataset_config.tokenizer_name: '{name}' {problem}")
     if path.exists() or name.startswith((".", "/", "~")):
         problem = "is no folder with a saved tokenizer (tokenizer.json)"
         raise UserError(f"dataset_config.tokenizer_name: '{name}' {problem}")

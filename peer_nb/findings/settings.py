@@ -15,8 +15,19 @@ from ..stats import Comparison, compare, holm
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['NUISANCE', 'COSTS', 'Candidate', 'chosen_on', 'mean_of', 'settings_of', 'against_best', 'recommendation',
-           'settings_table']
+__all__ = ['NUISANCE', 'COSTS', 'edge_of', 'Candidate', 'chosen_on', 'mean_of', 'settings_of', 'against_best', 'beyond',
+           'recommendation', 'settings_table']
+
+# %% ../../nbs/findings/07_settings.ipynb #69f5f2c4
+def edge_of(
+    rate: str, # that was chosen
+    tried: Iterable[str], # all rates
+) -> str: # smallest, largest, or nothing: a rate between others, the only one, or names that are no numbers
+    "Whether a better rate may lie beyond those that were tried"
+    try: numbers = sorted({float(name) for name in tried})
+    except ValueError: return ""
+    return {numbers[0]: "smallest", numbers[-1]: "largest"}.get(float(rate), "") if len(numbers) > 1 else ""
+
 
 # %% ../../nbs/findings/07_settings.ipynb #d0a5283e
 NUISANCE = "learning_rate"
@@ -31,6 +42,7 @@ class Candidate:
     seeds: dict[int, float] # seed: value of the metric
     costs: dict[str, float] = field(default_factory=dict) # means over the seeds
     other: dict[str, float] = field(default_factory=dict) # means of other metrics, such as docs/forgetting
+    edge: str = "" # smallest or largest, where its rate is that of those that were tried
     against: Comparison | None = None # minus the best setting, seed by seed; None: it is the best
     p: float | None = None # of that, after Holm
 
@@ -79,7 +91,8 @@ def settings_of(
         costs = {name: value for name, c in COSTS.items() for value in mean_of(own, [c]).values()}
         levels = levels if isinstance(levels, tuple) else (levels,)
         seeds = dict(zip(own.seed, own[metric]))
-        out.append(Candidate(dict(zip(names, levels)), rate, seeds, costs, mean_of(own, others)))
+        edge = edge_of(rate, rates)
+        out.append(Candidate(dict(zip(names, levels)), rate, seeds, costs, mean_of(own, others), edge))
     return against_best(sorted(out, key=lambda s: sign*s.mean))
 
 # %% ../../nbs/findings/07_settings.ipynb #4717c8b4
@@ -91,6 +104,16 @@ def against_best(
     for s in rest: s.against = compare(s.seeds[seed] - best.seeds[seed] for seed in s.seeds if seed in best.seeds)
     for s, p in zip(rest, holm(s.against.p for s in rest)): s.p = p
     return settings
+
+# %% ../../nbs/findings/07_settings.ipynb #95c0708b
+def beyond(
+    settings: list[Candidate], # of `settings_of`
+) -> str: # a sentence, or nothing
+    "Settings whose best rate is the last that was tried"
+    ends = {side: [s.name for s in settings if s.edge == side] for side in ("smallest", "largest")}
+    named = [f"{side} learning rate that was tried is best for {', '.join(own)}" for side, own in ends.items() if own]
+    return f" The {' and the '.join(named)}: one beyond it may be better." if named else ""
+
 
 # %% ../../nbs/findings/07_settings.ipynb #af7db491
 def recommendation(
@@ -110,7 +133,7 @@ def recommendation(
                  f"{taken.costs[cost]/best.costs[cost]:.0%} of its {cost}")
     few = " With fewer than three seeds nothing is sure." if len(best.seeds) < 3 else ""
     worse = f"{len(settings) - len(equal)} of {len(settings)} settings are surely worse than the best"
-    return f"{said}. It is {why}; {worse}.{few}"
+    return f"{said}. It is {why}; {worse}.{few}{beyond(settings)}"
 
 # %% ../../nbs/findings/07_settings.ipynb #17ce121a
 def settings_table(

@@ -19,8 +19,8 @@ from ..pretrained import content_hash, pretrained_folder
 
 # %% auto #0
 __all__ = ['NOT_IDENTITY', 'MODEL_KEYS', 'PATHS', 'TEMPLATE_PARAMETERS', 'section_hashes', 'identity', 'find_template',
-           'code_cells', 'parsed', 'template_hash', 'declared_metrics', 'imports', 'executed', 'source_hash', 'beside',
-           'package_hash']
+           'code_cells', 'parsed', 'template_hash', 'declared_metrics', 'statements', 'imports', 'executed',
+           'source_hash', 'beside', 'package_hash']
 
 # %% ../../nbs/study/04_identity.ipynb #d622d8cf
 NOT_IDENTITY = (
@@ -136,6 +136,16 @@ def declared_metrics(
             raise UserError(f"{path}: MEASURES must be a plain list of names, such as ['memory/coverage']")
     return []
 
+# %% ../../nbs/study/04_identity.ipynb #5109d2f5
+def statements(
+    tree: ast.AST, # some code
+) -> Iterable[ast.AST]: # at any depth
+    "All statements, without their expressions: no import hides in an expression, and most of a tree is expressions"
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.expr): continue
+        yield node
+        yield from statements(node)
+
 # %% ../../nbs/study/04_identity.ipynb #e34a91cf
 def imports(
     tree: ast.Module, # of a module or a cell
@@ -143,7 +153,7 @@ def imports(
 ) -> set[str]: # absolute names, of modules or of things in them
     "All that some code imports"
     found = set()
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, ast.Import): found |= {a.name for a in node.names}
         if not isinstance(node, ast.ImportFrom): continue
         base = package[:len(package) - node.level + 1] if node.level else ()

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..children import start_child
-from ..config import Config, config_from_dict, to_dict
+from ..config import Config, config_from_dict
 from ..data.corpora import data_fingerprint
 from ..files import UserError, cache_folder, sha256_of
 
 # %% auto #0
-__all__ = ['READER', 'OLD_TABLE', 'KNOWER', 'BASES', 'Base', 'recipe', 'cached_base', 'write_start', 'make', 'base_folder',
-           'with_base_made']
+__all__ = ['READER', 'OLD_TABLE', 'KNOWER', 'BASES', 'DECIDING', 'BOOKKEEPING', 'Base', 'recipe', 'cached_base', 'write_start',
+           'make', 'base_folder', 'with_base_made']
 
 # %% ../../nbs/training/13_bases.ipynb #142b0b95
 @dataclass
@@ -36,8 +36,8 @@ READER = Base(
     dict(vocab_size=2048, hidden_size=96, word_embed_proj_dim=96, ffn_dim=384, num_hidden_layers=3,
          num_attention_heads=4, max_position_embeddings=2048, dropout=0.0, init_std=0.05),
     dict(datasets=[dict(name="docs", path="python:docs")], tokenizer_name="corpus:bpe:2048", max_seq_length=2048,
-         heldout_fraction=0.05),
-    dict(per_device_train_batch_size=1, max_tokens=600_000, weight_decay=0.1),
+         heldout_fraction=0.05, packing="rows"),
+    dict(per_device_train_batch_size=1, max_tokens=600_000, weight_decay=0.1, warmup_ratio=0.1, seed=1),
     dict(max_tokens=20_000, eval_batch_size=4))
 
 # %% ../../nbs/training/13_bases.ipynb #da2764bf
@@ -47,13 +47,16 @@ KNOWER = Base(
     dict(vocab_size=257, hidden_size=64, word_embed_proj_dim=64, ffn_dim=192, num_hidden_layers=1,
          num_attention_heads=4, max_position_embeddings=128, dropout=0.0, init_std=0.05),
     dict(datasets=[dict(name="digits", task="digit_lookup", mask="digit_lookup", task_arguments=OLD_TABLE)],
-         tokenizer_name="bytes", max_seq_length=120, packing="varlen"),
-    dict(per_device_train_batch_size=2, num_train_epochs=100, lr_scheduler_type="cosine", warmup_ratio=0.05,
-         weight_decay=0.0,
-         save_steps=500, seed=42),
+         tokenizer_name="bytes", max_seq_length=120, heldout_fraction=0.05, packing="varlen"),
+    dict(per_device_train_batch_size=2, num_train_epochs=100, weight_decay=0.0, warmup_ratio=0.05, seed=42),
     dict(max_tokens=2_000, eval_batch_size=64))
 
 BASES = {"python:opt": READER, "digits:opt": KNOWER}
+
+# %% ../../nbs/training/13_bases.ipynb #efc2524f
+DECIDING = dict(gradient_accumulation_steps=1, learning_rate=3e-3, lr_scheduler_type="cosine", adam_beta1=0.9,
+                adam_beta2=0.95, adam_epsilon=1e-8, max_grad_norm=1.0)
+BOOKKEEPING = dict(logging_steps=20, save_steps=100, save_total_limit=1, eval_steps=1_000_000)
 
 # %% ../../nbs/training/13_bases.ipynb #7d6dadee
 def recipe(
@@ -62,9 +65,8 @@ def recipe(
     start: Path, # of the model with random weights
 ) -> Config:
     "How a base is trained"
-    train = dict(output_dir=str(out), gradient_accumulation_steps=1, learning_rate=3e-3, logging_steps=20,
-                 save_steps=50, save_total_limit=1, eval_steps=1_000_000, seed=1)
-    return config_from_dict(dict(model_config=dict(pretrained=str(start)), train_config=train | base.train,
+    train = dict(output_dir=str(out)) | BOOKKEEPING | DECIDING | base.train
+    return config_from_dict(dict(model_config=dict(pretrained=str(start)), train_config=train,
                                  dataset_config=base.data, eval_config=base.evaluate))
 
 # %% ../../nbs/training/13_bases.ipynb #516cfd9c
@@ -73,7 +75,7 @@ def cached_base(
 ) -> Path: # may be missing
     "Where a base lies once it is made"
     base, plain = BASES[name], recipe(BASES[name], Path("out"), Path("start"))
-    decides = [base.sizes, to_dict(plain), data_fingerprint(plain), version("transformers")]
+    decides = [base.sizes, DECIDING | base.train, base.data, data_fingerprint(plain), version("transformers")]
     return cache_folder()/"bases"/f"opt-{sha256_of(decides)[:16]}"
 
 # %% ../../nbs/training/13_bases.ipynb #490c9d15
