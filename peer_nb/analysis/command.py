@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .interventions_command import COMMANDS as INTERVENTIONS
 from .routing_command import COMMANDS as ROUTES, drawn
 from .attention_command import attention, draw_attention
-from .explain import explain
+from .explain import explain, told_by_file
 from .losses import draw_losses, losses
 from .salvage import salvage
 from .why import explain_loading
@@ -542,17 +542,16 @@ def page(
 
     peer-analyze page report/usage.json
     """
-    found = read_json(result)
-    if isinstance(found, dict) and found.get("schema") == "peer-analyze ablate 1":
-        from peer_nb.analysis.impact import redraw_impact
-        say(f"\n{redraw_impact(result, output or result.parent)}")
-        return 0
-    if isinstance(found, dict) and found.get("schema") in DRAWN:
-        name, draw = DRAWN[found["schema"]]
-        say(f"\n{write_page((output or result.parent)/name, result.stem, draw(found))}")
-        return 0
-    kind, found = read_analysis(result)
-    report_result(kind, found, output or result.parent)
+    found, folder = read_json(result), writable_folder(output or result.parent)
+    schema = str(found.get("schema")) if isinstance(found, dict) else ""
+    with told_by_file(result):
+        if schema == "peer-analyze ablate 1":
+            from peer_nb.analysis.impact import redraw_impact
+            say(f"\n{redraw_impact(result, folder)}")
+        elif schema in DRAWN:
+            name, draw = DRAWN[schema]
+            say(f"\n{write_page(folder/name, result.stem, draw(found))}")
+        else: report_result(*read_analysis(result), folder)
     return 0
 
 # %% ../../nbs/analysis/40_command.ipynb #67a79ad6

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..files import UserError, read_json, write_json
+from ..files import UserError, new_folder, read_json, refuse_full, write_json
 from ..models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from ..models.options import PeerConfig
 from ..models.peer import MEMORY_KINDS, MemoryLayer
@@ -278,16 +278,10 @@ def write_converted(
     compared: Callable[[nn.Module], dict[str, Any]], # the model as it was read again -> what converted.json says
 ) -> int: # exit code
     "Save beside, load, compare, and give it its name"
-    import os
-    import secrets
-    import shutil
-    from peer_nb.evaluation.loading import load_model
-    beside = output.with_name(f".{output.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    from peer_nb.evaluation.loading import load_model, no_progress_bars
+    with new_folder(output) as beside, no_progress_bars():
         for part in parts: part.save_pretrained(beside)
         write_json(beside/"converted.json", compared(load_model(beside)[0].cpu()))
-        os.replace(beside, output)
-    finally: shutil.rmtree(beside, ignore_errors=True)
     print(output)
     return 0
 
@@ -305,7 +299,7 @@ def convert_checkpoint(
 ) -> int: # exit code
     "Write a checkpoint whose layers are of another kind and whose function is the same, or say why there is none"
     from peer_nb.evaluation.loading import choose_window, model_fingerprint
-    if Path(output).exists(): raise UserError(f"{output}: is there already; name a new folder")
+    refuse_full(output)
     model, tokenizer = own_model(source)
     window = choose_window(model, min(window, model.config.max_position_embeddings))
     ids, what = compared_tokens(tokenizer, data, window, model.config.vocab_size)

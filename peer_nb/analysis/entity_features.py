@@ -73,7 +73,8 @@ def features_from(
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     try: spec.loader.exec_module(module)
-    except Exception as e: raise UserError(f"--features {name}: {path} cannot be run: {type(e).__name__}: {e}") from e
+    except (Exception, SystemExit) as e:
+        raise UserError(f"--features {name}: {path} cannot be run: {type(e).__name__}: {e}") from e
     if not callable(found := getattr(module, function, None)):
         raise UserError(f"--features {name}: {path} has no function {function}")
     return found
@@ -84,12 +85,15 @@ def numbers_of(
     entities: Sequence[str], # all of them
 ) -> dict[str, np.ndarray]: # name -> [entities]
     "What a function says of entities; `UserError` where that is no list of finite numbers"
-    found = features(entities)
+    try: found = features(entities)
+    except Exception as e: raise UserError(f"the features cannot be computed: {type(e).__name__}: {e}") from e
     if not isinstance(found, dict):
         raise UserError(f"the features are {type(found).__name__}, not a dict: name -> numbers")
     for name, values in found.items():
-        if len(values) != len(entities) or not np.isfinite(np.asarray(values, float)).all():
-            raise UserError(f"feature {name!r}: {len(values)} values for {len(entities)} entities; one finite number "
+        try: fits = np.asarray(values, float).shape == (len(entities),) and np.isfinite(np.asarray(values, float)).all()
+        except (TypeError, ValueError): fits = False   # not numbers
+        if not fits:
+            raise UserError(f"feature {name!r}: {values!r:.60} for {len(entities)} entities; one finite number "
                             "each is needed")
     return {name: np.asarray(values, float) for name, values in found.items()}
 

@@ -253,5 +253,6 @@ def stream_retrievals(
         if file is None: raise UserError(f"{path}: there is nothing to read, so nothing was written")
         file.close()
         os.replace(beside, path)
+    except OSError as e: raise UserError(f"{path}: cannot be written: {e.strerror or e}") from e
     finally: beside.unlink(missing_ok=True)
     return written

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .convert import (
     ROUNDING, built_layer, compared_tokens, from_foreign, largest_difference, own_model, write_converted)
-from ..files import UserError
+from ..files import UserError, refuse_full
 from ..models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from ..models.options import PeerConfig
 
@@ -135,7 +135,7 @@ def put_layer(
 ) -> int: # exit code
     "Write a checkpoint whose layer has another package's weights"
     from peer_nb.evaluation.loading import choose_window, model_fingerprint
-    if output.exists(): raise UserError(f"{output}: is there already; name a new folder")
+    refuse_full(output)
     kind, own, tensors = from_foreign(layer_tensors(file), top_k, heads, score)
     model, tokenizer = own_model(into)
     number = place_for(model.config, layer)
