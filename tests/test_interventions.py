@@ -321,7 +321,7 @@ def test_questions_of_a_file_and_a_text(learned, tmp_path, capsys):
         assert json.loads((tmp_path/name[0]/"ablate.json").read_text())["examples"] == examples
     assert main(["ablate", str(checkpoint), str(tmp_path/"none.jsonl"), "--output", str(tmp_path/"no")]) == 2
     assert "holds nothing to ask" in capsys.readouterr().err
-    assert main(["retrievals", str(checkpoint), str(tmp_path/"q.jsonl"), "--output", str(tmp_path)]) == 2 and "is a folder" in capsys.readouterr().err
+    assert main(["retrievals", str(checkpoint), str(tmp_path/"q.jsonl"), "--output", str(tmp_path)]) == 2 and "holds no retrievals" in capsys.readouterr().err
     def drawn(folder): return re.sub(r"[0-9a-f-]{36}", "", (folder/"index.html").read_text())   # plotly names figures anew
     first = drawn(tmp_path/"q")
     assert main(["page", str(tmp_path/"q"/"ablate.json"), "--output", str(tmp_path/"again")]) == 0

@@ -496,8 +496,6 @@ def run_retrievals(
     output: Path, # Parquet file
 ) -> int: # exit code
     "Write down what memory layers retrieve for the questions of a data set and their answers"
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a folder; name a file, such as {output/'retrievals.parquet'}")
     refuse_others_file(output)
     model, tokenizer = load_model(checkpoint)
     chosen_layers(model, layers)
