@@ -14,6 +14,7 @@ from peer_nb.analysis.swaps import swap_matrix, swap_rows
 from peer_nb.config import DatasetConfig
 from peer_nb.data.corpora import load_tokenizer
 from peer_nb.evaluation.recall import Question, encode_questions
+from peer_nb.files import UserError
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from peer_nb.models.product_keys import SCORES
 
@@ -143,6 +144,14 @@ def compare(model, encoded, modes, numbers=(1, 2)) -> int: # pairs that needed n
 def test_every_key_layer_and_mode_equals_one_evaluation_per_key(kind, encoded):
     "The naive loop edits tables, or routes by the scores of all rows; nothing of it is shared with the code it judges"
     assert compare(small(memory_kind=kind), encoded, [*MODES, "sub-key"]) > 0
+
+
+def test_a_memory_beside_a_feed_forward(encoded):
+    "What changes values or weights alone is exact; the next best row of a bilinear score is not known, and refused"
+    model = small(memory_kind="ultramem")
+    compare(model, encoded, ["drop", "mean", "resample"])
+    setting = setting_of(model, [answers_of(encoded)])
+    with pytest.raises(UserError, match="no sum over its sub-keys"): fast(model, encoded, 1, "refill", setting)
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "relu"])
