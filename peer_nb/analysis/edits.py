@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor, nn
-from .hooks import Retrievals, chosen_layers, rows_of_tokens, writing
+from .hooks import Retrievals, chosen_layers, refuse_coupled, rows_of_tokens, writing
 from .interventions import answer_logprobs, answers_of, at_places, keys_of, random_keys, weigh
 from .swaps import proportion, share_text, spoken, strongest_rows, swap_rows, verdict
 from ..config import parse_yaml
@@ -226,6 +226,7 @@ def put_patterns(
 ):
     "Let rows with other keys come in or fall out"
     r, layer = s.r, s.r.layer
+    refuse_coupled(layer, "a key pattern")
     scores, index = product_top_k(layer.similarities(r.query), min(layer.top_k + len(edits), layer.num_experts))
     changed = torch.zeros_like(index[..., :1], dtype=torch.bool)
     columns = [(scores, index)]

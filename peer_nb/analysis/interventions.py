@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from .hooks import (
-    Retrievals, chosen_layers, module_hooks, reading, rows_of_tokens, side_by_side, writing)
+    Retrievals, chosen_layers, module_hooks, reading, refuse_coupled, rows_of_tokens, side_by_side, writing)
 from ..evaluation.recall import Encoded
 from ..files import UserError
 from ..models.kernels.ops import sub_key_rows
@@ -25,11 +25,11 @@ from ..models.product_keys import SCORES, product_top_k
 
 # %% auto #0
 __all__ = ['UNITS', 'SPAN', 'KEY_BLOCK', 'MODES', 'EDITS_KEYS', 'KEYS_ONLY', 'AnswerBatch', 'answers_of', 'answer_logprobs',
-           'Clean', 'at_places', 'clean_pass', 'positions_of', 'heads_of', 'Pairs', 'code_of', 'pairs_of', 'Places',
-           'drop', 'renorm', 'ranked', 'weigh', 'others', 'rerouted', 'refill', 'Setting', 'speak_mean', 'speak_other',
-           'setting_of', 'keys_of', 'random_keys', 'with_score', 'zero_key', 'random_key', 'check_mode', 'entering',
-           'slots_in', 'rest_of', 'tokens_again', 'past_of', 'run_again', 'changed_states', 'resumed', 'Effects',
-           'in_parts', 'batch_pairs', 'leaving_out', 'part_effects', 'effects_of', 'first_order']
+           'Clean', 'at_places', 'answered_to', 'clean_pass', 'positions_of', 'heads_of', 'Pairs', 'code_of',
+           'pairs_of', 'Places', 'drop', 'renorm', 'ranked', 'weigh', 'others', 'rerouted', 'refill', 'Setting',
+           'speak_mean', 'speak_other', 'setting_of', 'keys_of', 'random_keys', 'with_score', 'zero_key', 'random_key',
+           'check_mode', 'entering', 'slots_in', 'rest_of', 'tokens_again', 'past_of', 'run_again', 'changed_states',
+           'resumed', 'Effects', 'in_parts', 'batch_pairs', 'leaving_out', 'part_effects', 'effects_of', 'first_order']
 
 # %% ../../nbs/analysis/10_interventions.ipynb #60e6bbbe
 @dataclass
@@ -96,6 +96,14 @@ def at_places(
     "Hidden states at the places that predict"
     return hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1]))
 
+# %% ../../nbs/analysis/10_interventions.ipynb #01eef815
+def answered_to(
+    block: nn.Module, # of the decoder, with a memory
+    h: Tensor, # [B, T, d] the stream after its attention
+) -> Tensor: # [B, T, d]
+    "What a memory's answer is added to: the stream, and the feed-forward beside the memory where there is one"
+    return h + block.mlp(block.post_attention_layernorm(h)) if hasattr(block, "mlp") else h
+
 # %% ../../nbs/analysis/10_interventions.ipynb #06b7b843
 def clean_pass(
     model: nn.Module, # with memory layers, in evaluation mode
@@ -112,6 +120,8 @@ def clean_pass(
         out = decoder(input_ids=answers.ids, use_cache=not gradients)
         hidden = at_places(out.last_hidden_state, answers.place)
         found = answer_logprobs(model, hidden, answers.target, answers.real)
+    with torch.set_grad_enabled(gradients):
+        residual = {n: answered_to(decoder.layers[n], h) for n, h in residual.items()}
     past = [] if gradients else [(layer.keys, layer.values) for layer in out.past_key_values.layers]
     return Clean(answers, seen, residual, *found, past)
 
@@ -206,6 +216,7 @@ def ranked(
     "The best rows of each head, one more than are read; a table without one more has it at minus infinity"
     layer, found = r.layer, r.__dict__.get("ranked")
     if found is None:
+        refuse_coupled(layer, "the next best row")
         more = min(layer.top_k + 1, layer.num_experts)
         found = product_top_k(layer.similarities(r.query), more)
         if more == layer.top_k:
@@ -417,6 +428,9 @@ def rest_of(
     number: int, # of a layer
 ) -> nn.Module: # takes `inputs_embeds`
     "What comes after a layer, as a decoder of its own that shares all modules"
+    if any(hasattr(layer, "engram") for layer in decoder.layers[number + 1:]):
+        raise UserError(f"layers after {number} look n-grams up (engram_config.layers) and cannot be run again from "
+                        "hidden states alone")
     rest = copy.copy(decoder)
     rest._modules = decoder._modules | {"layers": decoder.layers[number + 1:]}
     rest.lend_tables = lambda: None   # the whole model has lent them; their holder may lie before
