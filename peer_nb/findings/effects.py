@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from fastcore.basics import patch
 
 from ..factorial import Variance, Weights, factor_columns, weights
 from ..formats import decimals
+from ..sequential import Looks, chance_to_decide
 from ..stats import Comparison, Noise, cluster_means, compare, holm, added_noise, from_error, mcnemar, noise
 from ..study.run import FINISHED, Run
 
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['NO_RUNS', 'MIXED', 'OVER', 'NOT_ASKED', 'in_arm', 'usable', 'usable_runs', 'Contrast', 'contrast', 'table_rows',
-           'Design', 'design_of', 'Effect', 'results_of', 'effect', 'item_evidence', 'Answer', 'answer', 'levels_text',
-           'how_far', 'no_interval', 'answer_text', 'effects_table', 'interactions']
+           'Design', 'design_of', 'Effect', 'results_of', 'effect', 'item_evidence', 'Look', 'Answer', 'answer',
+           'round_numbers', 'looked', 'hope', 'levels_text', 'how_far', 'no_interval', 'answer_text', 'effects_table',
+           'interactions']
 
 # %% ../../nbs/findings/00_effects.ipynb #65df7f72
 def in_arm(
@@ -274,6 +276,19 @@ def item_evidence(
         said = f"{wins} only a has right, {losses} only b (McNemar)"
     return found, noise(d, clusters), said
 
+# %% ../../nbs/findings/00_effects.ipynb #af884317
+@dataclass(frozen=True)
+class Look:
+    "What a comparison's looks have seen"
+    looks: Looks # as planned
+    seeds: int = 0 # of its last look; 0: there was none yet
+    called: int = 0 # rounds that its runs have been called for
+    p: tuple[float | None, ...] = () # after each look: the smallest sequential p so far
+    better: tuple[bool, ...] = () # at the look of that p: whether the mean lay above what it is tested against
+
+    @property
+    def count(self) -> int: return len(self.p)
+
 # %% ../../nbs/findings/00_effects.ipynb #1e4dc36c
 OVER = {"seeds": "seeds", "items": "items, for these trained models", "both": "seeds and items"}
 
@@ -285,7 +300,8 @@ class Answer:
     pairs: Contrast # of runs
     over: str # seeds, items or both: what the answer generalises to
     noise: Noise | None = None # seeds and items apart, where items are known
-    said: str = "" # of the items
+    said: str = "" # of the items, or why there is no interval
+    look: Look | None = None # how far it is, where seeds are added until claims are decided
 
 # %% ../../nbs/findings/00_effects.ipynb #3e7ac5a8
 def answer(
@@ -311,6 +327,72 @@ def answer(
         return Answer(own, items or nothing, pairs, over, apart, said or "" if items else "no items yet")
     if over == "seeds" or items is None: return Answer(own, own.found, pairs, "seeds", apart, "")
     return Answer(own, added_noise(own.found, items), pairs, "both", apart, said)
+
+# %% ../../nbs/findings/00_effects.ipynb #c32b5c47
+def round_numbers(
+    rows: Sequence[Mapping[str, Any]], # runs that were called for, in the plan's order
+    axes: Iterable[str], # of the study
+) -> list[int]: # of each run: the how manieth of its combination it is
+    "The round of each run"
+    axes, seen, out = [*axes], {}, []
+    for r in rows:
+        place = tuple(r[axis] for axis in axes)
+        seen[place] = seen.get(place, 0) + 1
+        out.append(seen[place])
+    return out
+
+# %% ../../nbs/findings/00_effects.ipynb #e5caab00
+def _repeated(given: Answer, looks: Looks, seeds: int, p: float | None) -> Comparison:
+    "A comparison with the p of all its looks and the interval that goes with the last of them"
+    found = given.found
+    if found.error:
+        wide = 1 - looks.level(seeds)
+        found = from_error(found.mean, found.error, found.degrees, found.n, found.null, wide, found.sd)
+    return replace(found, p=p)
+
+def _not_looked(given: Answer, look: Look) -> Answer:
+    "A comparison before its first look: no interval, no p"
+    found = replace(given.found, low=None, high=None, p=None)
+    return replace(given, found=found, look=look, said="before the first look")
+
+# %% ../../nbs/findings/00_effects.ipynb #b17ea554
+def looked(
+    rows: list[dict[str, Any]], # every run that was called for
+    axes: Iterable[str], # of the study
+    looks: Looks, # as planned
+    judged: Callable[[list[dict]], Answer], # what a look makes of runs
+) -> Answer: # of the last look
+    "A comparison after each round that is whole"
+    rounds = round_numbers(rows, axes := [*axes])
+    def upto(n): return judged([r for r, k in zip(rows, rounds) if k <= n])
+    last, p, better = upto(looks.first), [], []
+    each = last.pairs.planned//looks.first   # pairs of a round
+    called = judged(rows).pairs.planned//each if each else 0
+    seeds = looks.first
+    if not each or last.pairs.waiting: return _not_looked(last, Look(looks, called=called))
+    while True:
+        own = last.found.p if last.effect.whole else None
+        own = None if own is None else float(looks.p_value(seeds, own))
+        new = own is not None and (not p or p[-1] is None or own < p[-1])
+        p.append(own if new else p[-1] if p else None)
+        better.append(last.found.mean > last.found.null if new or len(better) == 0 else better[-1])
+        more = upto(seeds + 1) if seeds < looks.most else None
+        if more is None or more.pairs.planned < (seeds + 1)*each or more.pairs.waiting: break
+        last, seeds = more, seeds + 1
+    look = Look(looks, seeds, called, tuple(p), tuple(better))
+    return replace(last, found=_repeated(last, looks, seeds, p[-1]), look=look)
+
+# %% ../../nbs/findings/00_effects.ipynb #2f4048bb
+def hope(
+    given: Answer, # after a look
+    alpha: float, # level of the comparison, shared out over those that are undecided
+) -> float: # 0 to 1; nan where the runs do not tell
+    "The chance that a comparison is decided when all seeds are there"
+    look, seeds, both = given.look, given.effect.found, given.found
+    if not look.seeds or not seeds.error or math.isnan(both.mean): return math.nan
+    items = math.sqrt(max(0.0, (both.error or 0.0)**2 - seeds.error**2))
+    share, last = look.looks.share(look.seeds), look.looks.level(look.looks.most, alpha)
+    return float(chance_to_decide(both.mean - both.null, seeds.error, seeds.degrees, share, last, items))
 
 # %% ../../nbs/findings/00_effects.ipynb #07aa1bc2
 def levels_text(
@@ -368,6 +450,7 @@ def effects_table(
     metric: str, # a column
     runs: Mapping[str, Run] | None = None, # by id, for single items
     over: Mapping[tuple[str, str], str] = {}, # (axis, level): seeds, items or both, where that was planned
+    looks: Looks | None = None, # where seeds are added until claims are decided
 # one row per level: its mean, and but for the first: difference, interval, p, p after Holm, effect size
 ) -> pd.DataFrame:
     "Main effects with intervals"
@@ -378,8 +461,10 @@ def effects_table(
         for level in levels:
             own = [y for y, r, ok in zip(results[0], records, results[1]) if ok and r[axis] == level]
             given, first = NOT_ASKED, levels[0] if level != levels[0] else ""
-            if first: given = answer(records, design, metric, {axis: level}, {axis: first},
-                                     over.get((axis, level), "both"), runs, results=results)
+            arms = ({axis: level}, {axis: first}, over.get((axis, level), "both"), runs)
+            if first and looks: given = looked(
+                records, axes, looks, lambda part: answer(part, design_of(part, axes), metric, *arms))
+            elif first: given = answer(records, design, metric, *arms, results=results)
             out.append({"axis": axis, "level": level, "level_mean": sum(own)/len(own) if own else math.nan,
                         "runs": len(own), **_row(given, first)})
     asked = [row for row in out if row["against"]]

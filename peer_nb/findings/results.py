@@ -41,6 +41,7 @@ class StudyRuns:
     def __getitem__(self, name: str) -> Run: return self.runs[name]
     def __iter__(self): return iter(self.runs.values())
     def __len__(self) -> int: return len(self.runs)
+    def done(self, name: str) -> bool: return name in self.runs and self[name].state in FINISHED
     @cached_property
     def rows(self) -> pd.DataFrame: return self._rows()
 
@@ -57,11 +58,11 @@ def load_runs(
 ) -> StudyRuns:
     "Read a study; each run's files are read when they are asked for"
     folder = Path(folder)
-    plan, runs, there = plan or load_plan(folder), {}, _there(folder)
+    plan, runs, there = (plan or load_plan(folder)).called(folder), {}, _there(folder)
     for cell in plan.cells:
         runs[cell.id] = run = Run.of(folder, cell.id)
         if cell.id not in there: run.status = Status("TODO")
-        elif before and before[cell.id].state in FINISHED and before.stamps[cell.id] == run.stamp:
+        elif before and before.done(cell.id) and before.stamps[cell.id] == run.stamp:
             runs[cell.id] = before[cell.id]
     return StudyRuns(folder, plan, runs)
 

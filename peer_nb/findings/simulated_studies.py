@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ..factorial import Estimates, Variance, balanced_blocks, factor_columns, weights
+from ..sequential import Looks, walked
 from ..study.study import neighbours
 
 if TYPE_CHECKING: import numpy as np
 
 # %% auto #0
 __all__ = ['DESIGNS', 'design_places', 'main_contrasts', 'World', 'seeds_of', 'made_up_studies', 'judged_studies', 'p_values',
-           'any_sure', 'tried']
+           'any_sure', 'tried', 'grown_studies']
 
 # %% ../../nbs/findings/09_simulated_studies.ipynb #b7a739cb
 DESIGNS = {"full 2×2×2": ((2, 2, 2), "full"), "full 3×2": ((3, 2), "full"),
@@ -99,7 +100,8 @@ def judged_studies(
     "Every main effect of every study"
     places, sizes = design_places(world.design), DESIGNS[world.design][0]
     columns = factor_columns(places*world.seeds, sizes)
-    w = weights(columns, main_contrasts(places, sizes), seeds_of(world), results[1], variance or world.variance)
+    there = None if results[1].all() else results[1]
+    w = weights(columns, main_contrasts(places, sizes), seeds_of(world), there, variance or world.variance)
     return w.of(results[0])
 
 # %% ../../nbs/findings/09_simulated_studies.ipynb #673d2e77
@@ -132,3 +134,26 @@ def tried(
     held = np.abs(found.mean - truth)[np.isfinite(half)] <= half[np.isfinite(half)]
     return dict(wrong=float(any_sure(p).mean()), held=float(held.mean()),
                 power=float(((p[:, 0] <= 0.05) & (found.mean[:, 0] > 0)).mean()))
+
+# %% ../../nbs/findings/09_simulated_studies.ipynb #a25f962e
+def grown_studies(
+    rng: np.random.Generator, # of the drawing
+    studies: int, # how many
+    world: World, # with the seeds of the longest study
+    looks: Looks, # as planned
+    claims: int = 1, # main effects that are claimed
+# false: any claim is supported (where there is no effect); found: the first is; runs: share of the longest study's;
+# at_once: the first is found by the longest study
+) -> dict[str, float]:
+    "What studies do whose seeds are added until their claims are decided"
+    import numpy as np
+    y, there = made_up_studies(rng, studies, world)
+    each = len(design_places(world.design))
+    def told(seeds):
+        found = judged_studies((y[:, :seeds*each], there[:, :seeds*each]), replace(world, seeds=seeds))
+        return Estimates(*(np.broadcast_to(part, found.mean.shape)[:, :claims]
+                           for part in (found.mean, found.error, found.degrees)))
+    end, whole = walked(looks, told), told(looks.most)
+    sure = (p_values(whole)[:, 0] <= 0.05) & (whole.mean[:, 0] > 0)
+    return dict(false=float((end.verdict == 1).any(1).mean()), found=float((end.verdict[:, 0] == 1).mean()),
+                runs=float(end.seeds.max(1).mean()/looks.most), at_once=float(sure.mean()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..formats import signed
-from ..study.plan import THRESHOLD, Plan, wall_seconds
+from ..study.plan import THRESHOLD, Plan, cell_rounds, wall_seconds
 from ..study.run import FINISHED
 from .effects import usable_runs
 from .results import StudyRuns
@@ -17,7 +17,8 @@ from .verdicts import judged_effects, study_findings
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['ANECDOTAL', 'best_run', 'effect_sentence', 'wall_time_rows', 'wall_time_sentence', 'done_words', 'summary_lines']
+__all__ = ['ANECDOTAL', 'best_run', 'effect_sentence', 'wall_time_rows', 'wall_time_sentence', 'done_words', 'rounds_sentence',
+           'summary_lines']
 
 # %% ../../nbs/findings/03_summary.ipynb #22a94363
 def best_run(
@@ -90,6 +91,17 @@ def done_words(
     return int(states.get("DONE", 0) + reused), said + "".join(f", {n} {s}" for s, n in states.items()
                                                                if s not in FINISHED)
 
+# %% ../../nbs/findings/03_summary.ipynb #a32bc484
+def rounds_sentence(
+    plan: Plan, # of the study; its cells are those that were called for
+) -> str: # "" where all seeds are run at once
+    "How many seeds were called for"
+    if (looks := plan.looks) is None: return ""
+    number, every = cell_rounds(plan), len(plan.every_cell)
+    now = max(number[cell.id] for cell in plan.cells)
+    return (f"Seeds are added until the claims are decided: {now} of at most {looks.most} so far, "
+            f"{len(plan.cells)} of {every} runs; p and intervals count all {looks.count} planned looks")
+
 # %% ../../nbs/findings/03_summary.ipynb #672d3c7d
 ANECDOTAL = ("One seed: anecdotal. Another seed may turn small differences round; differences are shown, "
              "significance is not claimed.")
@@ -108,10 +120,10 @@ def summary_lines(
 ) -> list[str]: # about five
     "The study in a few lines: progress, best run, main effects, failures"
     done, others = done_words(rows)
-    lines = [f"{done} of {len(rows)} runs done{others}"]
+    lines = [f"{done} of {len(rows)} runs done{others}", *filter(None, [rounds_sentence(plan)])]
     if best := best_run(rows, plan): lines.append(f"best {plan.metric}: {best[plan.metric]:.4f} by {best['run']}")
     claims, by_id = (study_findings(runs), runs.runs) if runs else ((), None)
-    effects = judged_effects(rows, plan.axes, plan.metric, claims, by_id)
+    effects = judged_effects(rows, plan.axes, plan.metric, claims, by_id, plan.looks)
     lines += filter(None, (effect_sentence(axis, effects) for axis in plan.axes))
     if clock := wall_time_sentence(rows, plan): lines.append(clock[0])
     return lines + _failures(rows) + [ANECDOTAL]*(rows.seed.nunique() == 1)

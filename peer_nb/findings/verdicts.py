@@ -14,8 +14,9 @@ from ..study.claims import better, claim_edits, claim_over, is_number, read_clai
 from ..study.plan import Plan
 from ..study.run import FINISHED, STUDY, Run
 from .effects import Answer, Contrast, Design, Effect, answer, answer_text, design_of, effects_table
-from .effects import how_far, in_arm, no_interval, table_rows, usable
+from .effects import hope, how_far, in_arm, looked, no_interval, round_numbers, table_rows, usable
 from ..formats import decimals
+from ..sequential import Looks
 from ..stats import Comparison, Noise, compare, holm
 from .results import StudyRuns
 from ..config import read_yaml
@@ -24,8 +25,8 @@ from ..files import UserError
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['ALPHA', 'Verdict', 'against_number', 'Finding', 'claim_status', 'evaluate_claims', 'judge', 'study_findings',
-           'claimed', 'judged_effects']
+__all__ = ['ALPHA', 'Verdict', 'HOPELESS', 'against_number', 'Finding', 'claim_status', 'decided_at', 'evaluate_claims', 'judge',
+           'study_findings', 'claimed', 'judged_effects']
 
 # %% ../../nbs/findings/02_verdicts.ipynb #86da6357
 def against_number(
@@ -109,16 +110,60 @@ def _said(claim: dict, given: Answer, p: float | None) -> str:
     more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
     return text + (f"; not usable: {', '.join(lost[:4])}{more}" if lost else "")
 
+# %% ../../nbs/findings/02_verdicts.ipynb #f61b2541
+HOPELESS = 0.1 # chance of being decided below which no seeds are added for a claim
+
+def decided_at(
+    found: list[Answer], # of all claims, each after its looks
+) -> list[int | None]: # of each: number of the look at which it was decided, by Holm over all claims
+    "The looks at which claims were decided"
+    out: list[int | None] = [None]*len(found)
+    for n in range(max(g.look.count for g in found)):
+        so_far = [g.look.p[min(n, g.look.count - 1)] if g.look.count else None for g in found]
+        for k, p in enumerate(holm(so_far)):
+            if out[k] is None and p is not None and p <= ALPHA: out[k] = n + 1
+    return out
+
+# %% ../../nbs/findings/02_verdicts.ipynb #15d60042
+def _look_words(given: Answer, decided: int | None, stopped: bool, chance: float) -> str:
+    "How far a claim has come, in words"
+    look, looks = given.look, given.look.looks
+    if not look.count: return f"not looked at before {looks.first} seeds are there"
+    at = lambda n: f"look {n} of {looks.count}, with {looks.first + n - 1} seeds"
+    if decided: return f"decided at {at(decided)}"
+    if look.seeds == looks.most: return f"undecided after the last look, with {looks.most} seeds"
+    known = "" if math.isnan(chance) else f": the chance that all {looks.most} seeds decide it is {chance:.0%}"
+    return f"{'given up' if stopped else 'undecided'} after {at(look.count)}{known}"
+
+# %% ../../nbs/findings/02_verdicts.ipynb #c0be33c6
+def _after_looks(claims: list[dict], rows: list[dict], axes: list[str], runs: Mapping[str, Run] | None,
+                 looks: Looks) -> list[Finding]:
+    "Claims of a study whose seeds are added round by round"
+    def judged(claim): return lambda part: _evidence(claim, part, design_of(part, axes), runs)
+    found = [looked(rows, axes, looks, judged(claim)) for claim in claims]
+    at, now, out = decided_at(found), max(round_numbers(rows, axes)), []
+    for claim, g, p, decided in zip(claims, found, holm(g.found.p for g in found), at):
+        chance = hope(g, ALPHA/max(1, at.count(None)))
+        stopped = g.look.count > 0 and (g.look.seeds == looks.most or g.look.called < now or chance < HOPELESS
+                                        or not g.pairs.pairs)
+        status = "TODO" if not g.pairs.pairs and not g.look.count else "INCONCLUSIVE" if stopped else "PARTIAL"
+        if decided: status = "SUPPORTED" if g.look.better[decided - 1] else "REFUTED"
+        said = f"{_said(claim, g, p)}; {_look_words(g, decided, stopped, chance)}"
+        out.append(Finding(claim, status, g, p, said))
+    return out
+
 # %% ../../nbs/findings/02_verdicts.ipynb #236b9064
 def evaluate_claims(
     claims: list[dict[str, Any]], # with metric and direction
     rows: pd.DataFrame | list[dict[str, Any]], # every planned run
     axes: Iterable[str], # of the study
     runs: Mapping[str, Run] | None = None, # by id, for single items
+    looks: Looks | None = None, # where seeds are added until the claims are decided
 ) -> list[Finding]: # in the same order
     "Every claim of a study, as one family"
     if not claims: return []
-    rows = rows if isinstance(rows, list) else table_rows(rows)
+    rows, axes = rows if isinstance(rows, list) else table_rows(rows), [*axes]
+    if looks: return _after_looks(claims, rows, axes, runs, looks)
     design = design_of(rows, axes)
     found = [_evidence(c, rows, design, runs) for c in claims]
     decided = [g.found.p if g.pairs.pairs and not g.pairs.waiting and g.effect.whole else None for g in found]
@@ -133,12 +178,13 @@ def judge(
     rows: pd.DataFrame | list[dict[str, Any]], # every planned run
     axes: Iterable[str], # of the study
     runs: Mapping[str, Run] | None = None, # by id, for single items
+    looks: Looks | None = None, # where seeds are added until the claims are decided
 ) -> list[Finding]: # the planned ones first
     "Every claim with what became of it and whether it was planned"
     edits, added = claim_edits(planned, planned if now is None else now)
     first = [replace(f, origin=edits.get(f.claim["name"], "planned"))
-             for f in evaluate_claims(planned, rows, axes, runs)]
-    later = evaluate_claims(added, rows, axes, runs)
+             for f in evaluate_claims(planned, rows, axes, runs, looks)]
+    later = evaluate_claims(added, rows, axes, runs, looks)
     return first + [replace(f, origin="added after the plan was fixed") for f in later]
 
 # %% ../../nbs/findings/02_verdicts.ipynb #38261226
@@ -159,7 +205,7 @@ def study_findings(
             now = [_complete(c, plan)
                    for c in read_claims(read_yaml(path).get("claims") or [], plan.study["axes"], str(path))]
         except UserError as e: broken = f"study.yaml cannot be compared: {e}"
-    found = judge(plan.study["claims"], now, runs.rows, plan.axes, runs.runs)
+    found = judge(plan.study["claims"], now, runs.rows, plan.axes, runs.runs, plan.looks)
     return [replace(f, origin=broken) for f in found] if broken else found
 
 # %% ../../nbs/findings/02_verdicts.ipynb #eb03a79b
@@ -191,10 +237,12 @@ def judged_effects(
     metric: str, # a column
     findings: Iterable[Finding] = (), # the study's claims
     runs: Mapping[str, Run] | None = None, # by id, for single items
+    looks: Looks | None = None, # where seeds are added until the claims are decided
 ) -> pd.DataFrame: # effects_table with columns p_holm, claim (a Finding or None) and said
     "Main effects, each with the one verdict that it has"
     known = claimed(findings, metric, axes)
-    table = effects_table(rows, axes, metric, runs, {key: claim_over(f.claim) for key, f in known.items()})
+    over = {key: claim_over(f.claim) for key, f in known.items()}
+    table = effects_table(rows, axes, metric, runs, over, looks)
     out = table.to_dict("records")
     free = [row for row in out if row["against"] and (row["axis"], row["level"]) not in known]
     for row, p in zip(free, holm(r["p"] for r in free)): row["p_holm"] = p

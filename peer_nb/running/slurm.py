@@ -260,7 +260,7 @@ def submit(self: Slurm,
     cells: Iterable[Cell], # to be made
 ):
     "Go on watching what is in the scheduler's queue already, and queue the rest"
-    seen, by_id = ask(self.names), {c.id: c for c in self.plan.cells}
+    seen, by_id = ask(self.names), {c.id: c for c in self.plan.every_cell}
     if seen is None: raise UserError("--launcher slurm: squeue does not answer; is the cluster up?")
     for record in submissions(self.folder):
         for element, run in enumerate(record["runs"]):

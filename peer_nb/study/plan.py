@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +20,13 @@ from fastcore.basics import patch
 
 from .claims import better, is_number
 from .places import at
-from .run import PLAN, file_name
+from .run import PLAN, ROUNDS, file_name
 from .identity import declared_metrics, find_template, identity, package_hash, section_hashes
 from .identity import template_hash
 from .study import Study, cell_overrides, check_levels, combinations, dropped, planned_tokens
 from .study import seeds_of_block, shared_overrides, step_tokens
 from ..factorial import balanced_blocks
+from ..sequential import Looks
 from ..config import Config, ConfigError, apply_overrides, config_from_dict, diff_configs, to_dict, validate
 from ..data.corpora import task_arguments
 from ..files import UserError, read_json, sha256_of, write_json
@@ -35,7 +36,7 @@ from .sparse_layer import residual_rows
 # %% auto #0
 __all__ = ['DURATION', 'THRESHOLD', 'COUNTED', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver',
            'matched_tokens', 'wall_seconds', 'named', 'default_seeds', 'seed_blocks', 'make_plan', 'Match', 'matching',
-           'plan_residuals', 'save_plan', 'load_plan', 'plan_differences', 'code_differences']
+           'plan_residuals', 'save_plan', 'load_plan', 'cell_rounds', 'plan_differences', 'code_differences']
 
 # %% ../../nbs/study/06_plan.ipynb #f6e533bf
 def run_id(
@@ -65,9 +66,9 @@ class Cell:
 
 # %% ../../nbs/study/06_plan.ipynb #a83e6b78
 def _planned(plan: Plan) -> dict[str, Any]:
-    "What is frozen"
-    frozen = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name != "about"}
-    return frozen | {"cells": [vars(cell) for cell in plan.cells]}
+    "What is frozen: all cells, also those that only later rounds may need"
+    frozen = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in ("about", "later")}
+    return frozen | {"cells": [vars(cell) for cell in plan.every_cell]}
 
 # %% ../../nbs/study/06_plan.ipynb #9ab15ebf
 @dataclass(repr=False)
@@ -85,6 +86,18 @@ class Plan:
     metric: str # primary metric
     direction: str # minimize or maximize
     about: dict[str, Any] = field(default_factory=dict, compare=False) # what stands beside it: device, commit, place
+    later: list[Cell] = field(default_factory=list, compare=False) # cells that no round has called for
+
+    @property
+    def every_cell(self) -> list[Cell]:
+        "All cells in the order of their numbers, also those that no round has called for"
+        both = [*self.cells, *self.later]
+        return sorted(both, key=lambda cell: int(cell.id.partition("-")[0])) if self.later else both
+
+    @property
+    def looks(self) -> Looks | None: # None: all seeds are run at once
+        "The rounds in which seeds are added"
+        return Looks(**self.study["rounds"]) if self.study.get("rounds") else None
 
     @property
     def axes(self) -> dict[str, list[str]]: # axis: levels
@@ -329,7 +342,8 @@ def default_seeds(
     base: Config, # with a seed of its own
 ) -> list[int]: # three, unless the study says otherwise
     "The seeds of a study"
-    return study.seeds or [base.train_config.seed + n for n in range(3)]
+    many = study.rounds.most if study.rounds else 3
+    return study.seeds or [base.train_config.seed + n for n in range(many)]
 
 # %% ../../nbs/study/06_plan.ipynb #e2f9629f
 def seed_blocks(
@@ -347,8 +361,9 @@ def seed_blocks(
 def _written(study: Study, values: list[int]) -> dict[str, Any]:
     "A study as a plan keeps it: without what nobody has said, so that plans of before keep their hash"
     out = asdict(study)
+    if study.rounds is None: del out["rounds"]
     if study.pairing == "common": del out["pairing"]
-    else: out["seeds"] = values
+    if study.pairing != "common" or study.rounds: out["seeds"] = values
     return out
 
 # %% ../../nbs/study/06_plan.ipynb #b06bcab8
@@ -478,6 +493,32 @@ def load_plan(
     if not frozen: raise UserError(f"{path}: the plan was changed after it was frozen; start a new study instead")
     return plan
 
+# %% ../../nbs/study/06_plan.ipynb #d70400e5
+def cell_rounds(
+    plan: Plan, # of any study
+) -> dict[str, int]: # cell id: 1, 2, ...
+    "The how manieth of its combination a cell is"
+    seen, out = {}, {}
+    for cell in plan.every_cell:
+        levels = tuple(cell.levels.items())
+        out[cell.id] = seen[levels] = seen.get(levels, 0) + 1
+    return out
+
+# %% ../../nbs/study/06_plan.ipynb #e5089f15
+@patch
+def called(self: Plan,
+    folder: str | Path | None = None, # of the study; None: before there is one
+) -> Plan: # itself where all seeds are run at once
+    "The plan with those cells that have been called for"
+    if (looks := self.looks) is None: return self
+    number, path = cell_rounds(self), None if folder is None else Path(folder)/ROUNDS
+    record = path and read_json(path) or {"rounds": []}
+    try: asked = {run for entry in record["rounds"] for run in entry["runs"]}
+    except (KeyError, TypeError) as e: raise UserError(f"{path}: not a record of rounds ({e})") from e
+    def wanted(cell): return number[cell.id] <= looks.first or cell.id in asked
+    every = self.every_cell
+    return replace(self, cells=[c for c in every if wanted(c)], later=[c for c in every if not wanted(c)])
+
 # %% ../../nbs/study/06_plan.ipynb #719b4a8d
 def _levels(levels: dict | None) -> str:
     "Levels with what they set, for a message"
@@ -502,6 +543,7 @@ def plan_differences(
     facts = {"design": of("design"), "seeds": seeds, "tokens": [b["tokens"] for b in of("budget")],
              "budget": [{**b, "tokens": None} for b in of("budget")], "constraints": of("constraints"),
              "pairing of seeds": [p.study.get("pairing", "common") for p in (frozen, asked)],
+             "rounds of seeds": [p.study.get("rounds") for p in (frozen, asked)],
              "GPUs of a run": [p.world_size for p in (frozen, asked)],
              "primary metric": [(p.metric, p.direction) for p in (frozen, asked)]}
     out += [f"{what}: {old} in the study; asked for {new}" for what, (old, new) in facts.items() if old != new]

@@ -26,13 +26,13 @@ from fastcore.basics import patch
 from ..files import UserError, read_json, read_jsonl, sha256_of, write_json, write_jsonl
 
 # %% auto #0
-__all__ = ['PLAN', 'STUDY', 'BASE', 'RUNS', 'EARLIER', 'FILES', 'State', 'FINISHED', 'PULSE', 'LOST', 'Losses', 'Items',
+__all__ = ['PLAN', 'STUDY', 'BASE', 'RUNS', 'EARLIER', 'ROUNDS', 'FILES', 'State', 'FINISHED', 'PULSE', 'LOST', 'Losses', 'Items',
            'file_name', 'is_study', 'studies_in', 'fits', 'types_of', 'shaped', 'NotFinite', 'Result', 'read_result',
            'Status', 'process_mark', 'is_alive', 'pulse', 'read_metrics', 'read_items', 'read_heartbeat', 'Run',
            'read_status']
 
 # %% ../../nbs/study/05_run.ipynb #240696e5
-PLAN, STUDY, BASE, RUNS, EARLIER = "plan.json", "study.yaml", "base.yaml", "runs", "earlier"
+PLAN, STUDY, BASE, RUNS, EARLIER, ROUNDS = "plan.json", "study.yaml", "base.yaml", "runs", "earlier", "rounds.json"
 
 FILES = dict(
     config="config.yaml", notebook="notebook.ipynb", report="report.html", log="log.txt", # for people

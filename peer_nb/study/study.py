@@ -13,21 +13,22 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from .claims import read_claims
+from .claims import claim_over, read_claims
 from .places import at, chosen_levels, placed, read_place
 from ..config import Config, ConfigError, Count, DataMix, Seed, Text, apply_overrides
 from ..config import convert, read_yaml, to_dict
 from ..models.options import Allowed, Positive
+from ..sequential import Looks
 from ..files import UserError, at_home, sha256_of
 from .sparse_layer import sparse_layer_levels
 
 # %% auto #0
 __all__ = ['Design', 'Pairing', 'NOTHING', 'READERS', 'BUILTIN_AXES', 'ASKED_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study',
            'check_study_keys', 'read_constraints', 'dropped', 'read_reuse', 'check_budget', 'check_seeds', 'read_seeds',
-           'check_pairing', 'seeds_of_block', 'study_from_dict', 'load_study', 'neighbours', 'combinations',
-           'expert_setup_levels', 'selection_heads_levels', 'data_mix_levels', 'check_axis', 'axis_levels',
-           'builtin_axes', 'heldout_sets', 'shared_overrides', 'check_owned', 'check_levels', 'cell_overrides',
-           'step_tokens', 'planned_tokens']
+           'check_pairing', 'check_rounds', 'seeds_of_block', 'study_from_dict', 'load_study', 'neighbours',
+           'combinations', 'expert_setup_levels', 'selection_heads_levels', 'data_mix_levels', 'check_axis',
+           'axis_levels', 'builtin_axes', 'heldout_sets', 'shared_overrides', 'check_owned', 'check_levels',
+           'cell_overrides', 'step_tokens', 'planned_tokens']
 
 # %% ../../nbs/study/03_study.ipynb #60cea7fe
 @dataclass
@@ -71,6 +72,7 @@ class Study:
     reuse_from: list[Text] = field(default_factory=list)
     claims: list[dict[str, Any]] = field(default_factory=list) # what is expected to be found
     pairing: Pairing = "common" # who shares a seed; in a file: seeds: {pairing: blocks, values: [42, 43]}
+    rounds: Looks | None = None # seeds are added until the claims are decided; in a file: seeds: {first: 2, most: 8}
 
 # %% ../../nbs/study/03_study.ipynb #1d8d1393
 def check_study_keys(
@@ -78,7 +80,7 @@ def check_study_keys(
     file: str, # for the message
 ) -> dict[str, Any]: # data itself
     "Refuse keys that are not a study's"
-    names = [f.name for f in fields(Study) if f.name != "pairing"]   # which stands under seeds
+    names = [f.name for f in fields(Study) if f.name not in ("pairing", "rounds")]   # which stand under seeds
     for key in data:
         if key in names: continue
         near = get_close_matches(str(key), names, 1)
@@ -202,14 +204,34 @@ def check_seeds(
     if len({*(seeds or [])}) < len(seeds or []):
         raise ConfigError(file, "seeds", f"{seeds} has duplicates; a seed twice is the same run twice")
 
+# %% ../../nbs/study/03_study.ipynb #c5fbc72c
+def _rounds(given: dict[str, Any], values: Any, file: str) -> Looks:
+    "How seeds are added, checked"
+    def refuse(key, why): raise ConfigError(file, f"seeds.{key}", why)
+    if isinstance(values, list):
+        if given.setdefault("most", len(values)) != len(values):
+            refuse("most", f"{given['most']} contradicts the {len(values)} values; leave one of them out")
+    for key in ("first", "most"):
+        if key not in given: refuse(key, "is missing; seeds: {first: 2, most: 8} begins with two and may add six")
+    rounds = convert(Looks, given, file, "seeds")
+    if rounds.first < 2: refuse("first", "1 seed shows no noise, so nothing could be decided by it; at least 2")
+    if rounds.most <= rounds.first:
+        refuse("most", f"{rounds.most} leaves no seed to be added to the first {rounds.first}; give a larger number, "
+                       "or a plain list of seeds")
+    return rounds
+
 # %% ../../nbs/study/03_study.ipynb #8a16ca43
-def read_seeds(given: Any, file: str) -> tuple[Any, Any]: # values, pairing; not yet converted
-    "The seeds of a study file: a list, or a mapping that says who shares them"
-    if not isinstance(given, dict): return given, "common"
-    known = ("pairing", "values")
+def read_seeds(given: Any, file: str) -> dict[str, Any]: # seeds, pairing, rounds, as far as they are said
+    "The seeds of a study file: a list, or a mapping that says who shares them and how many there may be"
+    if not isinstance(given, dict): return dict(seeds=given)
+    known = ("pairing", "values", "first", "most", "spending")
     if odd := [key for key in given if key not in known]:
         raise ConfigError(file, f"seeds.{odd[0]}", f"unknown key; known: {', '.join(known)}")
-    return given.get("values"), convert(Pairing, given.get("pairing", "common"), file, "seeds.pairing")
+    pairing = convert(Pairing, given.get("pairing", "common"), file, "seeds.pairing")
+    out = dict(seeds=given.get("values"), pairing=pairing)
+    if rounds := {key: given[key] for key in known[2:] if given.get(key) is not None}:
+        out["rounds"] = _rounds(rounds, given.get("values"), file)
+    return out
 
 # %% ../../nbs/study/03_study.ipynb #d821e4fd
 def check_pairing(study: Study, file: str):
@@ -221,6 +243,18 @@ def check_pairing(study: Study, file: str):
     if len({*sizes.values()}) > 1:
         refuse(f"need axes of equally many levels, and these have {', '.join(f'{a}: {n}' for a, n in sizes.items())}")
     if len(sizes) == 1: refuse("of a single axis hold all of it, which is common")
+
+# %% ../../nbs/study/03_study.ipynb #36ce9ba9
+def check_rounds(study: Study, file: str):
+    "Refuse seeds that are added until something is decided that they cannot decide"
+    if study.rounds is None: return
+    if not study.claims:
+        raise ConfigError(file, "seeds.first", "seeds are added until the claims are decided, and this study has no "
+                          "claims; write one, or give a plain list of seeds")
+    for claim in study.claims:
+        if claim_over(claim) == "items":
+            raise ConfigError(file, "seeds.first", f"claim {claim['name']!r} is over items, for the models at hand, "
+                              "which more seeds cannot decide; give it over: seeds or both")
 
 # %% ../../nbs/study/03_study.ipynb #be238ec9
 def seeds_of_block(
@@ -244,12 +278,13 @@ def study_from_dict(
     given = {k: v for k, v in check_study_keys(data, file).items() if v is not None}
     axes = _axes(given.pop("axes"), file)
     lists = {k: read(given.pop(k), axes, file) for k, read in READERS.items() if k in given}
-    if "seeds" in given: given["seeds"], given["pairing"] = read_seeds(given["seeds"], file)
-    given = {k: v for k, v in given.items() if v is not None}
-    study = Study(axes=axes, **lists, **{k: convert(kinds[k], v, file, k) for k, v in given.items()})
+    if "seeds" in given: given |= read_seeds(given["seeds"], file)
+    rounds, given = given.pop("rounds", None), {k: v for k, v in given.items() if v is not None}
+    study = Study(axes=axes, rounds=rounds, **lists, **{k: convert(kinds[k], v, file, k) for k, v in given.items()})
     check_budget(study.budget, file)
     check_seeds(study.seeds, file)
     check_pairing(study, file)
+    check_rounds(study, file)
     return study
 
 # %% ../../nbs/study/03_study.ipynb #3260def1
