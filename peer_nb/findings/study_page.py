@@ -18,7 +18,7 @@ from .figures import interaction_figure, interval_figure, loss_figure, peak_figu
 from .figures import static_costs, static_effects, static_intervals, static_losses, static_usage
 from .figures import usage_figure, usages
 from .results import StudyRuns, metric_names
-from .summary import ANECDOTAL, best_run, done_words, effect_sentence
+from .summary import ANECDOTAL, best_run, done_words, effect_sentence, rounds_sentence
 from .summary import wall_time_rows, wall_time_sentence
 from .verdicts import Finding, judged_effects, study_findings
 from ..formats import decimals, ratio_text, short_number, size_text
@@ -114,6 +114,7 @@ def facts(
 TOP = """
 <h1>{{ plan.study.name }}</h1>
 <p class="soft">{{ compared }}</p>
+{% if rounds %}<p class="soft">{{ rounds }}.</p>{% endif %}
 <div class="facts">
 {% for value, what in facts %}
 <div><b>{{ value }}</b><span>{{ what }}</span></div>
@@ -148,7 +149,7 @@ def top_part(
                for m, e in effects.items()}
     anecdotal = ANECDOTAL if rows.seed.nunique() == 1 else ""
     return render(TOP, plan=plan, compared=compared(plan), facts=facts(rows, plan), found=found, anecdotal=anecdotal,
-                  forests=forests)
+                  forests=forests, rounds=rounds_sentence(plan))
 
 # %% ../../nbs/findings/06_study_page.ipynb #549f0e9e
 def arm_text(
@@ -171,8 +172,9 @@ def claim_text(
 # %% ../../nbs/findings/06_study_page.ipynb #3fc71f71
 CLAIMS = """
 <h2>Claims</h2>
-<p class="soft">Written down before the first run and fixed by the plan's hash; decided when no run is left to come, by
-a test that counts all claims (Holm, 5 %). The evidence is word for word that of the summary.</p>
+<p class="soft">Written down before the first run and fixed by the plan's hash; decided
+{{ 'after a round of seeds' if looks else 'when no run is left to come' }}, by a test that counts all claims
+{{- ' and all looks' if looks }} (Holm, 5 %). The evidence is word for word that of the summary.</p>
 <div class="wide"><table class="cards">
 <tr><th>claim</th><th>status</th><th>comparison</th><th>evidence</th>
 <th class="n">pairs</th><th class="n">p after Holm</th></tr>
@@ -187,6 +189,12 @@ a test that counts all claims (Holm, 5 %). The evidence is word for word that of
 <br><small>standard error {{ 'over seeds ' + f.noise.seeds|decimals + ', ' if f.noise.seeds is not none -}}
 over items {{ f.noise.items|decimals }}</small>
 {% endif %}
+{% if f.answer.look and f.answer.look.count > 1 %}
+<br><small>p after each look, before Holm:
+{% for p in f.answer.look.p %}
+{{- '–' if p is none else '%.2g'|format(p) }}{{ ', ' if not loop.last }}
+{%- endfor %}</small>
+{% endif %}
 {% if f.claim.evidence %}<br><small>{{ f.claim.evidence }}</small>{% endif %}</td>
 <td class="n" data-head="pairs">{{ f.pairs }} of {{ f.planned }}</td>
 <td class="n" data-head="p after Holm">{{ '–' if f.p is none else '%.2g'|format(f.p) }}</td></tr>
@@ -199,7 +207,8 @@ def claims_part(
     findings: list[Finding], # one per claim
 ) -> str: # HTML; empty without claims
     "What was claimed, and what came of it"
-    return render(CLAIMS, claims=findings, claim_text=claim_text) if findings else ""
+    looks = any(f.answer.look for f in findings)
+    return render(CLAIMS, claims=findings, claim_text=claim_text, looks=looks) if findings else ""
 
 # %% ../../nbs/findings/06_study_page.ipynb #f6d7eec1
 MATCHED = """
@@ -701,7 +710,8 @@ def page_effects(
 ) -> tuple[list[Finding], dict[str, pd.DataFrame]]: # its claims; metric -> judged_effects
     "What the page says of claims and effects, made once"
     rows, plan, found = runs.rows, runs.plan, study_findings(runs)
-    return found, {m: judged_effects(rows, plan.axes, m, found, runs.runs) for m in shown_metrics(rows, plan)}
+    def judged(metric): return judged_effects(rows, plan.axes, metric, found, runs.runs, plan.looks)
+    return found, {metric: judged(metric) for metric in shown_metrics(rows, plan)}
 
 # %% ../../nbs/findings/06_study_page.ipynb #f2c86a2a
 def study_page(
