@@ -203,7 +203,7 @@ def _memory_problems(m: ModelConfig) -> Problems:
             "so the keys would learn nothing; choose 2 or more, or score sigmoid")
     if p.query_norm == "none" and p.batch_norm_query:
         yield here + "query_norm", "none contradicts batch_norm_query: true; set batch_norm_query: false as well"
-    if p.query_norm in ("layer", "batch") and not p.batch_norm_query:
+    if p.query_norm in ("layer", "pieces", "batch") and not p.batch_norm_query:
         yield here + "query_norm", (f"{p.query_norm} contradicts batch_norm_query: false; "
             "set it to true, or query_norm to none")
 

@@ -26,9 +26,9 @@ from ..stats import compare
 
 # %% auto #0
 __all__ = ['EDIT_KEYS', 'PATTERNS', 'ACTS', 'ANSWER_COLUMNS', 'EDITS_NOTE', 'Edit', 'whole_number', 'parse_edit', 'touches',
-           'meet', 'refuse_contradictions', 'parse_edits', 'check_edits', 'Slots', 'drop_row', 'swap_slots',
-           'replace_row', 'inject_row', 'pattern_keys', 'put_patterns', 'acts_at', 'editing', 'asked_under',
-           'of_one_length', 'facts_of_rows', 'edit_effects', 'unedited', 'judged', 'check_aim', 'check_places', 'sweep',
+           'meet', 'refuse_contradictions', 'parse_edits', 'check_edits', 'check_places', 'Slots', 'drop_row',
+           'swap_slots', 'replace_row', 'inject_row', 'pattern_keys', 'put_patterns', 'acts_at', 'editing',
+           'asked_under', 'of_one_length', 'facts_of_rows', 'edit_effects', 'unedited', 'judged', 'check_aim', 'sweep',
            'refuse_shared_table', 'check_for_good', 'edit_tables', 'write_edited', 'save_edited', 'sweep_figure',
            'edits_page']
 
@@ -151,6 +151,18 @@ def check_edits(
         width = layer.keys.shape[2] * len(layer.sizes)
         if isinstance(e.key, tuple) and len(e.key) != width:
             raise UserError(f"{e}: a key has {width} numbers, {len(e.key)} were given")
+
+# %% ../../nbs/analysis/13_edits.ipynb #954e7f84
+def check_places(
+    edits: Sequence[Edit], # a chain
+    asked: Sequence[Encoded], # questions
+):
+    "Refuse a position that no question has"
+    most, before = max(len(e.context) + len(e.answer) - 1 for e in asked), max(len(e.context) for e in asked)
+    for e in edits:
+        if isinstance(e.at, int) and not -before <= e.at < most:
+            raise UserError(f"{e}: no question has this position; they go from 0 to {most - 1}, and from -{before}, the "
+                            "first token of the longest question, to -1, its last")
 
 # %% ../../nbs/analysis/13_edits.ipynb #a48ecdf9
 @dataclass

@@ -82,8 +82,8 @@ class PeerConfig:
     batch_norm_query: bool = True # normalise the query, by LayerNorm unless `query_norm` says otherwise
     activation: Literal["gelu", "relu", "silu"] = "gelu" # expert non-linearity
     score: Literal["softmax", "sigmoid", "relu"] = "softmax" # from similarity to expert weight
-    # null follows batch_norm_query: layer if true, else none
-    query_norm: Literal["layer", "batch", "none"] | None = None
+    # null follows batch_norm_query: layer if true, else none; pieces: LayerNorm of each dimension's part by itself
+    query_norm: Literal["layer", "pieces", "batch", "none"] | None = None
     shared_keys: bool = False # all retrieval heads use the same sub-keys
     score_rank: Count = 2 # ultramem: scores of a query with a sub-key, which a small matrix brings together
     value_dim: Count | None = None # ultramem: width of a row's two vectors; null: a quarter of hidden_size
