@@ -122,7 +122,8 @@ def router_cost(
     norm = p.query_norm or ("layer" if p.batch_norm_query else "none")
     queries = d * p.num_heads * p.query_dim
     sub_keys = sum(p.product_key_dim) * (p.query_dim // len(p.product_key_dim))
-    norm_weights = 2 * p.query_dim * dict(batch=p.num_heads, layer=1, none=0)[norm]
+    normed = dict(batch=p.num_heads * p.query_dim, layer=p.query_dim, pieces=p.query_dim // len(p.product_key_dim))
+    norm_weights = 2 * normed.get(norm, 0)
     gate = 2 * d * d * p.expert_hidden_size if c.memory_kind == "memory_plus" else 0
     parameters = queries + norm_weights + sub_keys * (1 if p.shared_keys else p.num_heads) + gate
     return parameters, 2 * (queries + sub_keys * p.num_heads + gate)

@@ -100,7 +100,7 @@ def memory_activations(
     if c.memory_kind == "moe": return moe_activations(c, width)
     if c.memory_kind == "ultramem": return mlp_activations(c, width) + ultramem_activations(c, width)
     norm = p.query_norm or ("layer" if p.batch_norm_query else "none")
-    queries = p.num_heads * p.query_dim * (width + dict(batch=12, layer=width, none=0)[norm])
+    queries = p.num_heads * p.query_dim * (width + dict(batch=12, none=0).get(norm, width))
     pairs, half = p.num_heads * p.num_experts_per_tok, 2 if width == 2 else 0
     stages = len(p.product_key_dim) + 1 + (len(p.product_key_dim) > 2)
     places = pairs * (8*stages + 4 + half)                             # row numbers at each stage, weights
