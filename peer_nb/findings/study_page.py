@@ -17,6 +17,7 @@ from .figures import COSTS, USAGE, cost_figure, cost_points, curves, degraded, e
 from .figures import interaction_figure, interval_figure, loss_figure, peak_figure, recolouring
 from .figures import static_costs, static_effects, static_intervals, static_losses, static_usage
 from .figures import usage_figure, usages
+from .own_best import OwnBest, ledger_rows, ledger_warnings, own_best
 from .results import StudyRuns, metric_names
 from .summary import ANECDOTAL, best_run, done_words, effect_sentence, rounds_sentence
 from .summary import wall_time_rows, wall_time_sentence
@@ -30,12 +31,13 @@ from ..study.run import FILES, FINISHED, RUNS, STUDY, file_name
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['UNITS', 'TOP', 'CLAIMS', 'MATCHED', 'CLOCK', 'EFFECTS', 'BESIDE', 'INTERACTIONS', 'COST', 'PEAKS', 'EXPERTS',
-           'RUNS_TABLE', 'TAKEN', 'CHANGES', 'END', 'VERDICTS', 'match_sentences', 'shown_metrics', 'compared',
-           'unit_of', 'facts', 'top_part', 'arm_text', 'claim_text', 'claims_part', 'matched_part', 'clock_part',
-           'effect_rows', 'noise_sentence', 'variance_sentence', 'effects_part', 'interactions_part', 'costs_part',
-           'address', 'peaks_part', 'more_parts', 'experts_part', 'run_table', 'runs_part', 'taken_from', 'manifests',
-           'run_environments', 'commands', 'end_part', 'page_effects', 'study_page', 'write_figures', 'write_report']
+__all__ = ['UNITS', 'TOP', 'CLAIMS', 'LEDGER', 'MATCHED', 'CLOCK', 'EFFECTS', 'BESIDE', 'INTERACTIONS', 'COST', 'PEAKS',
+           'EXPERTS', 'RUNS_TABLE', 'TAKEN', 'CHANGES', 'END', 'VERDICTS', 'match_sentences', 'shown_metrics',
+           'compared', 'unit_of', 'facts', 'top_part', 'arm_text', 'claim_text', 'claims_part', 'ledger_part',
+           'matched_part', 'clock_part', 'effect_rows', 'noise_sentence', 'variance_sentence', 'effects_part',
+           'interactions_part', 'costs_part', 'address', 'peaks_part', 'more_parts', 'experts_part', 'run_table',
+           'runs_part', 'taken_from', 'manifests', 'run_environments', 'commands', 'end_part', 'page_effects',
+           'study_page', 'write_figures', 'write_report']
 
 # %% ../../nbs/findings/06_study_page.ipynb #442aca98
 def _range(m: Match) -> str:
@@ -140,6 +142,7 @@ def top_part(
     rows: pd.DataFrame, # of a study's runs
     plan: Plan, # of the study
     effects: dict[str, pd.DataFrame], # metric -> its judged_effects
+    every: pd.DataFrame | None = None, # all runs, where only each arm's best are compared
 ) -> str: # HTML
     "What was compared, the few numbers, one sentence for each axis, and all effects in one figure"
     sentences = {m: [effect_sentence(axis, e) for axis in plan.axes] for m, e in effects.items()}
@@ -148,7 +151,8 @@ def top_part(
     forests = {m: figure_html(interval_figure(e, interactions(rows, plan.axes, m))) if known[m] else ""
                for m, e in effects.items()}
     anecdotal = ANECDOTAL if rows.seed.nunique() == 1 else ""
-    return render(TOP, plan=plan, compared=compared(plan), facts=facts(rows, plan), found=found, anecdotal=anecdotal,
+    return render(TOP, plan=plan, compared=compared(plan),
+                  facts=facts(rows if every is None else every, plan), found=found, anecdotal=anecdotal,
                   forests=forests, rounds=rounds_sentence(plan))
 
 # %% ../../nbs/findings/06_study_page.ipynb #549f0e9e
@@ -209,6 +213,31 @@ def claims_part(
     "What was claimed, and what came of it"
     looks = any(f.answer.look for f in findings)
     return render(CLAIMS, claims=findings, claim_text=claim_text, looks=looks) if findings else ""
+
+# %% ../../nbs/findings/06_study_page.ipynb #2fd714b1
+LEDGER = """
+<h2>What was tried for each arm</h2>
+<p class="soft">Every arm is compared at its own best setting of {{ tuned }}, chosen by <b>{{ metric }}</b>. Runs at other
+settings are in no effect; they are rows of the table of all runs.</p>
+{% for line in warnings %}
+<p class="off">{{ line }}.</p>
+{% endfor %}
+<div class="wide"><table class="cards">
+<tr>{% for head in rows[0] %}<th>{{ head }}</th>{% endfor %}</tr>
+{% for row in rows %}
+<tr>{% for head, value in row.items() %}<td data-head="{{ head }}">{{ value }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+"""
+
+# %% ../../nbs/findings/06_study_page.ipynb #7ad37894
+def ledger_part(
+    best: OwnBest, # of the study
+) -> str: # HTML; empty where no axis is tuned
+    "How fairly arms were tuned"
+    if not best.ledger: return ""
+    tuned = next((" and ".join(t.best) for t in best.ledger if t.best), "its nuisance axes")
+    return render(LEDGER, rows=ledger_rows(best), warnings=ledger_warnings(best), metric=best.chosen_on, tuned=tuned)
 
 # %% ../../nbs/findings/06_study_page.ipynb #f6d7eec1
 MATCHED = """
@@ -709,7 +738,8 @@ def page_effects(
     runs: StudyRuns, # of the study
 ) -> tuple[list[Finding], dict[str, pd.DataFrame]]: # its claims; metric -> judged_effects
     "What the page says of claims and effects, made once"
-    rows, plan, found = runs.rows, runs.plan, study_findings(runs)
+    best, found = own_best(runs.rows, runs.plan), study_findings(runs)
+    rows, plan = best.rows, best.plan
     def judged(metric): return judged_effects(rows, plan.axes, metric, found, runs.runs, plan.looks)
     return found, {metric: judged(metric) for metric in shown_metrics(rows, plan)}
 
@@ -720,9 +750,10 @@ def study_page(
     "The page of a study"
     plan, rows = runs.plan, runs.rows
     findings, effects = page_effects(runs)
-    body = top_part(rows, plan, effects) + claims_part(findings)
+    best = own_best(rows, plan)
+    body = top_part(best.rows, best.plan, effects, rows) + claims_part(findings) + ledger_part(best)
     body += matched_part(plan) + clock_part(rows, plan)
-    if effects: body += effects_part(rows, plan, effects) + more_parts(rows, plan)
+    if effects: body += effects_part(best.rows, best.plan, effects) + more_parts(best.rows, best.plan)
     body += experts_part(runs)
     body += runs_part(rows, plan, curves(runs))
     if taken := taken_from(rows): body += render(TAKEN, taken=taken)
@@ -761,7 +792,9 @@ def write_figures(
     target, metric, direction = runs.folder/"visualizations", plan.metric, plan.direction
     target.mkdir(exist_ok=True)
     def draw(name, title, figure): write_atomic(target/f"{name}.html", _one_figure(title, figure))
-    for shown, effects in page_effects(runs)[1].items(): _metric_figures(target, plan, rows, shown, effects, draw)
+    best = own_best(rows, plan)
+    for shown, effects in page_effects(runs)[1].items():
+        _metric_figures(target, best.plan, best.rows, shown, effects, draw)
     if metric in rows:
         _write_static(target, "cost", static_costs(rows, plan, metric, direction))
         for cost, what in COSTS.items():

@@ -11,6 +11,7 @@ from ..formats import signed
 from ..study.plan import THRESHOLD, Plan, cell_rounds, wall_seconds
 from ..study.run import FINISHED
 from .effects import usable_runs
+from .own_best import ledger_warnings, own_best
 from .results import StudyRuns
 from .verdicts import judged_effects, study_findings
 
@@ -121,9 +122,11 @@ def summary_lines(
     "The study in a few lines: progress, best run, main effects, failures"
     done, others = done_words(rows)
     lines = [f"{done} of {len(rows)} runs done{others}", *filter(None, [rounds_sentence(plan)])]
-    if best := best_run(rows, plan): lines.append(f"best {plan.metric}: {best[plan.metric]:.4f} by {best['run']}")
+    if top := best_run(rows, plan): lines.append(f"best {plan.metric}: {top[plan.metric]:.4f} by {top['run']}")
     claims, by_id = (study_findings(runs), runs.runs) if runs else ((), None)
-    effects = judged_effects(rows, plan.axes, plan.metric, claims, by_id, plan.looks)
-    lines += filter(None, (effect_sentence(axis, effects) for axis in plan.axes))
+    best = own_best(rows, plan)
+    effects = judged_effects(best.rows, best.plan.axes, plan.metric, claims, by_id, plan.looks)
+    lines += filter(None, (effect_sentence(axis, effects) for axis in best.plan.axes))
+    lines += ledger_warnings(best)
     if clock := wall_time_sentence(rows, plan): lines.append(clock[0])
     return lines + _failures(rows) + [ANECDOTAL]*(rows.seed.nunique() == 1)

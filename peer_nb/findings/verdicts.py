@@ -18,6 +18,7 @@ from .effects import hope, how_far, in_arm, looked, no_interval, round_numbers, 
 from ..formats import decimals
 from ..sequential import Looks
 from ..stats import Comparison, Noise, compare, holm
+from .own_best import own_best
 from .results import StudyRuns
 from ..config import read_yaml
 from ..files import UserError
@@ -205,7 +206,8 @@ def study_findings(
             now = [_complete(c, plan)
                    for c in read_claims(read_yaml(path).get("claims") or [], plan.study["axes"], str(path))]
         except UserError as e: broken = f"study.yaml cannot be compared: {e}"
-    found = judge(plan.study["claims"], now, runs.rows, plan.axes, runs.runs, plan.looks)
+    best = own_best(runs.rows, plan)
+    found = judge(plan.study["claims"], now, best.rows, best.plan.axes, runs.runs, plan.looks)
     return [replace(f, origin=broken) for f in found] if broken else found
 
 # %% ../../nbs/findings/02_verdicts.ipynb #eb03a79b

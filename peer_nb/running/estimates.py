@@ -28,7 +28,7 @@ if TYPE_CHECKING: import numpy as np
 # %% auto #0
 __all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'estimated_memory',
            'seed_grids', 'noise_parts', 'pair_spread', 'detectable_effects', 'difference', 'known_noise', 'Forecast',
-           'outlook', 'plan_row', 'plan_rows', 'match_rows', 'totals', 'residual_lines', 'plan_text']
+           'outlook', 'plan_row', 'plan_rows', 'match_rows', 'totals', 'residual_lines', 'seeds_text', 'plan_text']
 
 # %% ../../nbs/running/06_estimates.ipynb #ed0f3173
 @dataclass(frozen=True)
@@ -328,6 +328,17 @@ def residual_lines(
     if not found: return []
     return [text_table(found), "(of the base; arms are sized to equal active FLOPs and parameters)", ""]
 
+# %% ../../nbs/running/06_estimates.ipynb #dfe90b27
+def seeds_text(
+    plan: Plan, # any
+    seen: Forecast, # what is known beforehand
+) -> list[str]: # lines
+    "What the seeds of a plan can show, of its arms at one setting each"
+    arms, tuned = plan.arms(), plan.study.get("nuisance") or []
+    said = [f"{axis} ({len(plan.axes[axis])} settings) is tuned: each arm is compared at its own best" for axis in tuned]
+    return [*said, *rounds_outlook(arms), *detectable_effects(arms, seen.spread),
+            *curve_lines(arms, seen.noise or NoiseParts())]
+
 # %% ../../nbs/running/06_estimates.ipynb #cddc27f0
 def plan_text(
     plan: Plan, # any
@@ -345,8 +356,7 @@ def plan_text(
                       *totals(plan, seen), "",
                       f"budget: {matched}", text_table(match_rows(plan)), "(! more than 5 %: not matched)", "",
                       *residual_lines(plan),
-                      *rounds_outlook(plan), *detectable_effects(plan, seen.spread),
-                      *curve_lines(plan, seen.noise or NoiseParts()), *([""] if claims else []), *claims,
+                      *seeds_text(plan, seen), *([""] if claims else []), *claims,
                       *([""] if plan.left_out else []),
                       *(f"left out: {what}: {why}" for what, why in plan.left_out.items())])
 
