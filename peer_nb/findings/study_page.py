@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomic
+from .dose import trend_rows, trend_text
 from .effects import design_of, interactions, table_rows
 from .figures import COSTS, USAGE, cost_figure, cost_points, curves, degraded, effect_figure, equal_cost
 from .figures import interaction_figure, interval_figure, loss_figure, peak_figure, recolouring
@@ -382,6 +383,9 @@ table of all runs.</p>
 <td class="n">{{ e.seeds if e.against }}</td><td class="n">{{ e.pairs ~ ' of ' ~ e.planned if e.planned }}</td></tr>
 {% endfor %}
 </table></div>
+{% for line in trends[metric] %}
+<p>Trend: {{ line }}.</p>
+{% endfor %}
 {% endfor %}
 <p><small>Effect size: mean over the spread of one difference, corrected for few degrees of freedom. Holm counts all
 claims of the study for an effect that was claimed, and all others of the metric for one that was not.</small></p>
@@ -400,7 +404,8 @@ def effects_part(
     charts = {m: [figure_html(effect_figure(rows, plan, axis, m)) for axis in plan.axes] for m in effects}
     variance = variance_sentence(rows, plan)
     beside = BESIDE[design_of(table_rows(rows), plan.axes).variance]
-    return render(EFFECTS, plan=plan, metrics=list(effects), charts=charts, variance=variance, beside=beside,
+    trends = {m: [trend_text(t) for t in trend_rows(rows, plan.axes, m)] for m in effects}
+    return render(EFFECTS, trends=trends, plan=plan, metrics=list(effects), charts=charts, variance=variance, beside=beside,
                   noise={m: noise_sentence(rows, m, e) for m, e in effects.items()},
                   effects={m: effect_rows(e) for m, e in effects.items()})
 
