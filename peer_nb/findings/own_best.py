@@ -74,7 +74,8 @@ def arm_ledger(
     if not means: return ArmLedger(arm, {}, None, None, 0, planned, waiting)
     first, *rest = sorted(means, key=lambda setting: sign*means[setting])
     best = dict(zip(tuned, first))
-    edges = [axis for axis, level in best.items() if at_edge(level, plan.axes[axis])]
+    seen = {axis: {setting[n] for setting in means} for n, axis in enumerate(tuned)}   # a setting that failed is no edge
+    edges = [a for a, level in best.items() if at_edge(level, [l for l in plan.axes[a] if l in seen[a]])]
     return ArmLedger(arm, best, means[first], abs(means[rest[0]] - means[first]) if rest else None, len(means), planned,
                  waiting, edges)
 
