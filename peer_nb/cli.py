@@ -27,7 +27,7 @@ from .files import UserError
 
 # %% auto #0
 __all__ = ['TALKATIVE', 'Parameter', 'parameters', 'takes_overrides', 'parse', 'help_text', 'SteadyStream', 'steady_streams',
-           'quieten', 'make_main', 'check_least']
+           'quieten', 'make_main', 'check_least', 'spell_resume']
 
 # %% ../nbs/03_cli.ipynb #ef2fff09
 @dataclass
@@ -350,3 +350,17 @@ def check_least(
     for name, value in given.items():
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+# %% ../nbs/03_cli.ipynb #907eb17f
+def spell_resume(
+    words: list[str], # a command line
+) -> list[str]: # with train_config.resume_from_checkpoint=PATH for --resume PATH
+    "Tell `--resume PATH` from `--resume`"
+    spelt, rest = [], list(words)
+    while rest:
+        word, equals, path = rest.pop(0).partition("=")
+        path_follows = bool(rest) and not rest[0].startswith("-") and "=" not in rest[0]
+        if word == "--resume" and not equals and path_follows: path = rest.pop(0)
+        chosen = word == "--resume" and path
+        spelt.append(f"train_config.resume_from_checkpoint={path}" if chosen else word + equals + path)
+    return spelt

@@ -10,7 +10,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -21,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['SEAL', 'UserError', 'write_atomic', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl', 'write_jsonl',
-           'folder_lock', 'die_with_parent', 'at_home', 'writable_folder', 'cache_folder', 'sha256_of', 'file_hash',
-           'seal_folder', 'damages']
+__all__ = ['SEAL', 'UserError', 'write_atomic', 'half_characters', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl',
+           'write_jsonl', 'folder_lock', 'die_with_parent', 'at_home', 'writable_folder', 'is_there', 'refuse_full',
+           'new_folder', 'cache_folder', 'sha256_of', 'file_hash', 'seal_folder', 'damages']
 
 # %% ../nbs/00_files.ipynb #dc84e902
 class UserError(Exception):
@@ -75,9 +77,18 @@ def _not_finite(value: Any, name: str = "") -> list[str]: # such as "eval/docs/l
     return [odd for key, one in inside for odd in _not_finite(one, f"{name}.{key}" if name else str(key))]
 
 # %% ../nbs/00_files.ipynb #f623067d
+_HALF = re.compile("[\ud800-\udfff]") # of a pair of surrogates, as "\\ud83d" in somebody's JSON leaves it
+
+def half_characters(text: str) -> bool:
+    "Whether a text has what UTF-8 cannot say"
+    return _HALF.search(text) is not None
+
 def _json(path: str | Path, value: Any, **options) -> str:
     "A value as strict JSON, which has no name for what is not a number"
-    try: return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain, **options)
+    def dumped(ascii): return json.dumps(value, ensure_ascii=ascii, allow_nan=False, default=_plain, **options)
+    try:
+        text = dumped(False)
+        return dumped(True) if half_characters(text) else text
     except ValueError as e:
         if not str(e).startswith("Out of range"): raise
         odd = _not_finite(json.loads(json.dumps(value, default=_plain)))
@@ -237,6 +248,44 @@ def writable_folder(
         for part in reversed(made): part.rmdir()
         raise UserError(f"{str(path)!r}: not a folder that can be written to: {_reason(e)}") from e
     return folder
+
+# %% ../nbs/00_files.ipynb #346d4183
+def is_there(
+    path: Path, # that a person has typed
+) -> bool:
+    "Whether something has this name, a link that leads nowhere too; a `UserError` where no file can have it"
+    try: return path.is_symlink() or path.exists()
+    except OSError as e: raise UserError(f"{str(path):.80}: cannot be written: {e.strerror}") from e
+
+# %% ../nbs/00_files.ipynb #4ec1689f
+def refuse_full(
+    folder: str | Path, # where something new is to be written
+) -> None:
+    "Refuse a folder that holds something, and what is no folder"
+    folder = at_home(folder)
+    if is_there(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already, and is not empty; name a new folder")
+
+# %% ../nbs/00_files.ipynb #a5c315e7
+@contextmanager
+def new_folder(
+    final: str | Path, # is not there yet, or empty
+) -> Iterator[Path]: # an empty folder that takes its place when all is written
+    "Make a folder, whole or not at all; one writer at a time"
+    final = at_home(final)
+    beside = final.with_name(f".{final.name}.tmp")
+    with folder_lock(writable_folder(final.parent), name=f".{final.name}.lock"):
+        refuse_full(final)
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            yield writable_folder(beside)
+            for path in [*beside.rglob("*"), beside]: _sync_folder(path)
+            os.replace(beside, final)
+            _sync_folder(final.parent)
+        except Exception as e:   # a writer of weights has an error of its own for a full disk
+            if not isinstance(e, OSError) and type(e).__name__ != "SafetensorError": raise
+            raise UserError(f"{final}: cannot be written: {getattr(e, 'strerror', None) or e}") from e
+        finally: shutil.rmtree(beside, ignore_errors=True)
 
 # %% ../nbs/00_files.ipynb #5ec8f037
 def cache_folder() -> Path: # made when missing

@@ -10,6 +10,7 @@ from children import in_child
 from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file, save_file
 from test_pretrained import MODELS, bases, run_of, saved   # noqa: F401 (fixtures)
 from test_training import assert_same, config, one_thread, text, timeless   # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM
@@ -215,6 +216,20 @@ def test_adapters_are_not_added_to_another_base(bases, text, tmp_path):
     with pytest.raises(UserError, match="has other weights than when these adapters were made"): merge_adapters(result.checkpoint)
 
 
+def test_adapters_that_are_there_in_part_or_no_numbers_are_refused(bases, text, tmp_path, capsys):
+    "By the merge as by scores: peft makes up what is missing, with a warning"
+    result = train(adapter_run(bases["opt"], text, tmp_path/"run"))
+    file = result.checkpoint/"adapter_model.safetensors"
+    (result.checkpoint/"trainer_state"/"files.json").unlink()   # as a copy without its seal
+    weights = load_file(file)
+    name = next(name for name in weights if "lora_B" in name)
+    for kept, named in (({n: w for n, w in weights.items() if n != name}, "missing adapter keys"), (weights | {name: weights[name]*torch.nan}, "not finite")):
+        save_file(kept, file)
+        with pytest.raises(UserError, match=named): load_model(result.checkpoint)
+        assert main(["--merge", str(result.checkpoint), str(tmp_path/"out")]) == 2 and named in capsys.readouterr().err
+    assert not (tmp_path/"out").exists()
+
+
 def test_mistakes_are_one_line(bases, text, tmp_path, capsys):
     def said(*changes, cfg=None) -> str:
         save_config(cfg or adapter_run(bases["opt"], text, tmp_path/"run"), tmp_path/"run.yaml")
@@ -234,6 +249,10 @@ def test_mistakes_are_one_line(bases, text, tmp_path, capsys):
     assert "is an adapter, and no model of its own; put it into its base first: peer-train --merge" in said(cfg=run_of(result.checkpoint, text, tmp_path/"x"))
     assert main(["--merge", str(bases["opt"]), str(tmp_path/"out")]) == 2 and "no checkpoint of adapters" in capsys.readouterr().err
     assert main(["--merge", str(result.checkpoint)]) == 2 and "OUT is missing" in capsys.readouterr().err
+    for place in (bases["opt"], result.checkpoint, tmp_path/"run.yaml"):   # a model, the adapters themselves, a file
+        before = {path: path.read_bytes() for path in [place, *place.rglob("*")] if path.is_file()}
+        assert main(["--merge", str(result.checkpoint), str(place)]) == 2 and "is there already" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in [place, *place.rglob("*")] if path.is_file()} == before
 
 
 @pytest.mark.slow

@@ -14,11 +14,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from peer_nb.bridge import hidden, losses, needle_models
 from peer_nb.bridge.bridge import Bridge
 from peer_nb.bridge.command import main
-from peer_nb.bridge.items import needle_items
+from peer_nb.bridge.items import load_items, needle_items
 from peer_nb.bridge.training import BridgeTrainer, curve_summary, train_bridge
 from peer_nb.config import apply_overrides, config_from_dict, save_config
 from peer_nb.files import UserError, read_json, read_jsonl
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
+from peer_nb.schema import BridgeConfig, BridgeData
 
 PEER = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=128, peer_start_layer=1, initializer_range=0.1,
             peer_config=dict(num_experts=64, num_experts_per_tok=4, num_heads=2, product_key_dim=[8, 8], query_dim=16),
@@ -246,6 +247,32 @@ def test_what_is_loaded_is_what_was_trained(undisturbed):
     with pytest.raises(UserError, match="no translator of step 99 there; kept: selected, 3, 6, last"): Bridge.load(undisturbed.folder, 99)
 
 
+def test_a_translator_that_is_damaged_or_between_other_models_answers_nothing(pair, tmp_path, capsys):
+    import shutil
+    models = shutil.copytree(pair, tmp_path/"models")
+    run = train_bridge(config(models, tmp_path/"run", "mistral", "llama"), progress=False).folder
+    def said() -> str:
+        capsys.readouterr()
+        assert main(["evaluate", str(run), "--items", "2"]) == 2
+        return capsys.readouterr().err
+    file = run/"selected"/"model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8])
+    assert "selected is damaged: model.safetensors has" in said()
+    file.write_bytes(whole)
+    weights = load_file(file)
+    (run/"selected"/"trainer_state"/"files.json").unlink()   # as a copy without its seal
+    save_file({name: value for name, value in weights.items() if name != "queries"}, file, metadata=dict(format="pt"))
+    assert "lacks 1 of the model's weights, such as queries" in said()
+    save_file(weights | dict(queries=weights["queries"]*torch.nan), file, metadata=dict(format="pt"))
+    assert "queries has numbers that are not finite" in said()
+    file.write_bytes(whole)
+    changed = built("llama", len(characters(0)))
+    with torch.no_grad(): changed.model.norm.weight.mul_(2)
+    changed.save_pretrained(models/"llama")
+    assert "was trained between other models: the weights of its target have changed since" in said()
+
+
 def test_controls_read_another_item_or_nothing(undisturbed):
     bridge, items = undisturbed.bridge, needle_items(undisturbed.bridge.options, "test", 5)
     own, shuffled, zero = (bridge.soft_tokens(items, kind, rows=2) for kind in ("own", "shuffled", "zero"))
@@ -302,6 +329,11 @@ BAD = {
     "a field that no item has": (["bridge_config.source.prompt='{story}'", "bridge_config.data.task=gsm8k", "bridge_config.data.path=DATA"], "'story' is no field of an item; known: question, context"),
     "no file": (["bridge_config.data.task=gsm8k", "bridge_config.data.path=nowhere"], "nowhere: no such file or folder"),
     "a data set without answers": (["bridge_config.data.task=gsm8k", "bridge_config.data.path=EMPTY"], "line 1 has no answer"),
+    "an answer that is no text": (["bridge_config.data.task=gsm8k", "bridge_config.data.path=NUMBERS"], "line 1 has no answer"),
+    "a row that is no object": (["bridge_config.data.task=gsm8k", "bridge_config.data.path=LISTS"], "line 1: 3 is no object of named values"),
+    "not UTF-8": (["bridge_config.data.task=gsm8k", "bridge_config.data.path=LATIN"], "line 1: not UTF-8"),
+    "paragraphs of another layout": (["bridge_config.data.task=hotpotqa", "bridge_config.data.path=COLUMNS"], "its context is no list of [title, [sentence, ...]]"),
+    "items that are there twice": (["bridge_config.data.task=hotpotqa", "bridge_config.data.path=TWICE"], "60 items are there more than once, such as 0; leave out the file"),
     "a tokenizer of another model": ("bridge_config.target.model=OTHER", "the tokenizer does not match the model"),
 }
 
@@ -317,10 +349,40 @@ def test_bad_input_is_one_line(pair, tmp_path, capsys, words, said):
     many.save_pretrained(tmp_path/"other")
     file = save_config(config(pair, tmp_path/"run"), tmp_path/"bridge.yaml")
     words = [words] if isinstance(words, str) else words
-    for name, path in dict(DATA="data", EMPTY="empty.jsonl", OTHER="other").items(): words = [word.replace(name, str(tmp_path/path)) for word in words]
+    (tmp_path/"numbers.jsonl").write_text('{"question": "How many?", "answer": 5}\n')
+    (tmp_path/"lists.jsonl").write_text("[3]\n")
+    (tmp_path/"latin.jsonl").write_bytes(b'{"question": "Gr\xf6\xdfe?"}\n')
+    (tmp_path/"columns.json").write_text(json.dumps([dict(_id="a", question="Who?", answer="I", context=dict(title=["t"], sentences=[["s"]]))]))
+    (tmp_path/"twice").mkdir()
+    for name in ("hotpot_dev_distractor", "hotpot_dev_fullwiki", "hotpot_train"):
+        (tmp_path/"twice"/f"{name}.json").write_text(json.dumps([dict(_id=f"{n + 1000*(name == 'hotpot_train')}", question="Who?", answer="I") for n in range(60)]))
+    places = dict(DATA="data", EMPTY="empty.jsonl", OTHER="other", NUMBERS="numbers.jsonl", LISTS="lists.jsonl", LATIN="latin.jsonl", COLUMNS="columns.json", TWICE="twice")
+    for name, path in places.items(): words = [word.replace(name, str(tmp_path/path)) for word in words]
     assert main(["train", "--config", str(file), *words]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_the_last_line_of_a_file_needs_no_end(tmp_path):
+    "As many editors write it; a log's last line would be a torn one"
+    rows = [json.dumps(dict(question=f"{n}?", answer=f"so\n#### {n}")) for n in range(60)]
+    (tmp_path/"train.jsonl").write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
+    found = load_items(BridgeConfig(data=BridgeData(task="gsm8k", path=str(tmp_path))))
+    assert sorted(int(item.gold) for items in found.values() for item in items) == list(range(60))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_continued(pair, tmp_path, capsys):
+    cfg = config(pair, tmp_path/"run", "mistral", "llama", "train_config.max_steps=4", "train_config.save_steps=2", "train_config.keep_optimizer_state=true", "train_config.save_total_limit=9")
+    file = save_config(cfg, tmp_path/"bridge.yaml")
+    whole = train_bridge(cfg, progress=False)
+    weights = (tmp_path/"run"/"checkpoint-4"/"model.safetensors").read_bytes()
+    (tmp_path/"run"/"checkpoint-4"/"model.safetensors").write_bytes(weights[:-8])
+    assert main(["train", "--config", str(file), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "checkpoint-4 is damaged" in said and f"--resume {tmp_path/'run'/'checkpoint-2'}" in said
+    assert main(["train", "--config", str(file), "--resume", str(tmp_path/"run"/"checkpoint-2")]) == 0
+    assert (tmp_path/"run"/"checkpoint-4"/"model.safetensors").read_bytes() == weights
+    assert read_json(tmp_path/"run"/"bridge.json")["steps"] == whole.summary["steps"] == 4
 
 
 def test_the_command_trains(pair, tmp_path, capsys, caplog):

@@ -326,6 +326,41 @@ def test_changed_data_is_refused(streaming, now, named, cache, files):
     with pytest.raises(UserError, match=named): training_batches(*small_run(entries, **now), **loader).load_state_dict(state)
 
 
+# ---- a name is a name ----
+
+@pytest.mark.parametrize("packing, streaming", [("rows", False), ("varlen", False), ("rows", True)])
+def test_what_a_set_is_called_changes_no_batch(packing, streaming, cache, files, monkeypatch):
+    "Bit-equal batches under other names, of one text twice too; a source that stands elsewhere in the list keeps its own order"
+    monkeypatch.setattr(StreamingRows, "block", 16)
+    taken = lambda entries: [next(b) for b in [training_batches(*small_run(entries, packing=packing))] for _ in range(30)]
+    entries = [replace(e, streaming=streaming) for e in (*files, replace(files[0], name="ants again"))]
+    called = [replace(e, name=f"set {i}") for i, e in enumerate(entries)]
+    for one, other in zip(taken(entries), taken(called), strict=True):
+        assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+    there, tokenizer = streams_of(files, streaming, packing, 0, batches=30)
+    turned, _ = streams_of([replace(e, name=e.name.upper()) for e in files[::-1]], streaming, packing, 0, batches=30)
+    for one, other in zip(there, turned[::-1]):
+        known = min(len(one), len(other))
+        assert known > 3000 and np.array_equal(one[:known], other[:known])
+    same = [replace(files[0], streaming=streaming), replace(files[0], name="again", streaming=streaming)]
+    first, second = streams_of(same, streaming, packing, 0, batches=30)[0]
+    assert not np.array_equal(first[:1000], second[:1000])
+
+
+def test_the_order_is_part_of_what_identifies_a_run(cache, files):
+    "And where an earlier version went by another order, its checkpoint isn't continued"
+    fingerprint = lambda *entries, **data: data_fingerprint(Config(dataset_config=DatasetConfig(list(entries), "bytes", **data)))
+    docs = DatasetEntry("docs", "python:docs")
+    manifest = lambda *entries: [s.get("order") for s in data_manifest(Config(dataset_config=DatasetConfig(list(entries), "bytes")))["sources"]]
+    assert manifest(docs, replace(docs, name="prose"), files[0]) == [None, "docs, 2", summary(files[0], .05)["train"]["sha256"]]
+    again = replace(files[0], name="again")
+    assert fingerprint(files[0], again) != fingerprint(again, files[0])
+    cfg, tokenizer = small_run([files[0], again])
+    state = json.loads(json.dumps(training_batches(cfg, tokenizer).state_dict()))
+    for source in state["identity"]["sources"].values(): source.pop("order")   # as an earlier version wrote it
+    with pytest.raises(UserError, match="sources.ants.order: then None, now "): training_batches(cfg, tokenizer).load_state_dict(state)
+
+
 # ---- every document once an epoch ----
 
 def streams_of(files, streaming, packing, workers, batches=90, rows=3, length=128, ranks=2):

@@ -11,7 +11,7 @@ import pytest
 from children import in_child
 
 from peer_nb import files
-from peer_nb.files import UserError, append_jsonl, cache_folder, folder_lock, read_json, read_jsonl, write_atomic, write_json
+from peer_nb.files import UserError, append_jsonl, cache_folder, folder_lock, new_folder, read_json, read_jsonl, write_atomic, write_json
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills processes as POSIX does")
 
@@ -208,3 +208,30 @@ def test_a_home_that_cannot_be_written_to_says_what_to_set(monkeypatch):
     monkeypatch.setenv("HOME", "/proc/nohome")
     for name in ("PEER_NB_CACHE", "XDG_CACHE_HOME"): monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="PEER_NB_CACHE"): cache_folder()
+
+
+def make_folder(final: Path) -> None:
+    "Two files, whole or not at all"
+    with new_folder(final) as folder:
+        (folder/"a").write_text("first")
+        (folder/"b").write_text("second")
+
+
+def test_a_new_folder_is_whole_or_not_there_and_a_kill_leaves_nothing_for_ever(tmp_path):
+    final, number, killed = tmp_path/"made", 0, 0
+    while not final.exists():
+        number += 3
+        killed += killed_at_line(number, make_folder, final)
+    assert killed > 5 and {path.name: path.read_text() for path in final.iterdir()} == dict(a="first", b="second")
+    make_folder(tmp_path/"other")
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"made", "other"}
+    with pytest.raises(UserError, match="is there already, and is not empty"): make_folder(final)
+    with folder_lock(tmp_path, name=".third.lock"), pytest.raises(UserError, match="in use by"): make_folder(tmp_path/"third")
+
+
+def test_half_a_character_is_written_as_json_spells_it(tmp_path):
+    "From somebody's JSON: UTF-8 cannot say it, and the work is not lost for it"
+    value = dict(said=json.loads('"x \\ud83d y"'), other="größer")
+    assert read_json(write_json(tmp_path/"a.json", value)) == value
+    append_jsonl(tmp_path/"a.jsonl", value)
+    assert read_jsonl(tmp_path/"a.jsonl") == [value]

@@ -168,3 +168,110 @@ def test_each_reason_is_found_and_no_other(good, tmp_path, question, capsys):
     code = main(["checkpoint", str(folder), "--why", str(folder)])
     assert question in ("unexpected", "formats") or code == 1
     assert list(QUESTIONS) == [line.split(":")[0][2:].strip() for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
+
+
+# ---- files that others have left --------------------------------------------------------------------------------------
+
+def refused(words: list, capsys) -> str:
+    "What a command says that refuses, in one line"
+    capsys.readouterr()
+    assert main(list(map(str, words))) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("peer-analyze: error: ") and "\n" not in said, said
+    return said
+
+
+@pytest.mark.parametrize("content, said", [
+    ('{"kind": "recall", "groups": [{"split": "test"}]}', "lacks what such a file has"), ('{"kind": "perplexity", "texts": {"a": {"bits_per_byte": "x"}}}', "lacks what such a file has"),
+    ('{"kind": "recall", "groups": 3}', "lacks what such a file has"), ('{"schema": "peer-analyze attention 1"}', "lacks what such a file has"),
+    ('[1]', "not a result that can be explained"), ('{"kind": "rec', "not a JSON file")])
+def test_a_result_of_another_shape_is_refused_by_its_name(content, said, tmp_path, capsys):
+    (file := tmp_path/"recall.json").write_text(content)
+    answer = refused(["explain", file], capsys)
+    assert str(file) in answer and said in answer
+    refused(["explain", file, "--against", file], capsys)
+
+
+@pytest.mark.parametrize("kind", ["attention", "losses", "usage", "routing", "keys", "parameters", "ablate"])
+def test_a_page_of_a_result_that_was_cut_is_refused_by_its_name(kind, tmp_path, capsys):
+    write_json(file := tmp_path/"result.json", dict(schema=f"peer-analyze {kind} 1", source=["a"], complete=True, versions={}))
+    assert str(tmp_path) in refused(["page", file], capsys)
+
+
+@pytest.mark.parametrize("lines, status, said", [
+    (["3"], "{}", "3 is no line of metrics"), (['{"tokens": "abc", "loss": 1}'], "{}", "tokens is 'abc', no number"), (['{"tokens": 1,', "{}"], "{}", "line 1 is not JSON")])
+def test_a_log_of_another_shape_is_refused_by_its_name(lines, status, said, tmp_path, capsys):
+    (tmp_path/"metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert said in refused(["losses", tmp_path, "--output", tmp_path/"out"], capsys) and not (tmp_path/"out").exists()
+
+
+@pytest.mark.parametrize("status", ["[1]", '{"attempt": "x"}', '{"att', '{"attempt": null}'])
+def test_a_damaged_status_hides_no_curve(status, tmp_path):
+    (tmp_path/"metrics.jsonl").write_text("".join(json.dumps(dict(tokens=n, loss=True if n == 2 else 9 - n)) + "\n" for n in range(1, 5)))
+    (tmp_path/"status.json").write_text(status)
+    curve = read_curve(tmp_path)
+    assert (curve.attempts, curve.tokens, curve.broken) == (1, [1, 3, 4], [2])
+
+
+def test_salvage_writes_over_nothing_and_changes_no_spelling(tmp_path, capsys):
+    (torn := tmp_path/"torn.json").write_text('{"a": {"x": 0.10,\n "y": [1e2, 1e999, "\\ud83d"]}, "b": 12')
+    for _ in range(2): assert main(["salvage", str(torn)]) == 0    # the same again is no other file
+    assert (tmp_path/"torn.salvaged.jsonl").read_text() == '{"path": ["a"], "value": {"x": 0.10,  "y": [1e2, 1e999, "\\ud83d"]}}\n'
+    (mine := tmp_path/"mine.txt").write_text("mine")
+    for place in (mine, tmp_path, "/dev/null"): assert "is there already" in refused(["salvage", torn, "--output", place], capsys)
+    assert mine.read_text() == "mine" and not Path("/dev/null").is_file()
+
+
+LONG = "x"*300
+TYPED = { # a mistake of a command line, and what is said; before the work where that can be known
+    "salvage to a name too long": (["salvage", "torn.jsonl", "--output", LONG], "cannot be written: File name too long"),
+    "retrievals to a name too long": (["retrievals", "model", "q.jsonl", "--output", LONG], "cannot be written: File name too long"),
+    "retrievals over another file": (["retrievals", "model", "q.jsonl", "--output", "torn.jsonl"], "is there already, and holds no retrievals"),
+    "an edited model to a name too long": (["intervene", "model", "q.jsonl", "--drop", "1", "--save", LONG], "cannot be written: File name too long"),
+    "an edited model over another": (["intervene", "model", "q.jsonl", "--drop", "1", "--save", "model"], "is there already"),
+    "a converted model to a name too long": (["convert", "model", LONG], "cannot be written: File name too long"),
+    "splits of a file": (["swap", "model", "q.jsonl", "--splits", "x"], "has no splits"),
+    "an output that is a file": (["swap", "model", "q.jsonl", "--output", "q.jsonl"], "not a folder that can be written to"),
+    "an empty answer": (["intervene", "model", "q.jsonl", "--drop", "1", "--want", ""], "an empty answer can't be wanted"),
+    "a position that no question has": (["intervene", "model", "q.jsonl", "--drop", "1", "--at", "999"], "no question has this position"),
+    "edits that are not UTF-8": (["intervene", "model", "q.jsonl", "--edits", "latin.yaml"], "not a UTF-8 text file (byte 14)"),
+    "an aim that is no list": (["intervene", "model", "q.jsonl", "--edits", "aim.yaml"], "aim: [7] is no list of ids"),
+    "one id for two questions": (["intervene", "model", "same.jsonl", "--drop", "1"], "the id a is there 2 times"),
+    "an end that is no text": (["intervene", "model", "end.jsonl", "--drop", "1"], "line 1: end is 3, not text"),
+    "half a character": (["intervene", "model", "half.jsonl", "--drop", "1"], "line 1 has half a character"),
+    "a run that is counted twice": (["losses", "run", "run"], "is given twice"),
+    "a result that is counted twice": (["explain", "result.json", "result.json"], "is given twice on one side"),
+    "features that fail": (["keys", "model", "q.jsonl", "--permutations", "19", "--features", "features.py:fails"], "cannot be computed: KeyError"),
+    "features that are no numbers": (["keys", "model", "q.jsonl", "--permutations", "19", "--features", "features.py:words"], "one finite number each is needed")}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    "A model, and files of all kinds"
+    folder, tokenizer = tmp_path_factory.mktemp("typed"), load_tokenizer(DatasetConfig(tokenizer_name="bytes"))
+    torch.manual_seed(0)
+    for part in (PeerMLAForCausalLM(facts_config(len(tokenizer), 96, hidden_size=16, num_hidden_layers=2, memory_layers=[0, 1])).eval(), tokenizer): part.save_pretrained(folder/"model")
+    lines = {"q": [dict(id=f"q{n}", prompt=f"Ann {n}:", answer=f" {n*37 % 100:02d}") for n in range(6)], "same": [dict(id="a", prompt="b:", answer="c")]*2, "end": [dict(prompt="a:", answer="b", end=3)]}
+    for name, rows in lines.items(): write_jsonl(folder/f"{name}.jsonl", rows)
+    write_json(folder/"result.json", dict(metrics={"a/loss": 1.5}, standard_errors={}))
+    (folder/"half.jsonl").write_text(json.dumps(dict(prompt="x \ud83d:", answer="y")) + "\n")
+    (folder/"torn.jsonl").write_text('{"a": 1}\n{"b": 2')
+    (folder/"latin.yaml").write_bytes(b"- {drop: 1} # \xff\n")
+    (folder/"aim.yaml").write_text("edits: [{drop: 1}]\naim: 7\n")
+    (folder/"features.py").write_text("def fails(e): raise KeyError('z')\ndef words(e): return dict(a=['x']*len(e))\n")
+    (folder/"run").mkdir()
+    write_jsonl(folder/"run"/"metrics.jsonl", [dict(tokens=n, loss=9 - n) for n in range(1, 6)])
+    return folder
+
+
+@pytest.mark.parametrize("words, said", TYPED.values(), ids=TYPED.keys())
+def test_what_cannot_be_meant_is_one_line_and_changes_nothing(words, said, places, monkeypatch, capsys):
+    monkeypatch.chdir(places)
+    before = {path: path.read_bytes() for path in places.rglob("*") if path.is_file()}
+    assert said in refused(words, capsys)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_brackets_in_brackets_take_no_minutes():
+    rest = salvage_document(b"["*60_000)
+    assert not rest.records and rest.lost

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from children import Child, in_child
 
 from peer_nb.config import (Config, DatasetConfig, DatasetEntry, EvalConfig, MLAConfig, ModelConfig, PeerConfig, TrainConfig, apply_overrides, load_config,
                             save_config)
-from peer_nb.data.corpora import data_fingerprint
+from peer_nb.data.corpora import data_fingerprint, is_heldout
 from peer_nb.evaluation.command import main as peer_eval
 from peer_nb.files import UserError, folder_lock, read_json, read_jsonl, write_json
 from peer_nb.training import checkpoints
@@ -349,6 +350,31 @@ OTHERS = {   # what has changed since the checkpoint: what the refusal names
     "train_config.per_device_train_batch_size": (4, "train_config.per_device_train_batch_size")}
 
 
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_newest_checkpoint_is_gone_or_damaged(text, undisturbed, tmp_path, capsys, caplog, damaged, finished):
+    "What can be gone on from is, to the bit; a finished run has weights only, and it is said what to do; `latest` names what is there"
+    out = tmp_path/"run"
+    save_config(cfg := config(text, out, keep_optimizer_state=not finished, log_level="warning"), tmp_path/"run.yaml")
+    if finished: train(cfg)
+    else: shutil.copytree(undisturbed, out)
+    newest = latest_checkpoint(out)
+    if damaged: (newest/"model.safetensors").write_bytes((newest/"model.safetensors").read_bytes()[:-8])
+    else: shutil.rmtree(newest)
+    start = lambda *words: main(["--config", str(tmp_path/"run.yaml"), *words])
+    code, said = start("--resume"), capsys.readouterr().err
+    if damaged:
+        assert code == 2 and f"{newest} is damaged: model.safetensors has" in said
+        if not finished:
+            assert f"--resume {out}/checkpoint-8" in said
+            code = start("--resume", str(out/"checkpoint-8"))
+    if finished:
+        assert code == 2 and "weights only" in said and "pretrained_layer_path" in said and said.count("\n") == 1
+        if not damaged: assert f"{newest} is gone; latest names checkpoint-8 now" in caplog.text
+    else: assert code == 0 and assert_same_end(out, undisturbed) is None
+    assert (out/(out/"latest").read_text().strip()).is_dir()
+
+
 @pytest.mark.parametrize("key", OTHERS)
 def test_another_run_is_refused_with_the_difference(text, undisturbed, tmp_path, key):
     value, named = OTHERS[key]
@@ -404,6 +430,12 @@ def curve(cfg: Config, steps: int) -> list[float]:
     "Losses of the first steps"
     trainer = Trainer(cfg)
     return [trainer.step().loss for _ in range(steps)]
+
+
+def test_what_a_set_is_called_changes_no_loss(text, tmp_path):
+    cfg = config(text, tmp_path)
+    called = replace(cfg, dataset_config=replace(cfg.dataset_config, datasets=[replace(e, name=name) for e, name in zip(cfg.dataset_config.datasets, "xy")]))
+    assert curve(cfg, 6) == curve(called, 6)
 
 
 def test_golden_curve(text, tmp_path):
@@ -485,6 +517,20 @@ def test_mistakes_are_one_line_and_write_nothing(text, tmp_path, capsys, changes
     assert main(["--config", str(tmp_path/"run.yaml"), *(f"{k}={v}" for k, v in changes.items())]) == 2
     message = capsys.readouterr().err
     assert message.startswith("peer-train: error:") and named in message and "Traceback" not in message
+    assert not (tmp_path/"run").exists()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("held, named", [(True, "has no text to train on beside what is held out"), (False, "is held out")])
+def test_an_empty_part_is_said_before_anything_is_made(held, named, streaming, tmp_path, capsys):
+    "A set whose only document is held out, and one of which nothing is"
+    only = next(t for t in (f"This is document {i}, and there is no other." for i in range(999)) if is_heldout(t, .1) == held)
+    (tmp_path/"one.jsonl").write_text(json.dumps(dict(text=only)) + "\n")
+    save_config(config(tmp_path/"one.jsonl", tmp_path/"run"), tmp_path/"run.yaml")
+    streams = [f"dataset_config.datasets.{i}.streaming={streaming}" for i in (0, 1)]
+    assert main(["--config", str(tmp_path/"run.yaml"), *streams]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("peer-train: error: dataset 'sums'") and named in message and "Traceback" not in message
     assert not (tmp_path/"run").exists()
 
 

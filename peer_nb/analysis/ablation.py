@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .edits import (
-    check_edits, check_for_good, edits_page, parse_edits, save_edited, sweep)
+    check_edits, check_for_good, check_places, edits_page, parse_edits, save_edited, sweep)
 from .hooks import (
     Retrievals, attention_layers, chosen_layers, head_outputs, stream_retrievals, writing)
 from .impact import finished_effects, impact_page, impact_text, summarised
@@ -31,28 +32,35 @@ from ..evaluation.loading import claim_answers, files_fingerprint, load_model
 from ..evaluation.recall import Encoded, Question, batches_of, check_fit, encode_questions, read_questions
 from ..evaluation.recall_command import trained_start
 from ..files import (
-    UserError, append_jsonl, folder_lock, read_json, read_jsonl, sha256_of, writable_folder, write_json)
+    UserError, append_jsonl, folder_lock, half_characters, is_there, read_json, read_jsonl, refuse_full, sha256_of,
+    writable_folder, write_json)
 
 # %% auto #0
 __all__ = ['FIELDS', 'MOST_ROWS', 'DONORS', 'jsonl_questions', 'text_questions', 'asked_of', 'fitting_questions', 'records_of',
            'slot_ranks', 'keys_until_loss', 'layer_answers', 'HeadOutputs', 'heads_of_data', 'all_parts',
            'answers_without', 'part_records', 'Job', 'losses_of', 'append_all', 'example_lines', 'run_batches',
-           'layer_groups', 'finish_ablation', 'run_ablation', 'setting_for', 'run_retrievals', 'run_swap',
-           'wanted_tokens', 'curve_lines', 'run_intervene', 'memory_effects', 'fact_metrics']
+           'layer_groups', 'finish_ablation', 'run_ablation', 'setting_for', 'refuse_others_file', 'run_retrievals',
+           'run_swap', 'wanted_tokens', 'curve_lines', 'run_intervene', 'memory_effects', 'fact_metrics']
 
 # %% ../../nbs/analysis/14_ablation.ipynb #2d263b4f
 def jsonl_questions(
     file: Path, # a prompt and an answer in each line
 ) -> list[Question]:
     "Questions of a file"
-    found = []
-    for number, line in enumerate(whole_text(file).rstrip("\n").split("\n"), 1):
+    found, text = [], whole_text(file).rstrip("\n")
+    for number, line in enumerate(text.split("\n") if text else (), 1):
         try: row = json.loads(line)
         except ValueError: raise UserError(f"{file}: line {number} is not JSON") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) and row[k] for k in ("prompt", "answer")):
             raise UserError(f"{file}: line {number} lacks a prompt or an answer")
-        name = row.get("id", f"{file.stem}/{number - 1}")
-        found.append(Question(name, file.stem, row["prompt"], row["answer"], row.get("end", "")))
+        name, end = str(row.get("id", f"{file.stem}/{number - 1}")), row.get("end") or ""
+        if not isinstance(end, str): raise UserError(f"{file}: line {number}: end is {end!r:.40}, not text")
+        if half_characters(row["prompt"] + row["answer"] + end):
+            raise UserError(f"{file}: line {number} has half a character (a surrogate without its pair)")
+        found.append(Question(name, file.stem, row["prompt"], row["answer"], end))
+    count = Counter(question.id for question in found)   # what is found out is kept by id
+    if twice := [name for name in count if count[name] > 1]: raise UserError(f"{file}: the id {twice[0]} is there "
+                                                                             f"{count[twice[0]]} times; ids are unique")
     return found
 
 # %% ../../nbs/analysis/14_ablation.ipynb #30e79cf9
@@ -83,6 +91,7 @@ def asked_of(
     window: int, # tokens of a window of text
 ) -> tuple[str, list[Encoded]]: # kind of data, questions
     "What is asked"
+    if splits and data.is_file(): raise UserError(f"{data}: has no splits; --splits is for folders of peer-data")
     if data.is_dir(): task, questions = read_questions(data, splits, limit)
     elif not data.is_file(): raise UserError(f"{data}: no such file or folder")
     elif data.suffix != ".jsonl": task, questions = "text", text_questions(data, tokenizer, window)[:limit]
@@ -465,6 +474,18 @@ def setting_for(
     answers = (answers_of(batch, embedding.weight.device) for batch in batches)
     return setting_of(model, answers, [n for group in groups for n in group], settings["seed"])
 
+# %% ../../nbs/analysis/14_ablation.ipynb #b908c673
+def refuse_others_file(
+    output: Path, # Parquet file
+) -> None:
+    "Refuse to write over what is no file of retrievals"
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    if not is_there(output): return
+    try: ours = output.is_file() and {"id", "layer", "head", "key"} <= {*pq.read_schema(output).names}
+    except (pa.ArrowException, OSError): ours = False
+    if not ours: raise UserError(f"--output {output}: is there already, and holds no retrievals; name another file")
+
 # %% ../../nbs/analysis/14_ablation.ipynb #743e4653
 def run_retrievals(
     checkpoint: Path, # folder of a model with memory layers
@@ -475,6 +496,7 @@ def run_retrievals(
     output: Path, # Parquet file
 ) -> int: # exit code
     "Write down what memory layers retrieve for the questions of a data set and their answers"
+    refuse_others_file(output)
     model, tokenizer = load_model(checkpoint)
     chosen_layers(model, layers)
     if asked["start"] == "auto": asked = asked | dict(start=trained_start(checkpoint))
@@ -496,11 +518,11 @@ def run_swap(
     output: Path | None, # folder of the result
 ) -> int: # exit code
     "Exchange rows, and say whose answers are given"
+    folder = writable_folder(output or f"swap-{checkpoint.resolve().name}-{data.resolve().name}")
     model, tokenizer = load_model(checkpoint)
     layer = layer if layer is not None else max(chosen_layers(model))
     _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
     found = swap_matrix(model.double(), encoded, layer, facts)
-    folder = writable_folder(output or f"swap-{checkpoint.resolve().name}-{data.resolve().name}")
     about = dict(schema="peer-analyze swap 1", checkpoint=str(checkpoint), data=str(data))
     write_json(folder/"swap.json", about | found)
     for name in ("efficacy", "collateral"): print(f"{name}: {share_text(found[name])}")
@@ -517,6 +539,7 @@ def wanted_tokens(
 ) -> list[int] | None:
     "An answer in tokens, cut as that of a question that has it"
     if text is None: return None
+    if not text: raise UserError("--want: an empty answer can't be wanted; leave it out for any but their own")
     same = next((e.answer for e in encoded if e.question.answer == text), None)
     return same or tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -540,15 +563,17 @@ def run_intervene(
     output: Path | None, # folder of the result
 ) -> int: # exit code
     "Edit, and say what changes and what else"
+    if save is not None: refuse_full(save)
+    folder = writable_folder(output or f"intervene-{checkpoint.resolve().name}-{data.resolve().name}")
     model, tokenizer = load_model(checkpoint)
     default, aim, want = chain.get("layer"), chain.get("aim"), chain.get("want")
     edits = parse_edits(chain.get("edits"), max(chosen_layers(model)) if default is None else default)
     check_edits(model, edits)
     if save is not None: check_for_good(model, edits)
     _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
+    check_places(edits, encoded)
     found = sweep(copy.deepcopy(model).double(), encoded, edits, aim, wanted_tokens(want, encoded, tokenizer))
     if save is not None: print(save_edited(model, tokenizer, edits, save, checkpoint))
-    folder = writable_folder(output or f"intervene-{checkpoint.resolve().name}-{data.resolve().name}")
     about = dict(schema="peer-analyze intervene 1", checkpoint=str(checkpoint), data=str(data), want=want)
     write_json(folder/"intervene.json", about | found)
     for line in curve_lines(found["curve"]): print(line)

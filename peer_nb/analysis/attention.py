@@ -228,7 +228,7 @@ def shuffled_order(
     seed: int, # of the order
 ) -> Tensor: # [T]
     "A random order that leaves the first token in its place"
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed % 2**63)   # seeds that are counted on may leave 64 bits
     return torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(length - 1, generator=rng)])
 
 # %% ../../nbs/analysis/16_attention.ipynb #0b21d1cd

@@ -5,7 +5,6 @@
 # %% ../../nbs/analysis/13_edits.ipynb #481a3f60
 from __future__ import annotations
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor, nn
-from .hooks import Retrievals, chosen_layers, rows_of_tokens, writing
+from .hooks import Retrievals, chosen_layers, refuse_coupled, rows_of_tokens, writing
 from .interventions import answer_logprobs, answers_of, at_places, keys_of, random_keys, weigh
 from .swaps import proportion, share_text, spoken, strongest_rows, swap_rows, verdict
 from ..config import parse_yaml
 from ..evaluation.recall import Encoded
-from ..files import UserError, read_json, writable_folder, write_json
+from ..files import UserError, new_folder, read_json, write_json
 from ..models.peer import MemoryLayer
 from ..models.product_keys import product_top_k
 from ..page import facts_html, figure_html, heading, note_html, section_html, table_html, write_page
@@ -27,11 +26,11 @@ from ..stats import compare
 
 # %% auto #0
 __all__ = ['EDIT_KEYS', 'PATTERNS', 'ACTS', 'ANSWER_COLUMNS', 'EDITS_NOTE', 'Edit', 'whole_number', 'parse_edit', 'touches',
-           'meet', 'refuse_contradictions', 'parse_edits', 'check_edits', 'Slots', 'drop_row', 'swap_slots',
-           'replace_row', 'inject_row', 'pattern_keys', 'put_patterns', 'acts_at', 'editing', 'asked_under',
-           'of_one_length', 'facts_of_rows', 'edit_effects', 'unedited', 'judged', 'check_aim', 'sweep',
-           'refuse_shared_table', 'check_for_good', 'edit_tables', 'refuse_full', 'write_edited', 'save_edited',
-           'sweep_figure', 'edits_page']
+           'meet', 'refuse_contradictions', 'parse_edits', 'check_edits', 'check_places', 'Slots', 'drop_row',
+           'swap_slots', 'replace_row', 'inject_row', 'pattern_keys', 'put_patterns', 'acts_at', 'editing',
+           'asked_under', 'of_one_length', 'facts_of_rows', 'edit_effects', 'unedited', 'judged', 'check_aim', 'sweep',
+           'refuse_shared_table', 'check_for_good', 'edit_tables', 'write_edited', 'save_edited', 'sweep_figure',
+           'edits_page']
 
 # %% ../../nbs/analysis/13_edits.ipynb #43cff822
 @dataclass(frozen=True)
@@ -153,6 +152,18 @@ def check_edits(
         if isinstance(e.key, tuple) and len(e.key) != width:
             raise UserError(f"{e}: a key has {width} numbers, {len(e.key)} were given")
 
+# %% ../../nbs/analysis/13_edits.ipynb #954e7f84
+def check_places(
+    edits: Sequence[Edit], # a chain
+    asked: Sequence[Encoded], # questions
+):
+    "Refuse a position that no question has"
+    most, before = max(len(e.context) + len(e.answer) - 1 for e in asked), max(len(e.context) for e in asked)
+    for e in edits:
+        if isinstance(e.at, int) and not -before <= e.at < most:
+            raise UserError(f"{e}: no question has this position; they go from 0 to {most - 1}, and from -{before}, the "
+                            "first token of the longest question, to -1, its last")
+
 # %% ../../nbs/analysis/13_edits.ipynb #a48ecdf9
 @dataclass
 class Slots:
@@ -215,6 +226,7 @@ def put_patterns(
 ):
     "Let rows with other keys come in or fall out"
     r, layer = s.r, s.r.layer
+    refuse_coupled(layer, "a key pattern")
     scores, index = product_top_k(layer.similarities(r.query), min(layer.top_k + len(edits), layer.num_experts))
     changed = torch.zeros_like(index[..., :1], dtype=torch.bool)
     columns = [(scores, index)]
@@ -367,10 +379,23 @@ def check_aim(
     aim: Sequence[str], # ids
 ):
     "Refuse questions that are not there"
+    if isinstance(aim, str) or not all(isinstance(name, str) for name in aim):
+        raise UserError(f"aim: {aim!r:.60} is no list of ids, such as [test_known/3]")
     unknown = sorted({*aim} - {e.question.id for e in encoded})
     if not unknown: return
     first = ", ".join(e.question.id for e in encoded[:3])
     raise UserError(f"--aim {unknown[0]}: no such question; the first ones are {first}")
+
+# %% ../../nbs/analysis/13_edits.ipynb #d6d89dd0
+def check_places(
+    encoded: Sequence[Encoded], # questions
+    edits: Sequence[Edit], # a chain
+):
+    "Refuse an edit at a position that no question has"
+    for e in (e for e in edits if isinstance(e.at, int)):
+        sizes = (len(q.context) + len(q.answer) if e.at >= 0 else len(q.context) for q in encoded)
+        if (longest := max(sizes)) <= (e.at if e.at >= 0 else -e.at - 1):
+            raise UserError(f"{e}: no question has this position; the longest has {longest} before it ends")
 
 # %% ../../nbs/analysis/13_edits.ipynb #a46f5b03
 def sweep(
@@ -382,7 +407,8 @@ def sweep(
 ) -> dict[str, Any]: # curve: for each weight the numbers of `judged`; answers under the last
     "Efficacy and collateral of a chain of edits, at each weight"
     check_edits(model, edits)
-    check_aim(encoded, aim or ())
+    check_places(encoded, edits)
+    check_aim(encoded, () if aim is None else aim if isinstance(aim, (list, tuple)) else [aim])
     aim = facts_of_rows(model, encoded, edits) if aim is None else list(aim)
     weights = next((e.weight for e in edits if isinstance(e.weight, tuple)), (None,))
     before, curve = unedited(model, encoded), []
@@ -435,13 +461,6 @@ def edit_tables(
         else:
             for table in tables: table[e.rows[1]] = table[e.rows[0]]
 
-# %% ../../nbs/analysis/13_edits.ipynb #bc6aeb60
-def refuse_full(
-    folder: Path, # where something new is to be written
-):
-    "Refuse a folder that holds something"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise UserError(f"{folder}: is not empty")
-
 # %% ../../nbs/analysis/13_edits.ipynb #1a8a9d04
 def write_edited(
     model: nn.Module, # whose tables were changed
@@ -451,16 +470,12 @@ def write_edited(
     source: str | Path | None = None, # the checkpoint that was loaded; edits that it records are kept
 ) -> Path: # the checkpoint
     "Write an edited model with what was done to it"
-    folder, beside = Path(folder), Path(folder).with_name(f".{Path(folder).name}.tmp")
-    refuse_full(folder)
     earlier = Path(source or "")/"edits.json"
     done = read_json(earlier) if source is not None and earlier.is_file() else []
-    try:
-        for part in (model, tokenizer): part.save_pretrained(writable_folder(beside))
+    with new_folder(folder) as beside:
+        for part in (model, tokenizer): part.save_pretrained(beside)
         write_json(beside/"edits.json", [*done, *records])
-        beside.replace(folder)
-    finally: shutil.rmtree(beside, ignore_errors=True)
-    return folder
+    return Path(folder)
 
 # %% ../../nbs/analysis/13_edits.ipynb #ef2239bd
 def save_edited(

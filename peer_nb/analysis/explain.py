@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from ..stats import Comparison, bootstrap_interval, cluster_means, compare, holm
 
 # %% auto #0
 __all__ = ['METHODS', 'SAID', 'Said', 'said_of_recall', 'said_of_benchmarks', 'said_of_perplexity', 'said_of_run',
-           'said_of_heads', 'result_kind', 'known_result', 'ItemScores', 'scored_items', 'Paired', 'paired_items',
-           'seed_of', 'paired_files', 'paired_seeds', 'paired_text', 'methods_text', 'compared_sides', 'explain']
+           'said_of_heads', 'result_kind', 'known_result', 'told_by_file', 'said_of', 'ItemScores', 'scored_items',
+           'Paired', 'paired_items', 'seed_of', 'paired_files', 'paired_seeds', 'paired_text', 'methods_text',
+           'compared_sides', 'explain']
 
 # %% ../../nbs/analysis/22_explain.ipynb #688ebcc5
 METHODS = { # name: how it is computed, when it holds, what it does not say
@@ -40,6 +42,9 @@ METHODS = { # name: how it is computed, when it holds, what it does not say
     "paired bootstrap": ("differences of items, drawn again with replacement (BCa)",
                          "both were scored on the same items; items (or their clusters) are independent",
                          "nothing about other seeds; below some twenty items the interval is too narrow"),
+    "paired t over texts": ("Student's t of what is above chance, a difference for each text",
+                            "texts are independent, differences roughly normal",
+                            "nothing about other seeds; a head is one model's"),
     "paired t over seeds": ("Student's t of the differences, a pair for each seed",
                             "seeds pair (the same data and seed in both), differences roughly normal",
                             "with few seeds only large effects are seen; items play no part"),
@@ -113,7 +118,7 @@ def said_of_heads(result: dict) -> list[Said]:
     "Scores of attention heads that have a name: how far above chance"
     names = {(n["layer"], n["head"], n["pattern"]) for n in result["named"]}
     return [Said(f"{r['pattern']} above chance (layer {r['layer']}, head {r['head']})", r["above"],
-                 "none" if r["low"] is None else "paired t over seeds", r["texts"], r["low"], r["high"], "texts")
+                 "none" if r["low"] is None else "paired t over texts", r["texts"], r["low"], r["high"], "texts")
             for r in result["scores"] if (r["layer"], r["head"], r["pattern"]) in names]
 
 # %% ../../nbs/analysis/22_explain.ipynb #e66547c4
@@ -140,6 +145,29 @@ def known_result(
         raise UserError(f"{path}: not a result that can be explained; known: recall.json, results.json and scores of "
                         "peer-eval, result.json of a run, attention_scores.json")
     return kind, result
+
+# %% ../../nbs/analysis/22_explain.ipynb #d1feae7d
+@contextmanager
+def told_by_file(
+    path: Path, # that is read
+) -> Iterator[None]:
+    "Inside, a field that is missing or of another kind is a `UserError` with the file's name"
+    try: yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+        raise UserError(f"{path}: lacks what such a file has, or has it in another form ({type(e).__name__}: {e}); it "
+                        "was cut, changed by hand, or made by another version") from e
+
+def said_of(
+    path: Path, # a result file
+    kind: str, # of `result_kind`
+    result: dict, # its contents
+) -> list[Said]:
+    "Numbers of a result, of whichever kind"
+    with told_by_file(path):
+        found = SAID[kind](result)
+        for one in found:
+            if not isinstance(one.value, (int, float, type(None))): raise TypeError(f"{one.name} is {one.value!r:.40}, no number")
+        return found
 
 # %% ../../nbs/analysis/22_explain.ipynb #414c769c
 @dataclass
@@ -180,6 +208,12 @@ def _document_items(file: Path, found: dict[str, ItemScores]):
         scores = found.setdefault(f"bits_per_byte ({r['text']})", ItemScores())
         scores.add(r["doc_hash"], r["nats"] / math.log(2), size=r["bytes"])
 
+# %% ../../nbs/analysis/22_explain.ipynb #8cffa283
+def _run_items(file: Path, found: dict[str, ItemScores]):
+    "Items beside a run's result"
+    for r in read_jsonl(file):
+        found.setdefault(r["metric"], ItemScores()).add(str(r["item"]), r["value"], r.get("cluster"))
+
 # %% ../../nbs/analysis/22_explain.ipynb #5fb8b323
 def scored_items(
     path: Path, # a result file
@@ -187,12 +221,11 @@ def scored_items(
 ) -> dict[str, ItemScores]: # metric: its items; none where no items lie beside it
     "The items of a result"
     found: dict[str, ItemScores] = {}
-    if kind == "recall": _recall_items(path.parent, found)
-    elif kind == "benchmarks": _benchmark_items(path.parent, found)
-    elif kind == "perplexity": _document_items(path.with_suffix(".documents.jsonl"), found)
-    elif kind == "run":
-        for r in read_jsonl(path.with_name("items.jsonl")):
-            found.setdefault(r["metric"], ItemScores()).add(str(r["item"]), r["value"], r.get("cluster"))
+    with told_by_file(path.parent):
+        if kind == "recall": _recall_items(path.parent, found)
+        elif kind == "benchmarks": _benchmark_items(path.parent, found)
+        elif kind == "perplexity": _document_items(path.with_suffix(".documents.jsonl"), found)
+        elif kind == "run": _run_items(path.with_name("items.jsonl"), found)
     return found
 
 # %% ../../nbs/analysis/22_explain.ipynb #17f8179e
@@ -316,7 +349,7 @@ def compared_sides(
     if len({kind for kind, _ in read.values()}) > 1:
         raise UserError(f"results of several kinds: {', '.join(sorted({k for k, _ in read.values()}))}")
     if len(first) > 1 or len(second) > 1:
-        values = {p: {s.name: s.value for s in SAID[kind](result)} for p, (kind, result) in read.items()}
+        values = {p: {s.name: s.value for s in said_of(p, *one)} for p, one in read.items()}
         pairs = [(values[a], values[b]) for a, b in paired_files(first, second)]
         found = [paired_seeds(pairs, m) for m in pairs[0][0]]
     else:
@@ -341,13 +374,15 @@ def explain(
     peer-analyze explain eval/recall.json
     peer-analyze explain a/recall.json --against b/recall.json"""
     results, against = [Path(p) for p in results], [Path(p) for p in against or []]
+    for side in (results, against):
+        if twice := [p for p in side if [q.resolve() for q in side].count(p.resolve()) > 1]:
+            raise UserError(f"{twice[0]}: is given twice on one side; each seed counts once")
     if against:
         found = compared_sides(results, against, metric)
         lines, used = [paired_text(f) for f in found], [f.method for f in found]
         kept = [vars(f) for f in found]
     else:
-        said = [s for p in results for kind, result in [known_result(p)] for s in SAID[kind](result)
-                if metric in (None, s.name)]
+        said = [s for p in results for s in said_of(p, *known_result(p)) if metric in (None, s.name)]
         if not said: raise UserError(f"{results[0]}: has no {metric or 'numbers'} to explain")
         lines, used, kept = [s.sentence for s in said], [s.method for s in said], [vars(s) for s in said]
     print("\n".join([*lines, "", *methods_text(used)]), flush=True)

@@ -5,6 +5,7 @@
 # %% ../../nbs/analysis/17_interventions_command.ipynb #7a52a388
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,7 @@ def check_ablation(
     for name, (value, smallest) in least.items():
         if value is not None and value < smallest:
             raise UserError(f"--{name.replace('_', '-')} {value}: too small, must be at least {smallest}")
+    if not checkpoint.is_dir(): raise UserError(f"{checkpoint}: no such folder")
     if not (checkpoint/"config.json").is_file():
         raise UserError(f"{checkpoint}: not a checkpoint folder (it has no config.json)")
     if "sub-keys" in what and mode not in ("drop", "renorm", "mean"):
@@ -103,7 +105,8 @@ def edits_in(
 ) -> dict: # of these
     "A chain of edits from a file"
     from peer_nb.config import parse_yaml
-    try: found = parse_yaml(Path(file).read_text(encoding="utf-8"), file)
+    try: found = parse_yaml(Path(file).read_bytes().decode("utf-8-sig"), file)
+    except UnicodeDecodeError as e: raise UserError(f"{file}: not a UTF-8 text file (byte {e.start})") from e
     except OSError as e: raise UserError(f"{file}: cannot be read: {e.strerror}") from None
     found = found if isinstance(found, dict) else dict(edits=found)
     if more := [str(k) for k in found if k not in ("edits", "layer", "aim", "want")]:
@@ -154,7 +157,7 @@ def intervene(
     checkpoint, data = Path(checkpoint), Path(data)
     check_ablation(checkpoint, [], "drop", limit=(limit, 1))
     check_questions(data, "edits")
-    at = int(at) if at and at.lstrip("-").isdigit() else at
+    at = int(at) if at and re.fullmatch(r"-?[0-9]+", at) else at
     options = dict(drop=drop, swap=swap, replace=replace, in_place_of=in_place_of, inject=inject, weight=weight,
                    pattern=pattern, key=key, at=at, head=head)
     chain = edits_of(edits, {k: v for k, v in options.items() if v is not None})

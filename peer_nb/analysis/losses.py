@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +27,9 @@ from ..stats import compare
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['LOSSES_SCHEMA', 'Curve', 'found_gaps', 'read_curve', 'line_name', 'runs_of', 'smoothed', 'mean_curve',
-           'losses_result', 'with_breaks', 'losses_figure', 'losses_png', 'caption_text', 'problem_lines', 'end_rows',
-           'draw_losses', 'losses']
+__all__ = ['LOSSES_SCHEMA', 'Curve', 'found_gaps', 'is_number', 'attempts_of', 'read_curve', 'line_name', 'runs_of', 'smoothed',
+           'mean_curve', 'losses_result', 'with_breaks', 'losses_figure', 'losses_png', 'caption_text', 'problem_lines',
+           'end_rows', 'draw_losses', 'losses']
 
 # %% ../../nbs/analysis/25_losses.ipynb #415f2322
 @dataclass
@@ -52,6 +53,20 @@ def found_gaps(
     usual = sorted(steps)[len(steps)//2]
     return [(a, b) for a, b in zip(at, at[1:]) if b - a > 1.5*usual]
 
+# %% ../../nbs/analysis/25_losses.ipynb #34d584d1
+def is_number(value: Any) -> bool:
+    "Whether a value of a log is a number"
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+def attempts_of(
+    status: Path, # of a run; may be missing, or damaged
+) -> int: # 1 where it does not say
+    "How often a run was started"
+    try: found = read_json(status)
+    except UserError: return 1   # a curve needs no status
+    said = found.get("attempt") if isinstance(found, dict) else None
+    return said if isinstance(said, int) and said > 0 else 1
+
 # %% ../../nbs/analysis/25_losses.ipynb #6b7fee0e
 def read_curve(
     folder: Path, # of a run
@@ -59,20 +74,23 @@ def read_curve(
 ) -> Curve: # with one point a line, or none
     "The losses of a run, and what is wrong with its log"
     lines = read_jsonl(folder/"metrics.jsonl")
+    if odd := [line for line in lines if not isinstance(line, dict)]:
+        raise UserError(f"{folder}/metrics.jsonl: {odd[0]!r:.60} is no line of metrics")
     key = "tokens" if all("tokens" in line for line in lines) else "step"
     curve, values = Curve(folder.name), {}
     for line in lines:
         if column not in line or key not in line: continue
+        if not is_number(line[key]): raise UserError(f"{folder}/metrics.jsonl: {key} is {line[key]!r:.60}, no number")
         at = float(line[key])
         if values and at <= max(values):
             curve.restarts.append(at)
             values = {t: v for t, v in values.items() if t < at}
         values[at] = line[column]
-    curve.broken = [t for t, v in values.items() if not isinstance(v, (int, float))]
+    curve.broken = [t for t, v in values.items() if not is_number(v)]
     curve.tokens = [t for t in values if t not in curve.broken]
     curve.loss = [float(values[t]) for t in curve.tokens]
     curve.gaps = found_gaps(list(values))
-    curve.attempts = int((read_json(folder/"status.json") or {}).get("attempt") or 1)
+    curve.attempts = attempts_of(folder/"status.json")
     return curve
 
 # %% ../../nbs/analysis/25_losses.ipynb #5d66bc99
@@ -143,13 +161,17 @@ def losses_result(
 ) -> dict: # what losses.json holds
     "Read all runs, and sum up each line"
     lines: dict[str, list[Curve]] = {}
-    for label, folder in (run for word in words for run in runs_of(word)):
+    found = [run for word in words for run in runs_of(word)]
+    count = Counter((label, folder.resolve()) for label, folder in found)
+    if twice := [folder for (_, folder), times in count.items() if times > 1]:
+        raise UserError(f"{twice[0]}: is given twice; a run that is counted twice makes an interval too narrow")
+    for label, folder in found:
         lines.setdefault(label, []).append(read_curve(folder, column))
-    if not any(c.tokens for curves in lines.values() for c in curves):
-        raise UserError(f"{', '.join(words)}: no line of metrics has a number called {column}")
+    if not any(len(c.tokens) > 1 for curves in lines.values() for c in curves):
+        raise UserError(f"{', '.join(words)}: no run has two lines of metrics with a number called {column}")
     def plain(c): return dict(run=c.name, points=len(c.tokens), gaps=[*map(list, c.gaps)], restarts=c.restarts,
                               broken=c.broken, attempts=c.attempts, tokens=c.tokens, loss=c.loss)
-    found = [dict(line=line, seeds=len(curves), runs=[plain(c) for c in curves], **mean_curve(curves, smooth))
+    found = [dict(line=line, seeds=sum(len(c.tokens) > 1 for c in curves), runs=[plain(c) for c in curves], **mean_curve(curves, smooth))
              for line, curves in lines.items()]
     return analysis_result("losses", words, dict(column=column, smooth=smooth, lines=found))
 
@@ -183,7 +205,7 @@ def losses_figure(
         if line["seeds"] == 1: xs, ys = with_breaks(xs, ys, line["runs"][0]["gaps"])
         figure.add_scatter(x=xs, y=ys, name=name, legendgroup=name, mode="lines", line=dict(width=2, color=colour),
                            connectgaps=False, hovertemplate="%{x:,} tokens: %{y:.4f}")
-        marks = [(r["run"], t) for r in line["runs"] for t in r["restarts"] if t <= line["tokens"][-1]]
+        marks = [(r["run"], t) for r in line["runs"] for t in r["restarts"] if line["tokens"] and t <= line["tokens"][-1]]
         heights = [next((m for at, m in zip(line["tokens"], line["mean"]) if at >= t and m is not None), None)
                    for _, t in marks]
         if marks: figure.add_scatter(
@@ -238,6 +260,7 @@ def problem_lines(
                                              "time, so the curve does not show where.")
         if r["gaps"]: found.append(f"{r['run']} lacks lines between " + ", ".join(
             f"{number(a)} and {number(b)}" for a, b in r["gaps"]) + " tokens.")
+        if r["points"] < 2: found.append(f"{r['run']} has fewer than two points, and is left out.")
         if r["broken"]: found.append(f"{r['run']} has a loss that is no number at {places('broken')} tokens.")
     return found
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from .ablation import curve_lines, fitting_questions, wanted_tokens
 from peer_nb.analysis.edits import (
-    check_aim, edit_effects, edits_page, judged, of_one_length, refuse_full, refuse_shared_table, unedited,
+    check_aim, edit_effects, edits_page, judged, of_one_length, refuse_shared_table, unedited,
     write_edited)
 from .hooks import Retrievals, chosen_layers
 from .interventions import AnswerBatch, answer_logprobs, answers_of, at_places, clean_pass
 from ..evaluation.loading import load_model
 from ..evaluation.recall import Encoded
-from ..files import UserError, writable_folder, write_json
+from ..files import UserError, refuse_full, writable_folder, write_json
 from ..models.peer import MemoryLayer
 
 # %% auto #0
@@ -203,14 +203,14 @@ def run_rewrite(
     output: Path | None, # folder of the result
 ) -> int: # exit code
     "Rewrite, and say what changes and what else"
-    if save is not None: refuse_full(Path(save))
+    if save is not None: refuse_full(save)
+    folder = writable_folder(output or f"rewrite-{checkpoint.resolve().name}-{data.resolve().name}")
     model, tokenizer = load_model(checkpoint)
     layer = layer if layer is not None else max(chosen_layers(model))
     _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
     tokens = wanted_tokens(change["want"], encoded, tokenizer)
     found = rewriting_sweep(copy.deepcopy(model).double(), encoded, layer, **change | dict(want=tokens))
     if save is not None: print(save_rewritten(model, tokenizer, found, save, checkpoint))
-    folder = writable_folder(output or f"rewrite-{checkpoint.resolve().name}-{data.resolve().name}")
     about = dict(schema="peer-analyze rewrite 1", checkpoint=str(checkpoint), data=str(data), want=change["want"])
     write_json(folder/"rewrite.json", about | found)
     for line in curve_lines(found["curve"], "rows"): print(line)

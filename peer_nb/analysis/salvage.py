@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import UserError, write_atomic
+from ..files import UserError, is_there, write_atomic
 
 # %% auto #0
-__all__ = ['complete_value', 'Rest', 'salvage_document', 'salvage_lines', 'is_log', 'salvaged_text', 'salvage']
+__all__ = ['DEEPEST', 'complete_value', 'Rest', 'salvage_document', 'salvage_lines', 'is_log', 'salvaged_text', 'write_new',
+           'salvage']
 
 # %% ../../nbs/analysis/21_salvage.ipynb #911fec5a
 def _once(pairs: list[tuple[str, Any]]) -> dict:
@@ -43,6 +44,7 @@ class Rest:
     records: list[tuple[list[str | int], Any]] = field(default_factory=list) # place in the document or line; value
     lost: list[tuple[int, str]] = field(default_factory=list) # byte where it begins, what is wrong
     lost_bytes: int = 0 # that belong to no record
+    spelt: list[str] = field(default_factory=list) # of a document: each record as the file has it
 
     @property
     def whole(self) -> bool: return not self.lost
@@ -71,6 +73,8 @@ def _step(text: str, at: int, places: list, kinds: list[str]) -> int | None: # w
     return member[1]
 
 # %% ../../nbs/analysis/21_salvage.ipynb #9184996b
+DEEPEST = 1000 # brackets in each other that are followed
+
 def salvage_document(
     data: bytes, # of a JSON file
 ) -> Rest:
@@ -82,8 +86,9 @@ def salvage_document(
         kept = at
         if found := complete_value(text, at):
             rest.records.append((list(places), found[0]))
+            rest.spelt.append(text[at:found[1]])
             kept, at = found[1], _step(text, found[1], places, kinds)
-        elif text[at:at + 1] in ("{", "["):
+        elif text[at:at + 1] in ("{", "[") and len(kinds) < DEEPEST:
             kinds.append(text[at])
             member = _next_member(text, _space.match(text, at + 1).end(), text[at] == "{")
             places.append(0 if member is None or member[0] is None else member[0])
@@ -132,9 +137,22 @@ def salvaged_text(
     log: bool, # whether it is one
 ) -> str: # JSON lines
     "What is written"
-    if not log: return "".join(f"{json.dumps(dict(path=p, value=v), ensure_ascii=False)}\n" for p, v in rest.records)
+    if not log:   # a line break stands between values only, never inside of a text
+        one_line = (re.sub(r"[\n\r]+", " ", text) for text in rest.spelt)
+        return "".join(f'{{"path": {json.dumps(p)}, "value": {v}}}\n' for (p, _), v in zip(rest.records, one_line))
     lines = data.split(b"\n")
     return "".join(f"{lines[place[0] - 1].decode().strip()}\n" for place, _ in rest.records)
+
+# %% ../../nbs/analysis/21_salvage.ipynb #5d9f1023
+def write_new(
+    output: Path, # may be there, if it has the same content
+    content: bytes, # of it
+) -> None:
+    "Write a file, never over another one"
+    there = is_there(output)
+    if there and not (output.is_file() and output.read_bytes() == content):
+        raise UserError(f"--output {output}: is there already, with something else in it; remove it, or name another")
+    if not there: write_atomic(output, content)
 
 # %% ../../nbs/analysis/21_salvage.ipynb #4508ae23
 def salvage(
@@ -157,7 +175,7 @@ def salvage(
     for begin, wrong in rest.lost[:20]: print(f"lost from byte {begin:,}: {wrong}")
     if rest.lost[20:]: print(f"and {len(rest.lost) - 20:,} more")
     if not rest.records: raise UserError(f"{file}: holds no complete record; nothing was written")
-    write_atomic(output, salvaged_text(rest, data, log))
+    write_new(output, salvaged_text(rest, data, log).encode())
     print(f"{len(rest.records):,} complete {'lines' if log else 'values'} kept, {rest.lost_bytes:,} of {len(data):,} "
           f"bytes lost\n{output}")
     return 0

@@ -21,7 +21,8 @@ from .kv_bytes import of_text
 from .needle_models import bridge_model
 from .translator import Translator, new_translator
 from ..config import Config, load_config
-from ..evaluation.loading import load_model, longest_context
+from ..evaluation.loading import check_numbers, in_folder, load_model, longest_context, model_fingerprint
+from ..evaluation.loading import no_progress_bars
 from ..files import UserError
 from ..schema import BridgeConfig
 from ..training.checkpoints import checkpoints
@@ -29,7 +30,7 @@ from ..training.checkpoints import checkpoints
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['Hidden', 'frozen_model', 'source_layer', 'Bridge', 'padded']
+__all__ = ['Hidden', 'frozen_model', 'source_layer', 'Bridge', 'read_translator', 'model_hashes', 'refuse_other_models', 'padded']
 
 # %% ../../nbs/bridge/06_bridge.ipynb #1192761d
 def frozen_model(
@@ -95,6 +96,41 @@ def new(cls: Bridge,
     translator = translator or new_translator(b.translator, width, target[0].get_input_embeddings().weight)
     return cls(cfg, *source, *target, translator.to(target[0].device).eval(), folder)
 
+# %% ../../nbs/bridge/06_bridge.ipynb #a98f9f5f
+def read_translator(
+    place: Path, # folder of a checkpoint
+) -> Translator: # on the CPU
+    "A translator that can be trusted; else a `UserError`"
+    in_folder(place)
+    try:
+        with no_progress_bars(): found, loading = Translator.from_pretrained(place, output_loading_info=True)
+        check_numbers(found, loading)
+    except UserError as error: raise UserError(f"{place}: {error}") from error
+    except Exception as error:   # whatever a library finds in files that somebody has changed
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{place}: cannot be loaded ({reason})") from error
+    return found
+
+# %% ../../nbs/bridge/06_bridge.ipynb #42041d04
+def model_hashes(
+    bridge: Bridge, # its two models
+) -> dict[str, str]: # source, target
+    "The two models, by their content"
+    return dict(source=model_fingerprint(bridge.source, bridge.source_tokenizer),
+                target=model_fingerprint(bridge.target, bridge.target_tokenizer))
+
+def refuse_other_models(
+    place: Path, # folder of a checkpoint
+    bridge: Bridge, # with the models that its configuration names
+) -> None:
+    "Refuse a translator that was trained between other models"
+    file = place/"trainer_state"/"state.pt"
+    known = torch.load(file, map_location="cpu", weights_only=True).get("models") if file.is_file() else None
+    now = model_hashes(bridge) if known else {}
+    if changed := [end for end in now if now[end] != known[end]]:
+        raise UserError(f"{place} was trained between other models: the weights of its {' and '.join(changed)} have "
+                        "changed since; put them back, or train anew")
+
 # %% ../../nbs/bridge/06_bridge.ipynb #42abc3a3
 @patch(cls_method=True)
 def load(cls: Bridge,
@@ -109,7 +145,9 @@ def load(cls: Bridge,
     if place is None or not (place/"config.json").is_file():
         there = ", ".join(str(name) for name, path in kept.items() if (path/"config.json").is_file()) or "none"
         raise UserError(f"{folder}: no translator of step {step} there; kept: {there} (peer-bridge train makes a run)")
-    return cls.new(load_config(place/"trainer_state"/"config.yaml"), Translator.from_pretrained(place), folder)
+    found = cls.new(load_config(place/"trainer_state"/"config.yaml"), read_translator(place), folder)
+    refuse_other_models(place, found)
+    return found
 
 # %% ../../nbs/bridge/06_bridge.ipynb #ee3d8ab7
 def padded(
@@ -167,7 +205,7 @@ def text_rows(self: Bridge,
     texts: list[str], # after the soft tokens
 ) -> list[list[int]]: # token numbers
     "Texts as the target's tokens, without what begins a text"
-    return [self.target_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return self.target_tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 @patch
 def beginning(self: Bridge) -> list[int]: # token numbers; none for many tokenizers

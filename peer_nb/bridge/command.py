@@ -5,14 +5,23 @@
 # %% ../../nbs/bridge/17_command.ipynb #148940a6
 from __future__ import annotations
 
+import sys
+
 from .evaluate_command import evaluate_runs
 from .study_tables import tables
 from .train_command import train_command
-from ..cli import make_main
+from ..cli import make_main, spell_resume
 
 # %% auto #0
-__all__ = ['main']
+__all__ = ['command', 'main']
 
 # %% ../../nbs/bridge/17_command.ipynb #e924dcba
-main = make_main("peer-bridge", dict(train=train_command, evaluate=evaluate_runs, tables=tables),
-                 doc="A translator between two frozen models")
+command = make_main("peer-bridge", dict(train=train_command, evaluate=evaluate_runs, tables=tables),
+                    doc="A translator between two frozen models")
+
+def main(
+    argv: list[str] | None = None, # what stands after the command's name; None: of this process
+) -> int: # exit code
+    "The command `peer-bridge`"
+    words = list(sys.argv[1:] if argv is None else argv)
+    return command(spell_resume(words) if words[:1] == ["train"] else words)

@@ -5,19 +5,22 @@
 # %% ../../nbs/bridge/03_items.ipynb #659935f6
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from typing import Any
 
-from ..files import UserError, read_jsonl, sha256_of
+from ..data.reading import read_rows
+from ..files import UserError, sha256_of
 from ..schema import BridgeConfig, BridgeData
 from ..tasks.task import permutation, seeded_bits
 
 # %% auto #0
 __all__ = ['SPLITS', 'LETTERS', 'PAIRS_SHOWN', 'READERS', 'Item', 'refuse_leaks', 'haystack', 'operand_pairs', 'needle_rows',
-           'needle_items', 'gsm8k_rows', 'hotpotqa_rows', 'ItemFormat', 'item_files', 'split_of', 'item_of',
-           'items_from_files', 'filled_prompt', 'load_items']
+           'needle_items', 'gsm8k_rows', 'joined_context', 'hotpotqa_rows', 'ItemFormat', 'item_files', 'split_of',
+           'item_of', 'refuse_twice', 'items_from_files', 'filled_prompt', 'load_items']
 
 # %% ../../nbs/bridge/03_items.ipynb #850492b5
 SPLITS = ("train", "validation", "test", "test_held_out") # the last only where operands can be held out
@@ -111,30 +114,38 @@ def gsm8k_rows(
     file: Path, # .jsonl
 ) -> Iterator[dict]: # id, question, answer, gold
     "Word problems with their solutions"
-    for n, row in enumerate(read_jsonl(file)):
+    for n, ((_, unit, number), row) in enumerate(read_rows([str(file)], "json", ["question", "answer"])):
         answer, question = row.get("answer"), row.get("question")
-        if not answer or not question or "####" not in answer:
-            raise UserError(f"{file}: line {n + 1} has no answer: GSM8K's rows have question and answer, and the "
+        told = all(isinstance(text, str) and text.strip() for text in (answer, question))
+        gold = answer.rpartition("####")[2].strip().replace(",", "") if told and "####" in answer else ""
+        if not gold:
+            raise UserError(f"{file}: {unit} {number} has no answer: GSM8K's rows have question and answer, and the "
                             "answer ends in #### and a number")
-        gold = answer.rpartition("####")[2].strip().replace(",", "")
         yield dict(id=f"{file.stem}-{n}", question=question, context="", answer=answer, gold=gold,
                    forbidden=(answer, f"#### {gold}", answer.split("\n####")[0]))
+
+# %% ../../nbs/bridge/03_items.ipynb #ac5e3a95
+def joined_context(
+    context: Any, # [[title, [sentence, ...]], ...], or none
+    where: str, # for the error
+) -> str: # a line for each paragraph
+    "The paragraphs of a HotpotQA item"
+    try: return "\n".join(f"{title}: {''.join(sentences)}" for title, sentences in context or [])
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{where}: its context is no list of [title, [sentence, ...]], as HotpotQA's is") from e
 
 # %% ../../nbs/bridge/03_items.ipynb #8232d537
 def hotpotqa_rows(
     file: Path, # .json
 ) -> Iterator[dict]: # id, question, context, answer, gold
     "Questions over several paragraphs; answers may stand in the paragraphs, where they are to be found"
-    try: rows = json.loads(file.read_bytes())
-    except ValueError as e: raise UserError(f"{file}: not a JSON file ({e})") from e
-    if not isinstance(rows, list): raise UserError(f"{file}: HotpotQA is a list of questions, and this is not")
-    for n, row in enumerate(rows):
-        if not row.get("answer") or not row.get("question"):
-            raise UserError(f"{file}: item {row.get('_id', n)} has no answer: HotpotQA's have _id, question, answer "
+    for n, (_, row) in enumerate(read_rows([str(file)], "json", ["_id", "question", "answer"])):
+        name, answer, question = str(row.get("_id", n)), row.get("answer"), row.get("question")
+        if not all(isinstance(text, str) and text.strip() for text in (answer, question)):
+            raise UserError(f"{file}: item {name} has no answer: HotpotQA's have _id, question, answer "
                             "and context (its test set without answers cannot be used)")
-        context = "\n".join(f"{title}: {''.join(sentences)}" for title, sentences in row.get("context", []))
-        yield dict(id=str(row.get("_id", n)), question=row["question"], context=context, answer=row["answer"],
-                   gold=row["answer"], forbidden=(f"answer: {row['answer']}", f"Answer: {row['answer']}"))
+        yield dict(id=name, question=question, context=joined_context(row.get("context"), f"{file}: item {name}"),
+                   answer=answer, gold=answer, forbidden=(f"answer: {answer}", f"Answer: {answer}"))
 
 # %% ../../nbs/bridge/03_items.ipynb #1267e28f
 @dataclass(frozen=True)
@@ -183,6 +194,18 @@ def item_of(
     return Item(row["id"], split, source, target, cfg.target.instruction, row["answer"], row["gold"], row["forbidden"],
                 cascade=told, rule=READERS[cfg.data.task].rule)
 
+# %% ../../nbs/bridge/03_items.ipynb #801a0b95
+def refuse_twice(
+    rows: list[dict], # of all files
+    path: str, # of the data
+) -> list[dict]: # the same
+    "Refuse an item that is there twice, for it might be trained on and asked, and is answered once only"
+    count = Counter(row["id"] for row in rows)
+    if twice := [name for name, times in count.items() if times > 1]:
+        raise UserError(f"bridge_config.data.path: {path}: {len(twice):,} items are there more than once, such as "
+                        f"{twice[0]}; leave out the file that repeats them")
+    return rows
+
 # %% ../../nbs/bridge/03_items.ipynb #5a51fff6
 def items_from_files(
     cfg: BridgeConfig, # templates and data
@@ -190,11 +213,10 @@ def items_from_files(
     count: int,        # at most
 ) -> list[Item]:
     "The items of one split of a data set in files, in an order that follows from the seed"
-    data, rows = cfg.data, []
-    files = item_files(data)
+    data, files = cfg.data, item_files(cfg.data)
     apart = any(word in file.stem for file in files for word in ("test", "dev"))
-    for file in files:
-        rows += [row for row in READERS[data.task].rows(file) if split_of(row, file, apart, data.seed) == split]
+    every = [row | dict(file=file) for file in files for row in READERS[data.task].rows(file)]
+    rows = [row for row in refuse_twice(every, data.path) if split_of(row, row["file"], apart, data.seed) == split]
     rows = [rows[n] for n in permutation(len(rows), data.seed, "order", split)[:count]]
     return [item_of(cfg, row, split) for row in rows]
 

@@ -27,7 +27,7 @@ def result_table(
 def train_command(
     config: str,                      # YAML file of the run
     output_dir: str | None = None,    # where metrics and checkpoints go
-    resume: bool = False,             # continue the newest checkpoint in the output folder
+    resume: bool = False,             # continue the newest checkpoint in the output folder; --resume PATH: that one
     overrides: list[str] = (),        # keys to change: bridge_config.translator.soft_tokens=4
 ) -> None:
     """Train a translator between two frozen models

@@ -16,12 +16,11 @@ import torch
 from fastcore.basics import patch
 
 from .answers import grade
-from .bridge import Bridge
+from .bridge import Bridge, model_hashes
 from .hidden import all_hidden
 from .items import Item, load_items
 from .losses import answer_nll, answered, bridge_losses, weight_at
 from ..config import Config, TrainConfig, diff_configs
-from ..evaluation.loading import model_fingerprint
 from ..evaluation.perplexity import autocast_for
 from ..files import UserError, folder_lock, read_json, read_jsonl, seal_folder, writable_folder, write_json
 from ..tasks.task import permutation
@@ -34,8 +33,8 @@ from ..training.steps import Preempted, disk_errors, log, seed_everything, start
 from ..training.tracking import Tracker, check_wandb, finite
 
 # %% auto #0
-__all__ = ['READ_KEYS', 'check_bridge', 'rows_of_step', 'BridgeProgress', 'BridgeTrainer', 'curve_summary', 'BridgeResult',
-           'train_bridge']
+__all__ = ['READ_KEYS', 'check_bridge', 'rows_of_step', 'BridgeProgress', 'BridgeTrainer', 'refuse_odd', 'curve_summary',
+           'BridgeResult', 'train_bridge']
 
 # %% ../../nbs/bridge/12_training.ipynb #91cf1539
 READ_KEYS = {f.strip() for f in """output_dir, per_device_train_batch_size, gradient_accumulation_steps, learning_rate,
@@ -93,7 +92,7 @@ class BridgeTrainer:
         cfg: Config, # the run
     ):
         check_bridge(cfg)
-        self.cfg, self.train, self.done = cfg, cfg.train_config, BridgeProgress()
+        self.cfg, self.train, self.done, self.models = cfg, cfg.train_config, BridgeProgress(), None
         self.items = load_items(cfg.bridge_config)
         seed_everything(self.train.seed)
         self.bridge = Bridge.new(cfg)
@@ -192,9 +191,8 @@ def choose(self: BridgeTrainer,
 @patch
 def identity(self: BridgeTrainer) -> dict[str, str]:
     "The two models, by their content"
-    b = self.bridge
-    return dict(source=model_fingerprint(b.source, b.source_tokenizer),
-                target=model_fingerprint(b.target, b.target_tokenizer))
+    if self.models is None: self.models = model_hashes(self.bridge)   # once: neither changes
+    return self.models
 
 # %% ../../nbs/bridge/12_training.ipynb #3fb12472
 @patch(as_prop=True)
@@ -219,7 +217,8 @@ def save(self: BridgeTrainer) -> Path: # the checkpoint's folder
 def keep_selected(self: BridgeTrainer) -> None:
     "Write the best translator so far beside the checkpoints"
     beside = self.out/"selected.tmp"
-    write_files(beside, self.done.step, self.translator, None, self.bridge.target_tokenizer, self.cfg, {}, 1)
+    write_files(beside, self.done.step, self.translator, None, self.bridge.target_tokenizer, self.cfg,
+                dict(models=self.identity()), 1)
     seal_folder(beside)
     publish_folder(beside, self.out/"selected")
 
@@ -258,6 +257,16 @@ def metrics_line(self: BridgeTrainer,
     return dict(step=done.step, tokens=done.tokens, **means, learning_rate=self.schedule.get_last_lr()[0],
                 grad_norm=finite(norm), seconds=round(done.seconds, 3), **self.gates())
 
+# %% ../../nbs/bridge/12_training.ipynb #92b5bab9
+def refuse_odd(
+    found: dict[str, float], # of an evaluation
+    step: int,               # that it is of
+) -> None:
+    "Stop where a score is no number, before a step is chosen by it"
+    if odd := [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]:
+        raise UserError(f"training stopped at step {step}: {odd[0]}. A lower train_config.learning_rate or "
+                        "max_grad_norm, or a longer warmup_ratio, may help")
+
 # %% ../../nbs/bridge/12_training.ipynb #0097ce48
 @patch
 def report(self: BridgeTrainer,
@@ -274,6 +283,7 @@ def report(self: BridgeTrainer,
     line = self.metrics_line(norm)
     if due:
         with tracker.heartbeat.during("evaluating", self.bridge.target): found = self.evaluate()
+        refuse_odd(found, done.step)
         if self.choose(found): self.keep_selected()
         line |= found
         right = {split: found[f"eval/{split}/exact_match"] for split in self.asked}

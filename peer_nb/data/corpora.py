@@ -42,7 +42,8 @@ __all__ = ['EOS', 'RECIPE', 'log', 'LEFT_OUT', 'LIBRARY', 'is_heldout', 'library
            'task_arguments', 'task_documents', 'check_entry', 'belongs', 'documents', 'summarise_parts', 'code_hash',
            'generator_hash', 'source_stamp', 'origin', 'is_streamed', 'unread', 'summary', 'byte_alphabet', 'train_bpe',
            'bytes_tokenizer', 'tokenizer_entries', 'bpe_size', 'tokenizer_identity', 'trained_bpe', 'load_tokenizer',
-           'check_datasets', 'eval_entries', 'check_heldout', 'data_manifest', 'item_hashes', 'data_fingerprint']
+           'check_datasets', 'eval_entries', 'is_empty', 'check_parts', 'order_keys', 'order_unlike_name',
+           'data_manifest', 'item_hashes', 'data_fingerprint']
 
 # %% ../../nbs/data/01_corpora.ipynb #05009549
 EOS = "<|endoftext|>" # end, beginning and padding of the tokenizers made here
@@ -587,19 +588,52 @@ def eval_entries(cfg: Config) -> list[DatasetEntry]:
     entries = cfg.eval_config.datasets
     return cfg.dataset_config.datasets if entries is None else entries
 
+# %% ../../nbs/data/01_corpora.ipynb #c6683063
+def is_empty(
+    entry: DatasetEntry, # where from
+    heldout: bool, # the held-out part, instead of the training part
+    fraction: float, # part that is held out
+) -> bool: # False for a stream of the hub, which isn't read before it is needed
+    "Whether a part has no text"
+    if not is_streamed(entry): return not summary(entry, fraction)["heldout" if heldout else "train"]["documents"]
+    return is_local(entry) and next(documents(entry, heldout, fraction), None) is None
+
 # %% ../../nbs/data/01_corpora.ipynb #heldcd01
-def check_heldout(cfg: Config) -> None:
-    "Refuse a set to be scored of which nothing is held out"
+def check_parts(cfg: Config) -> None:
+    "Refuse a set to be scored of which nothing is held out, and one to be trained on of which everything is"
     fraction = cfg.dataset_config.heldout_fraction
+    for e in cfg.dataset_config.datasets:
+        if not is_empty(e, False, fraction): continue
+        advice = "make its training split larger" if e.task else "take more documents, or a smaller heldout_fraction"
+        raise UserError(f"dataset '{e.name}': {e.path or e.task} has no text to train on beside what is held out "
+                        f"(heldout_fraction {fraction:g}); {advice}")
     for e in eval_entries(cfg):
-        if is_streamed(e) and not is_local(e): continue
-        if is_streamed(e): empty = next(documents(e, True, fraction), None) is None
-        else: empty = not summary(e, fraction)["heldout"]["documents"]
-        if not empty: continue
+        if not is_empty(e, True, fraction): continue
         advice = "make its held-out splits larger" if e.task else "take more documents, or a larger heldout_fraction"
         raise UserError(f"dataset '{e.name}': nothing of {e.path or e.task} is held out (heldout_fraction "
                         f"{fraction:g}), "
             f"so there would be no text to score; {advice}, or name other sets in eval_config.datasets")
+
+# %% ../../nbs/data/01_corpora.ipynb #7fcd6429
+def order_keys(
+    entries: list[DatasetEntry], # of a mix
+    fraction: float, # held out
+) -> list[str]: # one for each entry
+    "What the random order of each source follows from, beside the seed"
+    def key(e: DatasetEntry) -> str:
+        if e.path in LIBRARY: return e.path.removeprefix("python:")
+        return summary(e, fraction)["train"]["sha256"]
+    keys = [key(e) for e in entries]
+    again = [keys[:i].count(k) for i, k in enumerate(keys)]
+    return [f"{k}, {n + 1}" if n else k for k, n in zip(keys, again)]
+
+# %% ../../nbs/data/01_corpora.ipynb #2590dfb2
+def order_unlike_name(
+    entry: DatasetEntry, # of a mix
+    key: str, # of its order
+) -> dict[str, str]: # {"order": key}; {} where a source is called by its key
+    "What is noted of an order; as little as in earlier versions, where it went by the name"
+    return {} if key == entry.name else dict(order=key)
 
 # %% ../../nbs/data/01_corpora.ipynb #d76baeb6
 def data_manifest(cfg: Config) -> dict: # sources, heldout, tokenizer; plain values
@@ -607,13 +641,15 @@ def data_manifest(cfg: Config) -> dict: # sources, heldout, tokenizer; plain val
     data = cfg.dataset_config
     check_datasets(data.datasets, "dataset_config.datasets")
     check_datasets(eval_entries(cfg), "eval_config.datasets")
-    check_heldout(cfg)
+    check_parts(cfg)
     total = sum(e.weight for e in data.datasets)
     def describe(e: DatasetEntry, part: str) -> dict:
         place = e.path or f"task:{e.task}"
         return dict(name=e.name, path=place, **summary(e, data.heldout_fraction)[part], origin=origin(e))
+    keyed = zip(data.datasets, order_keys(data.datasets, data.heldout_fraction))
     return dict(
-        sources=[describe(e, "train") | dict(weight=e.weight, share=e.weight/total) for e in data.datasets],
+        sources=[describe(e, "train") | dict(weight=e.weight, share=e.weight/total) | order_unlike_name(e, key)
+                 for e, key in keyed],
         heldout=[describe(e, "heldout") for e in eval_entries(cfg)],
         heldout_fraction=data.heldout_fraction,
         tokenizer=dict(name=data.tokenizer_name, sha256=tokenizer_identity(data)))
@@ -635,6 +671,7 @@ def data_fingerprint(cfg: Config) -> str: # sha256
     "A hash of what a run reads, wherever it lies"
     if cfg.bridge_config: return sha256_of(item_hashes(cfg.bridge_config.data))
     manifest = data_manifest(cfg)
-    plain = lambda sources: [{k: v for k, v in s.items() if k in ("name", "weight", "sha256")} for s in sources]
+    kept = ("name", "weight", "sha256", "order")
+    plain = lambda sources: [{k: v for k, v in s.items() if k in kept} for s in sources]
     sources, heldout = plain(manifest["sources"]), plain(manifest["heldout"])
     return sha256_of(dict(sources=sources, heldout=heldout, tokenizer=manifest["tokenizer"]["sha256"]))

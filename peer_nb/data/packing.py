@@ -26,8 +26,9 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..config import Config, DatasetEntry
-from .corpora import (
-    RECIPE, belongs, check_datasets, code_hash, documents, is_streamed, origin, summary, texts_of)
+from peer_nb.data.corpora import (
+    RECIPE, belongs, check_datasets, code_hash, documents, is_streamed, order_keys, order_unlike_name, origin, summary,
+    texts_of)
 from .masking import apply_mask
 from ..files import UserError, cache_folder, folder_lock, read_json, sha256_of, writable_folder, write_json
 from ..pretrained import model_sizes
@@ -213,9 +214,9 @@ class ResidentRows:
         corpus: TokenisedCorpus, # what is read
         length: int, # tokens per row
         seed: int, # of the order
-        name: str, # of the source: two sources have two orders
+        key: str, # of the order, as `order_keys` gives it: two sources have two orders
     ):
-        self.corpus, self.length, self.names, self.taken, self.epoch = corpus, length, (seed, name), 0, -1
+        self.corpus, self.length, self.names, self.taken, self.epoch = corpus, length, (seed, key), 0, -1
 
     def state_dict(self) -> dict: return dict(taken=self.taken)
     def load_state_dict(self, state: dict) -> None: self.taken = state["taken"]
@@ -266,10 +267,11 @@ class StreamingRows:
         fraction: float, # held out
         length: int, # tokens per row
         seed: int, # of the order
+        key: str, # of the order, as `order_keys` gives it
         threads: int = 1, # that tokenise
     ):
         self.entry, self.encode, self.fraction = entry, token_arrays(entry, tokenizer), fraction
-        self.length, self.seed, self.threads = length, seed, threads
+        self.length, self.names, self.threads = length, (seed, key), threads
         self.load_state_dict(dict(epoch=0, record=0, used=0))
 
     def state_dict(self) -> dict: return dict(epoch=self.epoch, record=self.record, used=self.used)
@@ -287,7 +289,7 @@ def read_block(self: StreamingRows) -> bool: # False at the end of the set
     block = list(islice(self.reader, self.block))
     texts = [t for t in block if belongs(t, False, self.fraction)]
     ids = [i for portion in in_parallel(self.encode, portions(texts), self.threads) for i in portion]
-    order = shuffled(len(ids), self.seed, self.entry.name, self.epoch, self.record)
+    order = shuffled(len(ids), *self.names, self.epoch, self.record)
     self.tokens = np.concatenate([np.empty(0, np.int64), *(ids[i] for i in order)])
     self.next_record = self.record + len(block)
     self.empty &= not len(self.tokens)
@@ -544,15 +546,18 @@ def run_identity(
     "Everything that the order and content of the batches depend on"
     data, train = cfg.dataset_config, cfg.train_config
 
-    def described(e: DatasetEntry) -> dict:
+    def described(e: DatasetEntry, key: str) -> dict:
         text = summary(e, data.heldout_fraction)["train"]["sha256"]
-        return dict(weight=e.weight, streaming=is_streamed(e), mask=e.mask, text=text)
+        known = dict(weight=e.weight, streaming=is_streamed(e), mask=e.mask, text=text)
+        return known | order_unlike_name(e, key)
+
+    keyed = zip(data.datasets, order_keys(data.datasets, data.heldout_fraction))
 
     return dict(
         recipe=RECIPE, seed=train.seed, max_seq_length=data.max_seq_length,
         batch_size=train.per_device_train_batch_size, packing=data.packing, world_size=world_size,
         num_workers=num_workers, tokenizer=tokenizer_hash(tokenizer), heldout_fraction=data.heldout_fraction,
-        order=[e.name for e in data.datasets], sources={e.name: described(e) for e in data.datasets})
+        order=[e.name for e in data.datasets], sources={e.name: described(e, key) for e, key in keyed})
 
 # %% ../../nbs/data/03_packing.ipynb #2b5c5419
 def check_run(cfg: Config, tokenizer: PreTrainedTokenizerBase, rank: int, world_size: int, num_workers: int) -> None:
@@ -572,6 +577,7 @@ def check_run(cfg: Config, tokenizer: PreTrainedTokenizerBase, rank: int, world_
 # %% ../../nbs/data/03_packing.ipynb #2cad7897
 def open_source(
     entry: DatasetEntry, # one of the sources
+    key: str, # of its order
     tokenizer: PreTrainedTokenizerBase, # of the run
     cfg: Config, # a whole run
     threads: int, # that tokenise a stream
@@ -579,9 +585,9 @@ def open_source(
     "The rows of one source"
     data, seed = cfg.dataset_config, cfg.train_config.seed
     if is_streamed(entry):
-        return StreamingRows(entry, tokenizer, data.heldout_fraction, data.max_seq_length, seed, threads), None
+        return StreamingRows(entry, tokenizer, data.heldout_fraction, data.max_seq_length, seed, key, threads), None
     corpus = tokenised(entry, tokenizer, data.heldout_fraction)
-    return ResidentRows(corpus, data.max_seq_length, seed, entry.name), len(corpus.tokens)
+    return ResidentRows(corpus, data.max_seq_length, seed, key), len(corpus.tokens)
 
 # %% ../../nbs/data/03_packing.ipynb #4055d25a
 def training_batches(
@@ -599,7 +605,8 @@ def training_batches(
     if num_workers is None: num_workers = data.num_workers
     if num_workers is None: num_workers = 2*any(map(is_streamed, data.datasets))
     check_run(cfg, tokenizer, rank, world_size, num_workers)
-    opened = {e.name: open_source(e, tokenizer, cfg, num_workers) for e in data.datasets}
+    keyed = zip(data.datasets, order_keys(data.datasets, data.heldout_fraction))
+    opened = {e.name: open_source(e, key, tokenizer, cfg, num_workers) for e, key in keyed}
     sizes = [size for _, size in opened.values()]
     batches = PackedBatches(
         {name: rows for name, (rows, _) in opened.items()}, [e.weight for e in data.datasets], train.seed,

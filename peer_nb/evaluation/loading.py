@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -22,9 +23,9 @@ from ..pretrained import LIMITS, content_hash, pretrained_folder
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['in_folder', 'no_progress_bars', 'read_parts', 'adapted_base', 'read_adapted', 'check_weights', 'check_finite',
-           'check_tokenizer', 'document_start', 'longest_context', 'choose_window', 'load_model', 'load_to_train',
-           'model_fingerprint', 'claim_answers', 'files_fingerprint']
+__all__ = ['in_folder', 'no_progress_bars', 'read_parts', 'adapted_base', 'read_adapted', 'check_numbers', 'check_weights',
+           'check_finite', 'check_tokenizer', 'document_start', 'longest_context', 'choose_window', 'load_model',
+           'load_to_train', 'model_fingerprint', 'claim_answers', 'files_fingerprint']
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0008
 def in_folder(
@@ -92,12 +93,31 @@ def read_adapted(
 ) -> tuple[PreTrainedModel, dict, PreTrainedTokenizerBase]: # as `read_parts`
     "A model with its adapters merged into its weights"
     from peft import PeftModel   # seconds to import
-    model, loading, tokenizer = read_parts(str(adapted_base(checkpoint)), True)
-    try: merged = PeftModel.from_pretrained(model.float(), str(checkpoint)).merge_and_unload()
+    in_folder(base := adapted_base(checkpoint))
+    model, loading, tokenizer = read_parts(str(base), True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")   # peft makes these up
+            merged = PeftModel.from_pretrained(model.float(), str(checkpoint)).merge_and_unload()
     except Exception as error:   # whatever a library finds in a file of unknown origin
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise UserError(f"{checkpoint}: cannot be loaded ({reason})") from error
     return merged, loading, tokenizer
+
+# %% ../../nbs/evaluation/00_loading.ipynb #92a4a0e1
+def check_numbers(
+    model: nn.Module, # as it was read
+    loading: dict,    # transformers' missing_keys and unexpected_keys
+) -> None:
+    "Refuse weights that are made up in part, or not finite"
+    missing, others = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+    if missing:
+        instead = f"; its files have {others[0]}, which the model does not know" if others else ""
+        raise UserError(f"lacks {len(missing)} of the model's weights, such as {missing[0]}: another model's, or not "
+                        f"written to its end{instead}")
+    for name, value in model.named_parameters():
+        if value.dtype.itemsize > 1 and not value.isfinite().all():
+            raise UserError(f"{name} has numbers that are not finite (nan or infinity)")
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0014
 def check_weights(
@@ -105,16 +125,9 @@ def check_weights(
     loading: dict,          # transformers' missing_keys and unexpected_keys
 ) -> None:
     "Refuse a model that is made up in part, not finite, or none of language"
-    missing, others = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
-    if missing:
-        instead = f"; its files have {others[0]}, which the model does not know" if others else ""
-        raise UserError(f"lacks {len(missing)} of the model's weights, such as {missing[0]}: another model's, or not "
-                        f"written to its end{instead}")
-    if model.get_output_embeddings() is None:
+    if model.get_output_embeddings() is None and not loading["missing_keys"]:
         raise UserError(f"holds a {type(model).__name__}, which predicts no tokens; a causal language model is needed")
-    for name, value in model.named_parameters():
-        if value.dtype.itemsize > 1 and not value.isfinite().all():
-            raise UserError(f"{name} has numbers that are not finite (nan or infinity)")
+    check_numbers(model, loading)
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0039
 def check_finite(

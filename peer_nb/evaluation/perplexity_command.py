@@ -20,7 +20,8 @@ from ..data.reading import whole_text
 from .loading import choose_window, claim_answers, load_model, model_fingerprint
 from .score_page import perplexity_page
 from .perplexity import DocumentScore, TextScore, document_scores, heldout_texts, total_score
-from ..files import UserError, append_jsonl, folder_lock, read_json, read_jsonl, writable_folder, write_json
+from ..files import UserError, append_jsonl, folder_lock, is_there, read_json, read_jsonl, writable_folder
+from ..files import write_json
 
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -178,7 +179,7 @@ def check_output(
         raise UserError(f"--output {output}: is for the scores as JSON; page and documents are put beside it")
     *_, settings = beside = files_beside(output)
     writable_folder(output.parent)
-    there = [file for file in (output, *beside) if file.exists() or file.is_symlink()]
+    there = [file for file in (output, *beside) if is_there(file)]
     if there and not is_scoring(*((output, {"kind", "texts"}) if output in there else (settings, {"model", "window"}))):
         raise UserError(f"{there[0]}: is there already, and no earlier peer-eval perplexity wrote it; "
                         "choose another --output")

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..evaluation.loading import in_folder, read_parts
-from ..files import UserError, writable_folder
+from ..evaluation.loading import check_weights, in_folder, read_parts
+from ..files import UserError, at_home, new_folder, refuse_full
 from ..lora_targets import adaptable, check_rank, find_targets
 from ..schema import LoraConfig
 from ..evaluation.loading import no_progress_bars
-from .checkpoints import publish_folder, tell_generation, tokenizer_for_generation
+from .checkpoints import tell_generation, tokenizer_for_generation
 from .freezing import hold_statistics
 
 if TYPE_CHECKING: from transformers import PreTrainedModel
@@ -82,21 +82,22 @@ def merge_adapters(
     if not (checkpoint/"adapter_config.json").is_file():
         raise UserError(f"{checkpoint}: no checkpoint of adapters (it has no adapter_config.json)")
     in_folder(checkpoint)
-    model, _, tokenizer = read_parts(str(checkpoint), True)
+    model, loading, tokenizer = read_parts(str(checkpoint), True)
+    try: check_weights(model, loading)
+    except UserError as error: raise UserError(f"{checkpoint}: {error}") from error
     return model, tokenizer
 
 # %% ../../nbs/training/08_adapters.ipynb #a4c34886
 def write_model(
     model: PreTrainedModel, # with its weights
     tokenizer,              # its own
-    final: Path,            # folder, whole or not there
+    final: Path,            # new folder
 ) -> None:
     "A model as `from_pretrained` takes it"
-    beside = writable_folder(final.with_name(final.name + ".tmp"))
     tell_generation(model, tokenizer)
-    with no_progress_bars(): model.save_pretrained(beside)
-    tokenizer_for_generation(tokenizer).save_pretrained(beside)
-    publish_folder(beside, final)
+    with new_folder(final) as beside, no_progress_bars():
+        model.save_pretrained(beside)
+        tokenizer_for_generation(tokenizer).save_pretrained(beside)
 
 # %% ../../nbs/training/08_adapters.ipynb #20b812bf
 def export_merged(
@@ -106,9 +107,7 @@ def export_merged(
     """Merge adapters into their base, for a plain model
 
     peer-train --merge output/checkpoint-500 merged"""
-    final = Path(out)
-    if final.exists() and any(final.iterdir()) and not (final/"config.json").is_file():
-        raise UserError(f"{out}: holds something else than a model; choose another folder")
-    write_model(*merge_adapters(Path(checkpoint)), final)
-    log.info("%s: merged", final)
+    refuse_full(out)
+    write_model(*merge_adapters(Path(checkpoint)), at_home(out))
+    log.info("%s: merged", out)
     return 0

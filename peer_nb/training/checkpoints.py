@@ -35,10 +35,10 @@ if TYPE_CHECKING: from transformers import PreTrainedModel
 
 # %% auto #0
 __all__ = ['NAME', 'KEPT', 'FREE', 'FREE_SECTIONS', 'rng_state', 'set_rng_state', 'publish_folder', 'remove_folder', 'making',
-           'checkpoints', 'latest_checkpoint', 'check_seal', 'tell_generation', 'tokenizer_for_generation',
-           'write_files', 'save_checkpoint', 'keep_weights', 'weights_only', 'same_base', 'refuse_other_config',
-           'refuse_other_world', 'has_adapters', 'in_files', 'kept_tensors', 'stored_names', 'load_weights',
-           'load_checkpoint']
+           'checkpoints', 'latest_checkpoint', 'instead_of', 'check_seal', 'mend_latest', 'tell_generation',
+           'tokenizer_for_generation', 'write_files', 'save_checkpoint', 'keep_weights', 'weights_only', 'same_base',
+           'refuse_other_config', 'refuse_other_world', 'has_adapters', 'in_files', 'kept_tensors', 'stored_names',
+           'load_weights', 'load_checkpoint']
 
 # %% ../../nbs/training/03_checkpoints.ipynb #029b9256
 def rng_state() -> dict: # lists and tensors only
@@ -122,6 +122,20 @@ def latest_checkpoint(
     "The newest whole checkpoint"
     return next(reversed(checkpoints(output_dir)), None)
 
+# %% ../../nbs/training/03_checkpoints.ipynb #c3394078
+def instead_of(
+    folder: Path, # a checkpoint that cannot be used
+) -> str: # a sentence
+    "What can be done where a checkpoint is gone or damaged"
+    others = [path for path in reversed(checkpoints(folder.parent)) if path != folder]
+    if not others: return "There is no other checkpoint beside it."
+    for path in others:
+        if (path/"trainer_state"/"state.pt").exists():
+            return (f"Continue from an earlier one: --resume {path} (a run of a study: remove the damaged folder, and "
+                    "peer-ablate --resume --retry-failed goes on from there)")
+    return (f"The others, {others[0].name} the newest, have weights only, since the run was finished: train again into "
+            "another output_dir, or begin a new run with their weights (train_config.pretrained_layer_path)")
+
 # %% ../../nbs/training/03_checkpoints.ipynb #5e7ac1e1
 def check_seal(
     folder: Path, # a checkpoint
@@ -130,10 +144,18 @@ def check_seal(
     problems = damages(folder)
     if problems is None: raise UserError(f"{folder}: not a whole checkpoint ({SEAL} is missing)")
     if not problems: return
-    others = [path for path in reversed(checkpoints(folder.parent)) if path != folder]
-    advice = "There is no other checkpoint beside it."
-    if others: advice = f"Continue from an earlier one: --resume {others[0]}"
-    raise UserError(f"{folder} is damaged: {'; '.join(problems)}. {advice}")
+    raise UserError(f"{folder} is damaged: {'; '.join(problems)}. {instead_of(folder)}")
+
+# %% ../../nbs/training/03_checkpoints.ipynb #b1898190
+def mend_latest(
+    output_dir: Path, # of a run, held by this process
+) -> str | None: # what `latest` named, if that is gone
+    "Let `latest` name a checkpoint that is there"
+    file, newest = output_dir/"latest", latest_checkpoint(output_dir)
+    named = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else None
+    if named is None or newest is None or (output_dir/named).is_dir(): return None
+    write_atomic(file, newest.name + "\n")
+    return named
 
 # %% ../../nbs/training/03_checkpoints.ipynb #95606f7c
 def tell_generation(

@@ -20,9 +20,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..cli import check_least, make_main, steady_streams
+from ..cli import check_least, make_main, spell_resume, steady_streams
 from ..config import Config, apply_overrides, diff_configs, load_config, to_dict
-from ..data.corpora import data_manifest, load_tokenizer
+from ..data.corpora import check_datasets, check_parts, data_manifest, load_tokenizer
 from ..data.packing import training_batches, differences
 from ..evaluation.loading import load_to_train
 from ..evaluation.benchmarks import benchmark_metrics, run_benchmarks
@@ -31,9 +31,10 @@ from ..evaluation.task_recall import ask_tasks, check_tasks, recall_metrics
 from ..formats import clock, size_text
 from ..files import UserError, folder_lock, read_json, read_jsonl, writable_folder, write_json
 from ..pretrained import model_sizes
-from .adapters import add_adapters, export_merged
+from .adapters import add_adapters, export_merged, merge_adapters, write_model
 from .checkpoints import FREE, checkpoints, keep_weights, latest_checkpoint, load_checkpoint
-from .checkpoints import remove_folder, rng_state, save_checkpoint, set_rng_state, weights_only
+from .checkpoints import mend_latest, remove_folder, rng_state, save_checkpoint, set_rng_state
+from .checkpoints import weights_only
 from .freezing import freeze_model_layers
 from .launch import how_many, train_in_processes
 from .layer_loading import PretrainedLayerLoader, checkpoint_options
@@ -51,7 +52,7 @@ if TYPE_CHECKING: from transformers import PreTrainedModel
 # %% auto #0
 __all__ = ['MAX_SKIPPED_IN_ROW', 'EVALUATIONS', 'OWN_FILES', 'command', 'check_vocabulary', 'check_own_tokenizer', 'Trainer',
            'StepResult', 'score_heldout', 'ask_facts', 'ask_benchmarks', 'starting_point', 'TrainResult', 'train',
-           'spell_resume', 'peer_train', 'main']
+           'peer_train', 'main']
 
 # %% ../../nbs/training/11_loop.ipynb #460a5dd1
 def check_vocabulary(
@@ -118,6 +119,8 @@ def total(self: Trainer,
 def build_data(self: Trainer) -> None:
     "Tokenizer, batches, and how many steps they are to be read for"
     cfg, train = self.cfg, self.train
+    check_datasets(cfg.dataset_config.datasets, "dataset_config.datasets")
+    check_parts(cfg)
     self.tokenizer = load_tokenizer(cfg.dataset_config)
     check_vocabulary(self.tokenizer, cfg)
     if self.pretrained: check_own_tokenizer(self.tokenizer, self.pretrained[1], cfg)
@@ -136,7 +139,9 @@ def new_model(self: Trainer) -> PreTrainedModel: # on the CPU
     "The model that the run begins with: a pretrained one, or one with random weights"
     if self.pretrained: return self.pretrained[0]
     from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM   # seconds to import: not for --help
-    return PeerMLAForCausalLM(PeerMLAConfig(**to_dict(self.cfg)["model_config"]))
+    model = PeerMLAForCausalLM(PeerMLAConfig(**to_dict(self.cfg)["model_config"]))
+    if self.cfg.model_config.engram_config.layers: model.get_decoder().take_tokens(self.tokenizer)
+    return model
 
 # %% ../../nbs/training/11_loop.ipynb #e373f616
 @patch
@@ -624,7 +629,8 @@ def run(self: Trainer,
     if self.over and self.processes.main:
         for older in checkpoints(out)[:-1]: keep_weights(older)
     if self.processes.main and self.cfg.lora_config and self.cfg.lora_config.merge:
-        export_merged(str(latest_checkpoint(out)), str(out/"merged"))
+        remove_folder(out/"merged")   # of an earlier start
+        write_model(*merge_adapters(latest_checkpoint(out)), out/"merged")
     result = self.result(out)
     if self.processes.main and self.world_size > 1: result.write(out)
     return result
@@ -645,6 +651,7 @@ def begin(self: Trainer,
         for leftover in [*out.glob("checkpoint-*.tmp"), *out.glob("checkpoint-*.removed")]: remove_folder(leftover)
         for name in OWN_FILES:
             for leftover in out.glob(f".{name}.*.tmp"): leftover.unlink()
+        if gone := mend_latest(out): log.warning("%s is gone; latest names %s now", out/gone, latest_checkpoint(out).name)
     start = self.processes.from_main(start)
     if start:
         self.restore(start, approximate)
@@ -663,20 +670,6 @@ def result(self: Trainer,
     return TrainResult(self.model.eval(), self.tokenizer, metrics, self.heldout, latest_checkpoint(out), c.step,
                        c.tokens, c.seconds, c.tokens / c.seconds, metrics[-1]["loss"], c.skipped,
                        memory_in_use(self.device), self.documents, self.answers, self.benchmarks)
-
-# %% ../../nbs/training/11_loop.ipynb #ff83d45f
-def spell_resume(
-    words: list[str], # a command line
-) -> list[str]: # with train_config.resume_from_checkpoint=PATH for --resume PATH
-    "Tell `--resume PATH` from `--resume`"
-    spelt, rest = [], list(words)
-    while rest:
-        word, equals, path = rest.pop(0).partition("=")
-        path_follows = bool(rest) and not rest[0].startswith("-") and "=" not in rest[0]
-        if word == "--resume" and not equals and path_follows: path = rest.pop(0)
-        chosen = word == "--resume" and path
-        spelt.append(f"train_config.resume_from_checkpoint={path}" if chosen else word + equals + path)
-    return spelt
 
 # %% ../../nbs/training/11_loop.ipynb #1d972b69
 def peer_train(
