@@ -90,7 +90,7 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.engram_config.layers": (MODEL, "which layers look n-grams up"),
     "model_config.engram_config.ngram_size": (ENGRAM, "rows of the table; logits"),
     "model_config.engram_config.num_heads": (ENGRAM, "shape of the table"),
-    "model_config.engram_config.table_size": (ENGRAM, "rows of the table"),
+    "model_config.engram_config.table_size": (OPTIONS, "rows of the table"),
     "model_config.engram_config.embed_dim": (ENGRAM, "width of the table's rows"),
     "model_config.engram_config.kernel_size": (ENGRAM, "shape of the convolution"),
     "model_config.engram_config.seed": (ENGRAM, "addresses; logits"),
@@ -306,7 +306,7 @@ def test_every_model_key_changes_the_model():
     mixed = apply_overrides(base, {"model_config.memory_kind": "moe", "model_config.initializer_range": 0.2, "model_config.moe_config": dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=6)})
     ultra = apply_overrides(base, {"model_config.memory_kind": "ultramem"})
     prints |= dict.fromkeys(EXPERTS, fingerprint(mixed)) | dict.fromkeys(ULTRA, fingerprint(ultra))
-    ngrams = apply_overrides(base, {"model_config.engram_config": dict(layers=[1], num_heads=2, table_size=30, embed_dim=24), "model_config.initializer_range": 0.2})
+    ngrams = apply_overrides(base, {"model_config.engram_config": dict(layers=[1], num_heads=2, table_size=30, embed_dim=24), "model_config.initializer_range": 0.2, "model_config.vocab_size": 300})
     prints |= dict.fromkeys(NGRAMS, fingerprint(ngrams))
     for key, change in CHANGES.items():
         changed = apply_overrides(stretched if "rope_scaling" in key else mixed if key in EXPERTS else ultra if key in ULTRA else ngrams if key in NGRAMS else base, {f"model_config.{name}": value for name, value in change.items()})

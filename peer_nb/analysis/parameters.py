@@ -310,17 +310,18 @@ def layer_rows(
     beside = mlp if c.memory_kind == "ultramem" else 0
     found = [_layer_row("embedding", "embedding", active=0 if tied else d, flops=0, embedding=vocabulary)]
     for n in range(c.num_hidden_layers):
-        parts, here = dict(attention=attention, norms=2*d, dense_mlp=mlp, memory_router=0, memory_tables=0), n in memories
-        active, work = 0, attention_flops
-        if here:
+        parts = dict(attention=attention, norms=2*d, dense_mlp=mlp, memory_router=0, memory_tables=0)
+        active, work = attention + 2*d, attention_flops
+        if n in memories:
             shared = c.share_memory and n != memories[0]
             parts |= dict(dense_mlp=beside, memory_router=router, memory_tables=0 if shared else table)
-            active, work = read, work + router_flops + 2*read
-        active, work = active + attention + 2*d + parts["dense_mlp"] + parts["memory_router"], work + 2*parts["dense_mlp"]
+            active, work = active + router + read, work + router_flops + 2*read
+        active, work = active + parts["dense_mlp"], work + 2*parts["dense_mlp"]
         if n in ngrams:
-            parts["memory_router"], parts["memory_tables"] = parts["memory_router"] + own_router, parts["memory_tables"] + ngrams[n]
+            parts["memory_router"] += own_router
+            parts["memory_tables"] += ngrams[n]
             active, work = active + own_router + c.engram_config.embed_dim, work + own_flops
-        kind = " + ".join(["engram"]*(n in ngrams) + [c.memory_kind if here else "dense"])
+        kind = " + ".join(["engram"]*(n in ngrams) + [c.memory_kind if n in memories else "dense"])
         found.append(_layer_row(n, kind, active, work, **parts))
     head = _layer_row("head", "head", vocabulary + d, 2*vocabulary, embedding=0 if tied else vocabulary, norms=d)
     return [*found, head]

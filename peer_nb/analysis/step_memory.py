@@ -75,7 +75,7 @@ def ultramem_activations(
 ) -> int: # bytes per token
     "What an UltraMem layer keeps beside its feed-forward"
     p, r, heads, values = c.peer_config, c.peer_config.score_rank, c.peer_config.num_heads, value_width(c)
-    queries = heads * (2*width*p.query_dim + 2*2*r*4) + (4*c.hidden_size if width == 2 else 0)   # and copies of the input
+    queries = heads * (2*width*p.query_dim + 2*2*r*4) + (4*c.hidden_size if width == 2 else 0) # and copies
     kept = [min(p.num_experts_per_tok, n) for n in p.product_key_dim]
     scored = heads * (8*sum(kept) + width*r*(sum(p.product_key_dim) + 2*kept[0] + kept[1] + r))
     return queries + scored + heads*p.num_experts_per_tok*(8 + 8 + 4 + width) + (4 + width)*values
@@ -121,7 +121,8 @@ def saved_activations(
     memories, mask = memory_layer_numbers(c), 2 * c.hidden_size if c.dropout else 0
     attention = attention_activations(c, width) + mask
     layers = [attention + (memory_activations if n in memories else mlp_activations)(c, width)
-              + (engram_activations(c, width) if n in c.engram_config.layers else 0) for n in range(c.num_hidden_layers)]
+              for n in range(c.num_hidden_layers)]
+    for n in c.engram_config.layers: layers[n] += engram_activations(c, width)
     return layers + [(8 + width) * c.hidden_size + (0 if c.loss_chunk_size else 4 * c.vocab_size)]
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #3fb5c4af

@@ -306,7 +306,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         "Both branches"
         if hasattr(self, "engram"):
             rows, place = ngrams["rows"][self.self_attn.layer_idx]
-            added = self.engram(hidden_states, rows, ngrams["reach"], ngrams["mask"], kwargs.get("past_key_values"), place)
+            cache = kwargs.get("past_key_values")
+            added = self.engram(hidden_states, rows, ngrams["reach"], ngrams["mask"], cache, place)
             hidden_states = hidden_states + F.dropout(added, self.dropout, self.training)
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs)
         h = hidden_states + F.dropout(attended, self.dropout, self.training)
@@ -698,9 +699,10 @@ def ngram_inputs(self: PeerMLAModel,
     if may_look() and not getattr(self, "knows_tokens", False):
         self.knows_tokens = bool(self.canonical_ids[-1] >= 0)
         if not self.knows_tokens:
-            raise ValueError("engram_config: this model doesn't know which tokens are the same word: "
-                             "model.get_decoder().take_tokens(tokenizer) tells it; peer-train does, and checkpoints keep it")
-    tokens, mask, first = self.canonical_ids[input_ids], real_tokens(attention_mask, input_ids.shape[1]), len(self.layers)
+            raise ValueError("engram_config: this model doesn't know which tokens are the same word: tell it by "
+                             "model.get_decoder().take_tokens(tokenizer), as peer-train does; checkpoints keep it")
+    tokens, mask = self.canonical_ids[input_ids], real_tokens(attention_mask, input_ids.shape[1])
+    first = len(self.layers)
     if mask is not None: tokens = torch.where(mask, tokens, self.canonical_ids[-1])
     tokens = remembered(past_key_values, first, tokens[..., None])[..., 0]
     holders = [n for n, layer in enumerate(self.layers) if hasattr(layer, "engram")]

@@ -36,6 +36,8 @@ def canonical_map(
     vocab_size: int, # rows of the model's embedding, at least the tokenizer's size
 ) -> tuple[list[int], int]: # canonical number of each token; that of what stands before a text
     "Tokens that are the same word get the same number"
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"vocab_size is {vocab_size}, and the tokenizer has {len(tokenizer)} tokens; enlarge it")
     numbers, out = {}, []
     for token in range(vocab_size):
         if token >= len(tokenizer): key = (token,)                                   # a row without a token

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE_GRADIENTS', 'TABLE_DTYPES', 'ACTIVATIONS', 'RUN', 'SLOPES', 'MEMORY_KINDS', 'MemoryTable', 'is_plain_table',
            'gather_dot_reference', 'gather_dot', 'row_order', 'table_gradient', 'values_reference', 'ReadValues',
-           'ReadExperts', 'experts_reference', 'ExpertUsage', 'MemoryLayer', 'owners_table', 'run_experts', 'PEER',
+           'ReadExperts', 'experts_reference', 'ExpertUsage', 'MemoryLayer', 'owners_table', 'read_neurons', 'PEER',
            'read_values', 'ProductKeyMemory', 'MemoryPlus']
 
 # %% ../../nbs/models/04_peer.ipynb #58b7bad8
@@ -211,8 +211,8 @@ class ExpertUsage:
 class MemoryLayer(ProductKeyRouter):
     "A router with tables; subclasses say what is stored and how it is read"
     table_names: tuple[str, ...] = () # attributes that hold the tables
-    beside = False # whether it stands beside a feed-forward instead of in its place
-    additive = True # whether the score of a row is the sum of its sub-keys'
+    # whether it stands beside a feed-forward, not in its place; whether a row's score is the sum of its sub-keys'
+    beside, additive = False, True
 
     def __init__(self,
         hidden_size: int, # width of input and output
@@ -389,7 +389,7 @@ def rows(self: MemoryLayer,
     return table(index).to(index.device)
 
 # %% ../../nbs/models/04_peer.ipynb #c3119639
-def run_experts(
+def read_neurons(
     layer: MemoryLayer, # whose two tables hold input and output vectors
     x: Tensor, # [tokens, width of a vector]
     weights: Tensor, # [tokens, P] of the chosen experts
@@ -429,7 +429,7 @@ class PEER(MemoryLayer):
             if use_kernel(self.kernel, x, down, up, width=x.shape[1]):
                 x, factors, sparse = x.to(down.dtype), self.in_factors(), self.table_gradient == "sparse"
                 return read_experts(down, up, x, weights, index, self.activation, sparse, factors=factors)
-        return run_experts(self, x, weights, index, self.activation)
+        return read_neurons(self, x, weights, index, self.activation)
 
 # %% ../../nbs/models/04_peer.ipynb #e780851d
 def read_values(

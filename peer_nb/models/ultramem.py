@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .options import PeerConfig, ultramem_problem
-from .peer import MemoryLayer, run_experts
+from .peer import MemoryLayer, read_neurons
 
 # %% ../../nbs/models/06_ultramem.ipynb #5843f16a
 def leading_pair(
@@ -114,6 +114,7 @@ def row_width(self: UltraMem) -> int:
     "Numbers in a row of a table"
     return self.value_dim
 
+# %% ../../nbs/models/06_ultramem.ipynb #55bb168f
 @patch
 def init_std(self: UltraMem,
     name: str, # which table; both are alike
@@ -131,6 +132,7 @@ def queries(self: UltraMem,
     "Projected queries, each piece normalised"
     return self.query_norm(self.query_proj(x).unflatten(-1, (self.num_heads, 2*self.score_rank, -1))).flatten(-2)
 
+# %% ../../nbs/models/06_ultramem.ipynb #8f1393c0
 @patch
 def side_scores(self: UltraMem,
     query: Tensor, # [tokens, heads, query_dim]
@@ -149,6 +151,7 @@ def retrieve(self: UltraMem,
     "The best rows of each head"
     return tucker_top_k(*self.side_scores(query), self.core.to(query.dtype), self.top_k)
 
+# %% ../../nbs/models/06_ultramem.ipynb #18ed8947
 @patch
 def route(self: UltraMem,
     x: Tensor, # [tokens, d]
@@ -157,6 +160,7 @@ def route(self: UltraMem,
     "The best rows of each head and their scores"
     return self.retrieve(self.queries(x, mask))
 
+# %% ../../nbs/models/06_ultramem.ipynb #e9666de7
 @patch
 def read(self: UltraMem,
     x: Tensor, # [tokens, d]
@@ -164,4 +168,4 @@ def read(self: UltraMem,
     index: Tensor, # [tokens, P] their numbers
 ) -> Tensor: # [tokens, d]
     "Run the chosen rows between the two projections"
-    return self.value_proj(run_experts(self, self.pre_proj(x), weights, index, "linear").to(x.dtype))
+    return self.value_proj(read_neurons(self, self.pre_proj(x), weights, index, "linear").to(x.dtype))

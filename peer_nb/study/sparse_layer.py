@@ -244,7 +244,8 @@ def residual_rows(
     rows, context = [], base.dataset_config.max_seq_length
     for level, overrides in levels.items():
         arm = apply_overrides(base, overrides).model_config
-        found, bare = residual_of(arm, base.model_config, context), not (memory_layer_count(arm) or arm.engram_config.layers)
+        found = residual_of(arm, base.model_config, context)
+        bare = not (memory_layer_count(arm) or arm.engram_config.layers)
         rows.append({"sparse_layer": level, "active FLOPs": f"{found.flops:+.2%}",
                      "parameters": "not comparable" if bare else f"{found.total:+.2%}",
                      "bytes read per token": f"{found.bytes:,}"})
