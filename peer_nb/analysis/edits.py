@@ -161,8 +161,8 @@ def check_places(
     most, before = max(len(e.context) + len(e.answer) - 1 for e in asked), max(len(e.context) for e in asked)
     for e in edits:
         if isinstance(e.at, int) and not -before <= e.at < most:
-            reach = f"from 0 to {most - 1}, and from -{before}, the first token of the longest question, to -1, its last"
-            raise UserError(f"{e}: no question has this position; they go {reach}")
+            raise UserError(f"{e}: no question has this position; they go from 0 to {most - 1}, and from -{before} to "
+                            "-1, counted from a question's end")
 
 # %% ../../nbs/analysis/13_edits.ipynb #a48ecdf9
 @dataclass
@@ -386,6 +386,17 @@ def check_aim(
     first = ", ".join(e.question.id for e in encoded[:3])
     raise UserError(f"--aim {unknown[0]}: no such question; the first ones are {first}")
 
+# %% ../../nbs/analysis/13_edits.ipynb #d6d89dd0
+def check_places(
+    encoded: Sequence[Encoded], # questions
+    edits: Sequence[Edit], # a chain
+):
+    "Refuse an edit at a position that no question has"
+    for e in (e for e in edits if isinstance(e.at, int)):
+        sizes = (len(q.context) + len(q.answer) if e.at >= 0 else len(q.context) for q in encoded)
+        if (longest := max(sizes)) <= (e.at if e.at >= 0 else -e.at - 1):
+            raise UserError(f"{e}: no question has this position; the longest has {longest} before it ends")
+
 # %% ../../nbs/analysis/13_edits.ipynb #a46f5b03
 def sweep(
     model: nn.Module, # in evaluation mode
@@ -396,7 +407,7 @@ def sweep(
 ) -> dict[str, Any]: # curve: for each weight the numbers of `judged`; answers under the last
     "Efficacy and collateral of a chain of edits, at each weight"
     check_edits(model, edits)
-    check_places(edits, encoded)
+    check_places(encoded, edits)
     check_aim(encoded, () if aim is None else aim if isinstance(aim, (list, tuple)) else [aim])
     aim = facts_of_rows(model, encoded, edits) if aim is None else list(aim)
     weights = next((e.weight for e in edits if isinstance(e.weight, tuple)), (None,))
