@@ -18,7 +18,7 @@ from .models.options import Allowed, Count, Index, ModelConfig, Decay, Positive
 __all__ = ['Seed', 'NotNegative', 'Share', 'Part', 'Text', 'Tokenizer', 'Template', 'Levels', 'Initialization', 'Targets',
            'ConfigError', 'MappingText', 'OptimizationConfig', 'TrainConfig', 'DatasetEntry', 'DatasetConfig',
            'EvalConfig', 'WandbConfig', 'LoraConfig', 'BridgeSource', 'BridgeTarget', 'TranslatorConfig', 'BridgeLoss',
-           'BridgeLosses', 'BridgeData', 'BridgeEvaluation', 'BridgeConfig', 'Config']
+           'BridgeLosses', 'BridgeData', 'BridgeEvaluation', 'BridgeConfig', 'is_number', 'Config']
 
 # %% ../nbs/01_schema.ipynb #ba4356cc
 class ConfigError(UserError, ValueError):
@@ -283,6 +283,13 @@ class BridgeConfig:
     losses: BridgeLosses = field(default_factory=BridgeLosses) # what it learns from
     data: BridgeData = field(default_factory=BridgeData) # items
     evaluate: BridgeEvaluation = field(default_factory=BridgeEvaluation) # answers
+
+# %% ../nbs/01_schema.ipynb #093d80ee
+def is_number(
+    value: Any, # of YAML, or of a line of JSON
+) -> bool:
+    "Whether a value is a number; true and false, which Python counts as 1 and 0, are none"
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 # %% ../nbs/01_schema.ipynb #4a16114e
 @dataclass

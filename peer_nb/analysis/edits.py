@@ -386,17 +386,6 @@ def check_aim(
     first = ", ".join(e.question.id for e in encoded[:3])
     raise UserError(f"--aim {unknown[0]}: no such question; the first ones are {first}")
 
-# %% ../../nbs/analysis/13_edits.ipynb #d6d89dd0
-def check_places(
-    encoded: Sequence[Encoded], # questions
-    edits: Sequence[Edit], # a chain
-):
-    "Refuse an edit at a position that no question has"
-    for e in (e for e in edits if isinstance(e.at, int)):
-        sizes = (len(q.context) + len(q.answer) if e.at >= 0 else len(q.context) for q in encoded)
-        if (longest := max(sizes)) <= (e.at if e.at >= 0 else -e.at - 1):
-            raise UserError(f"{e}: no question has this position; the longest has {longest} before it ends")
-
 # %% ../../nbs/analysis/13_edits.ipynb #a46f5b03
 def sweep(
     model: nn.Module, # in evaluation mode
@@ -407,7 +396,7 @@ def sweep(
 ) -> dict[str, Any]: # curve: for each weight the numbers of `judged`; answers under the last
     "Efficacy and collateral of a chain of edits, at each weight"
     check_edits(model, edits)
-    check_places(encoded, edits)
+    check_places(edits, encoded)
     check_aim(encoded, () if aim is None else aim if isinstance(aim, (list, tuple)) else [aim])
     aim = facts_of_rows(model, encoded, edits) if aim is None else list(aim)
     weights = next((e.weight for e in edits if isinstance(e.weight, tuple)), (None,))

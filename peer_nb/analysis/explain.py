@@ -166,7 +166,8 @@ def said_of(
     with told_by_file(path):
         found = SAID[kind](result)
         for one in found:
-            if not isinstance(one.value, (int, float, type(None))): raise TypeError(f"{one.name} is {one.value!r:.40}, no number")
+            if isinstance(one.value, (int, float, type(None))): continue
+            raise TypeError(f"{one.name} is {one.value!r:.40}, no number")
         return found
 
 # %% ../../nbs/analysis/22_explain.ipynb #414c769c

@@ -22,14 +22,15 @@ from ..files import UserError, read_json, read_jsonl, writable_folder, write_ato
 from ..formats import decimals, number, text_table
 from ..page import COLOURS, figure_html, note_html, render, section_html, table_html, text_html, write_page
 from ..result_schema import FLAG, NUMBER, TEXT, WHOLE, fields, keyed, many, maybe
+from ..schema import is_number
 from ..stats import compare
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['LOSSES_SCHEMA', 'Curve', 'found_gaps', 'is_number', 'attempts_of', 'read_curve', 'line_name', 'runs_of', 'smoothed',
-           'mean_curve', 'losses_result', 'with_breaks', 'losses_figure', 'losses_png', 'caption_text', 'problem_lines',
-           'end_rows', 'draw_losses', 'losses']
+__all__ = ['LOSSES_SCHEMA', 'Curve', 'found_gaps', 'attempts_of', 'read_curve', 'line_name', 'runs_of', 'smoothed', 'mean_curve',
+           'losses_result', 'with_breaks', 'losses_figure', 'losses_png', 'caption_text', 'problem_lines', 'end_rows',
+           'draw_losses', 'losses']
 
 # %% ../../nbs/analysis/25_losses.ipynb #415f2322
 @dataclass
@@ -54,10 +55,6 @@ def found_gaps(
     return [(a, b) for a, b in zip(at, at[1:]) if b - a > 1.5*usual]
 
 # %% ../../nbs/analysis/25_losses.ipynb #34d584d1
-def is_number(value: Any) -> bool:
-    "Whether a value of a log is a number"
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
 def attempts_of(
     status: Path, # of a run; may be missing, or damaged
 ) -> int: # 1 where it does not say
@@ -171,8 +168,8 @@ def losses_result(
         raise UserError(f"{', '.join(words)}: no run has two lines of metrics with a number called {column}")
     def plain(c): return dict(run=c.name, points=len(c.tokens), gaps=[*map(list, c.gaps)], restarts=c.restarts,
                               broken=c.broken, attempts=c.attempts, tokens=c.tokens, loss=c.loss)
-    found = [dict(line=line, seeds=sum(len(c.tokens) > 1 for c in curves), runs=[plain(c) for c in curves], **mean_curve(curves, smooth))
-             for line, curves in lines.items()]
+    found = [dict(line=line, seeds=sum(len(c.tokens) > 1 for c in curves), runs=[plain(c) for c in curves],
+                  **mean_curve(curves, smooth)) for line, curves in lines.items()]
     return analysis_result("losses", words, dict(column=column, smooth=smooth, lines=found))
 
 # %% ../../nbs/analysis/25_losses.ipynb #fc330c04
@@ -205,7 +202,8 @@ def losses_figure(
         if line["seeds"] == 1: xs, ys = with_breaks(xs, ys, line["runs"][0]["gaps"])
         figure.add_scatter(x=xs, y=ys, name=name, legendgroup=name, mode="lines", line=dict(width=2, color=colour),
                            connectgaps=False, hovertemplate="%{x:,} tokens: %{y:.4f}")
-        marks = [(r["run"], t) for r in line["runs"] for t in r["restarts"] if line["tokens"] and t <= line["tokens"][-1]]
+        last = max(line["tokens"], default=-1)
+        marks = [(r["run"], t) for r in line["runs"] for t in r["restarts"] if t <= last]
         heights = [next((m for at, m in zip(line["tokens"], line["mean"]) if at >= t and m is not None), None)
                    for _, t in marks]
         if marks: figure.add_scatter(

@@ -139,8 +139,8 @@ def row_document(
     prompt, answer = row.get("prompt"), row.get("answer")
     if isinstance(prompt, str) and isinstance(answer, str) and answer:
         span = len(prompt), len(prompt) + len(answer)
-        end = row.get("end")
-        return Document(name, prompt + answer + (end if isinstance(end, str) else ""), (span,), {}, prompt.strip().rstrip(":?").strip())
+        end = row["end"] if isinstance(row.get("end"), str) else ""
+        return Document(name, prompt + answer + end, (span,), {}, prompt.strip().rstrip(":?").strip())
     text = row.get("text")
     return Document(name, text) if isinstance(text, str) and text.strip() else None
 

@@ -105,11 +105,11 @@ def read_translator(
     try:
         with no_progress_bars(): found, loading = Translator.from_pretrained(place, output_loading_info=True)
         check_numbers(found, loading)
+        return found
     except UserError as error: raise UserError(f"{place}: {error}") from error
     except Exception as error:   # whatever a library finds in files that somebody has changed
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{place}: cannot be loaded ({reason})") from error
-    return found
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{place}: cannot be loaded ({type(error).__name__}: {reason})") from error
 
 # %% ../../nbs/bridge/06_bridge.ipynb #42041d04
 def model_hashes(

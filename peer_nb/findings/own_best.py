@@ -39,7 +39,7 @@ def at_edge(
     level: str, # that was chosen
     levels: list[str], # of the axis, as the study has them
 ) -> bool:
-    "Whether a better setting may lie beyond those that were tried: by size where levels are numbers, else by their order"
+    "Whether a better setting may lie beyond those that were tried, by size where levels are numbers, else by order"
     try: ordered = sorted(levels, key=float)
     except ValueError: ordered = levels
     return level in (ordered[0], ordered[-1])
@@ -74,7 +74,8 @@ def arm_ledger(
     if not means: return ArmLedger(arm, {}, None, None, 0, planned, waiting)
     first, *rest = sorted(means, key=lambda setting: sign*means[setting])
     best = dict(zip(tuned, first))
-    seen = {axis: {setting[n] for setting in means} for n, axis in enumerate(tuned)}   # a setting that failed is no edge
+    # a setting that failed is no edge
+    seen = {axis: {setting[n] for setting in means} for n, axis in enumerate(tuned)}
     edges = [a for a, level in best.items() if at_edge(level, [l for l in plan.axes[a] if l in seen[a]])]
     return ArmLedger(arm, best, means[first], abs(means[rest[0]] - means[first]) if rest else None, len(means), planned,
                  waiting, edges)

@@ -11,7 +11,7 @@ from ..files import read_json, write_json
 from .effects import in_arm
 from .results import StudyRuns
 from .verdicts import Finding, study_findings
-from ..study.claims import is_number
+from ..schema import is_number
 from ..study.plan import Cell, cell_rounds
 from ..study.run import FINISHED, ROUNDS
 

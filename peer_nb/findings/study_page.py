@@ -25,7 +25,8 @@ from .summary import wall_time_rows, wall_time_sentence
 from .verdicts import Finding, judged_effects, study_findings
 from ..formats import decimals, ratio_text, short_number, size_text
 from ..page import figure_html, page_html, render, write_plotly
-from ..study.claims import claim_over, is_number
+from ..schema import is_number
+from ..study.claims import claim_over
 from ..study.plan import Match, Plan, matching, plan_residuals
 from ..study.run import FILES, FINISHED, RUNS, STUDY, file_name
 
@@ -218,8 +219,8 @@ def claims_part(
 # %% ../../nbs/findings/08_study_page.ipynb #2fd714b1
 LEDGER = """
 <h2>What was tried for each arm</h2>
-<p class="soft">Every arm is compared at its own best setting of {{ tuned }}, chosen by <b>{{ metric }}</b>. Runs at other
-settings are in no effect; they are rows of the table of all runs.</p>
+<p class="soft">Every arm is compared at its own best setting of {{ tuned }}, chosen by <b>{{ metric }}</b>. Runs at
+other settings are in no effect; they are rows of the table of all runs.</p>
 {% for line in warnings %}
 <p class="off">{{ line }}.</p>
 {% endfor %}
@@ -405,8 +406,8 @@ def effects_part(
     variance = variance_sentence(rows, plan)
     beside = BESIDE[design_of(table_rows(rows), plan.axes).variance]
     trends = {m: [trend_text(t) for t in trend_rows(rows, plan.axes, m)] for m in effects}
-    return render(EFFECTS, trends=trends, plan=plan, metrics=list(effects), charts=charts, variance=variance, beside=beside,
-                  noise={m: noise_sentence(rows, m, e) for m, e in effects.items()},
+    return render(EFFECTS, trends=trends, plan=plan, metrics=list(effects), charts=charts, variance=variance,
+                  beside=beside, noise={m: noise_sentence(rows, m, e) for m, e in effects.items()},
                   effects={m: effect_rows(e) for m, e in effects.items()})
 
 # %% ../../nbs/findings/08_study_page.ipynb #598af7f4

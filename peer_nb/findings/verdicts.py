@@ -10,13 +10,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..study.claims import better, claim_edits, claim_over, is_number, read_claims
+from ..study.claims import better, claim_edits, claim_over, read_claims
 from ..study.plan import Plan
 from ..study.run import FINISHED, STUDY, Run
 from .effects import Answer, Contrast, Design, Effect, answer, answer_text, design_of, effects_table
 from .effects import hope, how_far, in_arm, looked, no_interval, round_numbers, table_rows, usable
 from ..formats import decimals
 from ..sequential import Looks
+from ..schema import is_number
 from ..stats import Comparison, Noise, compare, holm
 from .own_best import own_best
 from .results import StudyRuns

@@ -19,7 +19,7 @@ from ..study.plan import Cell, Match, Plan, load_plan, matching, plan_residuals,
 from ..study.run import Run, studies_in
 from ..factorial import smallest_found
 from ..findings.effects import design_of
-from .seed_outlook import NoiseParts, axis_precision, curve_lines, rounds_outlook
+from .seed_outlook import NoiseParts, axis_precision, rounds_outlook, seed_curve_lines
 from ..config import Config
 from ..files import UserError
 
@@ -191,7 +191,8 @@ def detectable_effects(
         if design.variance == "runs": beside = f"{degrees:.3g} degrees of freedom"
         several = f", {show(questions)} as one of {questions} questions" if questions > 1 else ""
         out.append(f"  {axis}: {show(1)} alone{several} ({beside})")
-    aliased = [axis for axis, levels in plan.axes.items() if len(levels) > 1 and axis not in axis_precision(plan, design)]
+    told = axis_precision(plan, design)
+    aliased = [axis for axis, levels in plan.axes.items() if len(levels) > 1 and axis not in told]
     others = {axis: " and ".join(design.aliased(axis)) for axis in aliased}
     return out + [f"  {axis}: cannot be told" + (f" from {other}" if other else "") for axis, other in others.items()]
 
@@ -335,9 +336,9 @@ def seeds_text(
 ) -> list[str]: # lines
     "What the seeds of a plan can show, of its arms at one setting each"
     arms, tuned = plan.arms(), plan.study.get("nuisance") or []
-    said = [f"{axis} ({len(plan.axes[axis])} settings) is tuned: each arm is compared at its own best" for axis in tuned]
+    said = [f"{a} ({len(plan.axes[a])} settings) is tuned: each arm is compared at its own best" for a in tuned]
     return [*said, *rounds_outlook(arms), *detectable_effects(arms, seen.spread),
-            *curve_lines(arms, seen.noise or NoiseParts())]
+            *seed_curve_lines(arms, seen.noise or NoiseParts())]
 
 # %% ../../nbs/running/06_estimates.ipynb #cddc27f0
 def plan_text(

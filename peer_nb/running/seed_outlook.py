@@ -14,14 +14,14 @@ from ..factorial import weights
 from ..formats import decimals, text_table
 from ..findings.effects import Design, design_of, in_arm
 from ..sequential import Looks, Walked, walked
-from ..study.claims import is_number
+from ..schema import is_number
 from ..study.plan import Plan, cell_rounds
 
 if TYPE_CHECKING: import numpy as np
 
 # %% auto #0
 __all__ = ['SPENT_AS', 'walked_plan', 'runs_of_rounds', 'rounds_outlook', 'NoiseParts', 'axis_precision', 'paired_design',
-           'seen_by', 'seed_curve', 'pairing_advice', 'curve_lines']
+           'seen_by', 'seed_curve', 'pairing_advice', 'seed_curve_lines']
 
 # %% ../../nbs/running/04_seed_outlook.ipynb #02b8f8c7
 def _cell_design(plan: Plan, cells: list) -> Design:
@@ -191,7 +191,7 @@ def pairing_advice(
             f"with the same runs{cost}: seeds: {{pairing: {best}, …}}")
 
 # %% ../../nbs/running/04_seed_outlook.ipynb #76b65d11
-def curve_lines(
+def seed_curve_lines(
     plan: Plan, # of a study
     noise: NoiseParts, # of a run and of a seed
 ) -> list[str]: # for a terminal
@@ -199,5 +199,5 @@ def curve_lines(
     rows = seed_curve(plan, noise)
     if not rows: return []
     said = noise.known or "in units of the noise of a run; that a seed's own mood is as large is a guess"
-    return ["", f"smallest effect on {plan.metric} that is found with a chance of 80 %, alone, on the axis that is told "
-                f"worst ({said}):", text_table(rows), *filter(None, [pairing_advice(plan, noise)])]
+    return ["", f"smallest effect on {plan.metric} that is found with a chance of 80 %, alone, on the axis that is "
+                f"told worst ({said}):", text_table(rows), *filter(None, [pairing_advice(plan, noise)])]

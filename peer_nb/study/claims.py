@@ -10,10 +10,10 @@ from typing import Any, Literal, get_type_hints
 
 from .places import chosen_levels
 from ..config import ConfigError, Text, convert
-from ..schema import NotNegative
+from ..schema import NotNegative, is_number
 
 # %% auto #0
-__all__ = ['LOSSES', 'Claim', 'claim_over', 'is_number', 'read_claims', 'better', 'claim_edits']
+__all__ = ['LOSSES', 'Claim', 'claim_over', 'read_claims', 'better', 'claim_edits']
 
 # %% ../../nbs/study/01_claims.ipynb #355db23c
 @dataclass
@@ -35,13 +35,6 @@ def claim_over(
 ) -> str: # seeds, items or both
     "What a claim generalises to"
     return claim.get("over") or ("items" if claim["test"] == "items" else "both")
-
-# %% ../../nbs/study/01_claims.ipynb #eced9139
-def is_number(
-    value: Any, # of YAML
-) -> bool:
-    "Whether an arm is a fixed value"
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 # %% ../../nbs/study/01_claims.ipynb #c701a4d0
 def _check(claim: dict, before: list[dict], file: str, key: str):

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from .claims import better, is_number
+from .claims import better
 from .places import at
 from .run import PLAN, ROUNDS, file_name
 from .identity import declared_metrics, find_template, identity, package_hash, section_hashes
@@ -28,6 +28,7 @@ from .study import seeds_of_block, shared_overrides, step_tokens
 from ..factorial import balanced_blocks
 from ..sequential import Looks
 from ..config import Config, ConfigError, apply_overrides, config_from_dict, diff_configs, to_dict, validate
+from ..schema import is_number
 from ..data.corpora import task_arguments
 from ..files import UserError, read_json, sha256_of, write_json
 from ..tasks.registry import find_task

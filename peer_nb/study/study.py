@@ -267,12 +267,15 @@ def check_nuisance(study: Study, file: str):
         if len(study.axes[name]) < 2: refuse("nuisance", f"axis {name!r} has one level, so there is nothing to choose")
     if not study.nuisance: return
     if {*study.nuisance} == {*study.axes}: refuse("nuisance", "leaves no axis to compare")
-    if study.design != "full": refuse("design", f"{study.design} does not try every setting of {study.nuisance[0]!r} for "
-                                      "every arm; nuisance axes need design: full")
-    if study.pairing == "blocks": refuse("seeds.pairing", "blocks are no blocks any more when each arm keeps one setting "
-                                         "of the nuisance axes; use common or distinct")
-    if study.rounds: refuse("seeds.first", "seeds cannot be added while settings are still chosen; tune first, or leave "
-                            "out nuisance")
+    if study.design != "full":
+        refuse("design", f"{study.design} does not try every setting of {study.nuisance[0]!r} for every arm; nuisance axes "
+               "need design: full")
+    if study.pairing == "blocks":
+        refuse("seeds.pairing", "blocks are no blocks any more when each arm keeps one setting of the nuisance axes; use "
+               "common or distinct")
+    if study.rounds:
+        refuse("seeds.first", "seeds cannot be added while settings are still chosen; tune first, or leave "
+               "out nuisance")
     for n, claim in enumerate(study.claims):
         if asked := [axis for axis in claim["a"] if axis in study.nuisance]:
             refuse(f"claims.{n}.a", f"{asked[0]!r} is a nuisance axis: each arm is compared at its own best setting of "

@@ -651,7 +651,8 @@ def begin(self: Trainer,
         for leftover in [*out.glob("checkpoint-*.tmp"), *out.glob("checkpoint-*.removed")]: remove_folder(leftover)
         for name in OWN_FILES:
             for leftover in out.glob(f".{name}.*.tmp"): leftover.unlink()
-        if gone := mend_latest(out): log.warning("%s is gone; latest names %s now", out/gone, latest_checkpoint(out).name)
+        if gone := mend_latest(out):
+            log.warning("%s is gone; latest names %s now", out/gone, latest_checkpoint(out).name)
     start = self.processes.from_main(start)
     if start:
         self.restore(start, approximate)
