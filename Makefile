@@ -54,7 +54,7 @@ test: $(VENV)/dev ## all that CI checks: sync, notebooks, pytest, docs, wheel
 	@$(ALONE) $(MAKE) --no-print-directory test-alone
 
 test-alone: $(VENV)/dev
-	TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --durations=8 --deselect tests/test_sync.py $(TEST_FLAGS)
 
 test-full: export TEST_FLAGS += --slow

@@ -70,6 +70,16 @@ def exact(model, answers, memory: int):
     return time.process_time() - start, clean, parts
 
 
+def layer_tokens(model, run) -> int:
+    "How many tokens go through a layer while something runs, over all layers: what there is to compute, whatever it costs"
+    seen = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel())) for layer in model.model.layers]
+    try: run()
+    finally:
+        for hook in hooks: hook.remove()
+    return sum(seen)
+
+
 def compare(clean, parts, keys: list[int], naive_results) -> tuple[float, int, float]:
     "Largest difference of a log-probability; answers that are exact on one side only; the largest effect among those compared"
     unit, example, logprob, right = (torch.cat([getattr(p, name) for p in parts]) for name in ("unit", "example", "logprob", "exact"))
@@ -109,9 +119,10 @@ def measure(side: int, layers: int, memory: int, answers) -> dict:
         worst, differ = max(worst, difference), differ + other
         rounds.append(dict(naive_seconds=per_key*side*side, exact_seconds=seconds, ratio=per_key*side*side/seconds))
     pairs = sum(len(p.unit) for p in parts)
+    fewer = side*side*layer_tokens(model, lambda: evaluate(model, answers)) / layer_tokens(model, lambda: exact(model, answers, memory))
     return dict(rows=side*side, layers=layers, memory_layer=memory, questions=len(answers.ids), tokens=answers.ids.shape[1], pairs_computed=pairs,
                 pairs_in_all=side*side*len(answers.ids), naive_keys_timed=len(keys), naive_is="timed on a sample of keys and multiplied by their number", rounds=rounds,
-                median_ratio=statistics.median(r["ratio"] for r in rounds), largest_logprob_difference=worst, exact_match_differences=differ, largest_effect_compared=effect,
+                median_ratio=statistics.median(r["ratio"] for r in rounds), fewer_layer_tokens=fewer, largest_logprob_difference=worst, exact_match_differences=differ, largest_effect_compared=effect,
                 first_order_spearman=prescreen(model, answers, clean, parts, memory))
 
 
@@ -126,6 +137,6 @@ if __name__ == "__main__":
     for side, layers, memory in ((64, 2, 1), (64, 3, 1), (1024, 2, 1), (1024, 3, 1)):
         case = measure(side, layers, memory, answers)
         result["cases"].append(case)
-        print(f"{case['rows']:>9,} rows, memory in layer {memory} of {layers}: {case['median_ratio']:,.0f} times as fast, difference {case['largest_logprob_difference']:.1e} at effects up to {case['largest_effect_compared']:.2g}, "
+        print(f"{case['rows']:>9,} rows, memory in layer {memory} of {layers}: {case['median_ratio']:,.0f} times as fast ({case['fewer_layer_tokens']:,.0f} times fewer tokens through layers), difference {case['largest_logprob_difference']:.1e} at effects up to {case['largest_effect_compared']:.2g}, "
               f"exact match differs {case['exact_match_differences']}, first order {case['first_order_spearman']:.2f}", flush=True)
         target.write_text(json.dumps(result, indent=1) + "\n")

@@ -6,7 +6,9 @@
 
 Sizes are those of the axis `sparse_layer`: every layer is solved to the active FLOPs and the parameters of a PEER layer.
 Beside them stand transformers' own mixture of experts (eager, and by grouped_mm) with the weights of ours, and
-PEER-pytorch. All are measured in turns; times are process CPU time, and the load of the machine is noted."""
+PEER-pytorch. UltraMem and Engram are measured with the feed-forward of their block, which is narrower for them in all
+blocks; only the training loop compares them fairly. All are measured in turns; times are process CPU time, and the load
+of the machine is noted."""
 import argparse
 import json
 import os
@@ -37,11 +39,26 @@ def base(side, tiny):
         eval_config=dict(max_tokens=256)))
 
 
+class SideBySide(torch.nn.Module):
+    "A feed-forward, and what stands beside it or before it: UltraMem, or n-grams with the addresses of random tokens"
+    def __init__(self, block):
+        super().__init__()
+        self.mlp, self.other, self.engram = block.mlp, getattr(block, "memory", None), getattr(block, "engram", None)
+        if self.engram is not None: self.engram.take_tokens(1000)
+
+    def forward(self, x):
+        if self.engram is None: return self.mlp(x) + self.other(x)
+        reach = torch.arange(x.shape[1])[None]
+        tokens = torch.randint(0, 1000, x.shape[:2])
+        return self.mlp(x) + self.engram(x, self.engram.addresses(tokens, 0, reach), reach)
+
+
 def layer_of(m):
-    "The feed-forward of the last block of a model"
+    "The feed-forward of the last block of a model, with what stands beside it"
     from peer_nb.models.causal_lm import DecoderLayer, PeerMLAConfig
     torch.manual_seed(0)
     block = DecoderLayer(PeerMLAConfig(**asdict(m)), m.num_hidden_layers - 1)
+    if hasattr(block, "engram") or hasattr(block, "memory") and hasattr(block, "mlp"): return SideBySide(block)
     return block.memory if hasattr(block, "memory") else block.mlp
 
 

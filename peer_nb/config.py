@@ -24,7 +24,7 @@ import yaml
 
 from .files import UserError, sha256_of, write_atomic
 from .models.options import Allowed, Count, MLAConfig, ModelConfig, PeerConfig, RopeScaling, attention_problem
-from .models.options import moe_problem, taken_apart
+from .models.options import engram_problem, moe_problem, taken_apart, ultramem_problem
 from .schema import Config, ConfigError, DatasetConfig, DatasetEntry, EvalConfig, LoraConfig, MappingText, Seed
 from .schema import Text, TrainConfig, WandbConfig
 
@@ -203,7 +203,7 @@ def _memory_problems(m: ModelConfig) -> Problems:
             "so the keys would learn nothing; choose 2 or more, or score sigmoid")
     if p.query_norm == "none" and p.batch_norm_query:
         yield here + "query_norm", "none contradicts batch_norm_query: true; set batch_norm_query: false as well"
-    if p.query_norm in ("layer", "batch") and not p.batch_norm_query:
+    if p.query_norm in ("layer", "pieces", "batch") and not p.batch_norm_query:
         yield here + "query_norm", (f"{p.query_norm} contradicts batch_norm_query: false; "
             "set it to true, or query_norm to none")
 
@@ -230,10 +230,14 @@ def _model_problems(m: ModelConfig) -> Problems:
         if layer >= m.num_hidden_layers: yield key, f"{layer} is not a layer; allowed: 0 to {m.num_hidden_layers - 1}"
         if layer in m.memory_layers[:i]: yield key, f"{layer} is named twice"
     if problem := attention_problem(m): yield f"model_config.{problem[0]}", problem[1]
+    if problem := engram_problem(m.engram_config, m.num_hidden_layers):
+        yield f"model_config.engram_config.{problem[0]}", problem[1]
     if m.use_peer and m.memory_kind == "moe":
         if problem := moe_problem(m.moe_config): yield f"model_config.moe_config.{problem[0]}", problem[1]
         if m.share_memory:
             yield "model_config.share_memory", "true has no meaning for memory_kind: moe; set it to false"
+    if m.use_peer and m.memory_kind == "ultramem" and (problem := ultramem_problem(m.peer_config)):
+        yield f"model_config.peer_config.{problem[0]}", problem[1]
     yield from _memory_problems(m)
 
 # %% ../nbs/02_config.ipynb #cfcdd361
@@ -557,7 +561,8 @@ def diff_configs(
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 # %% ../nbs/02_config.ipynb #2625cd36
-LATER = ("bridge_config", "model_config.attention_kind", "model_config.num_key_value_heads", "model_config.moe_config")
+LATER = ("bridge_config", "model_config.attention_kind", "model_config.num_key_value_heads", "model_config.moe_config",
+         "model_config.peer_config.score_rank", "model_config.peer_config.value_dim", "model_config.engram_config")
 
 def plain_keys(
     cfg: Config, # a whole configuration

@@ -27,7 +27,7 @@ ALIASES = {
                      mlp=["dense_h_to_4h", "dense_4h_to_h"]),
     "deepseek_v3": LATENT,
     "peer_mla": dict(qv=LATENT["qv"] + ["v_proj"], attn=LATENT["attn"] + ["k_proj", "v_proj"], mlp=LATENT["mlp"],
-                     memory=["expert_down", "expert_up", "values"])}
+                     memory=["expert_down", "expert_up", "values", "pre_values"])}
 
 def aliases_of(
     model_type: str, # of config.json

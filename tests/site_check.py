@@ -2,7 +2,8 @@
 
     python tests/site_check.py run [NOTEBOOK …]    run notebooks, or every one, and store their outputs
     python tests/site_check.py readme   write README.md from nbs/index.ipynb
-    python tests/site_check.py example STUDY    publish a finished study: its page, and the report of its best run
+    python tests/site_check.py example STUDY [TO]    publish a finished study: its page, and the report of its best run; TO: a folder in nbs, else example
+    python tests/site_check.py result PAGE TO    publish one page that a command has written, such as peer-bridge tables, as TO/index.html
 """
 import ast
 import configparser
@@ -119,20 +120,30 @@ def source_of(html: Path) -> Path | None:
     return next((p for p in html.parent.glob("*.ipynb") if re.sub(r"^\d+[a-z]?_", "", p.stem) == html.stem), None)
 
 
+def published(text: str, name: str, to: Path, here: set[str], study: Path) -> str:
+    "A page of results as one of the site: no folder of this machine, one copy of plotly.js, links to what stays behind become text"
+    text = re.sub(rf"(?<![\w.])/[\w./-]*/{re.escape(study.name)}\b", f"{study.parent.name}/{study.name}", text)
+    script = os.path.relpath(ROOT/"nbs"/"example"/"plotly.min.js", (to/name).parent)
+    text = re.sub(r'(<script[^>]*src=")[./]*plotly\.min\.js', rf"\g<1>{script}", text)
+    gone = lambda m: m[0] if m[1].startswith(("http", "#")) or m[1].partition("#")[0] in here else m[2]
+    return re.sub(r'<a [^>]*?href="([^"]*)"[^>]*>(.*?)</a>', gone, text, flags=re.S)
+
+
 def publish(study: Path, to: Path = ROOT/"nbs"/"example"):
-    "A study's page, its effects as a picture and the report of its best run, for the site; links to what stays behind become text"
-    from peer_nb.study.run import file_name
+    "A study's page and the report of its best run, as pages of the site"
     plan = json.loads((study/"plan.json").read_text())["plan"]
     with open(study/"ablation_results.csv", newline="") as file: rows = [row for row in csv.DictReader(file) if row[plan["metric"]]]
     kept = (min if plan["direction"] == "minimize" else max)(rows, key=lambda row: float(row[plan["metric"]]))["run"]
     shutil.rmtree(to, ignore_errors=True)
     for name in ("index.html", f"runs/{kept}/report.html"):
-        text = re.sub(rf"(?<![\w.])/[\w./-]*/{re.escape(study.name)}\b", f"demo_results/{study.name}", (study/name).read_text())
-        here = {"../../index.html", f"runs/{kept}/report.html"}
-        gone = lambda m: m[0] if m[1].startswith(("http", "#")) or m[1].partition("#")[0] in here else m[2]
         (to/name).parent.mkdir(parents=True, exist_ok=True)
-        (to/name).write_text(re.sub(r'<a [^>]*?href="([^"]*)"[^>]*>(.*?)</a>', gone, text, flags=re.S))
-    shutil.copy(study/"visualizations"/f"intervals-{file_name(plan['metric'])}.svg", to/"effects.svg")
+        (to/name).write_text(published((study/name).read_text(), name, to, {"../../index.html", f"runs/{kept}/report.html"}, study))
+
+
+def publish_page(page: Path, to: Path):
+    "One page that a command has written"
+    to.mkdir(parents=True, exist_ok=True)
+    (to/"index.html").write_text(published(page.read_text(), "index.html", to, set(), page.resolve().parent))
 
 
 def mixes_imports(cell: str) -> bool:
@@ -256,7 +267,8 @@ def main(what: str = "", *more: str):
         for page in [Path(name).resolve() for name in more] or pages():
             print(page.relative_to(ROOT), flush=True)
             run(page)
-    elif what == "example": publish(Path(more[0]))
+    elif what == "example": publish(Path(more[0]), ROOT/"nbs"/(more[1] if more[1:] else "example"))
+    elif what == "result": publish_page(Path(more[0]), ROOT/"nbs"/more[1])
     elif what == "readme":
         with tempfile.TemporaryDirectory() as folder: (ROOT/"README.md").write_text(readme(processed(Path(folder))/"index.ipynb"))
     else: sys.exit(__doc__)

@@ -180,7 +180,7 @@ def test_usage_over_files(folder, capsys):
 def test_an_interrupted_run_goes_on_to_the_same_counts(folder, tmp_path, how, capsys):
     "Ctrl-C leaves a partial page; kill -9 leaves the last state; both are continued to what an undisturbed run finds"
     files = [str(folder/f"text{n}.txt") for n in range(6)]
-    words = ["usage", str(folder/"ours"), "--files", *files, "--window", "16", "--batch-size", "2", "--pairs", "4", "--output"]
+    words = ["usage", str(folder/"ours"), "--files", *files, "--window", "32", "--batch-size", "2", "--pairs", "4", "--output"]
     held_up = ("import sys; import peer_nb.analysis.command as c; c.SAVE_SECONDS = 0; import peer_nb.analysis.expert_usage as e; run, groups = e.UsageRun.run_pieces, []\n"
             "def waiting(self, *a):\n    run(self, *a); print('group', flush=True); groups.append(1)\n    if len(groups) == 3: sys.stdin.read()\n"
             "e.UsageRun.run_pieces = waiting; sys.exit(c.main())")
@@ -222,8 +222,8 @@ def test_two_measurements_do_not_share_a_folder(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind, config, cache", [
-    ("bloom", dict(hidden_size=16, n_layer=2, n_head=2), 64), ("mpt", dict(d_model=16, n_layers=2, n_heads=2, max_seq_len=64), 64), ("gpt2", dict(n_embd=16, n_layer=2, n_head=2, n_positions=64), 64),
-    ("mamba", dict(hidden_size=16, num_hidden_layers=2, state_size=4), None), ("mamba2", dict(hidden_size=16, num_hidden_layers=2, num_heads=4, head_dim=8, n_groups=1), None),
+    pytest.param("bloom", dict(hidden_size=16, n_layer=2, n_head=2), 64, marks=pytest.mark.slow), ("mpt", dict(d_model=16, n_layers=2, n_heads=2, max_seq_len=64), 64), ("gpt2", dict(n_embd=16, n_layer=2, n_head=2, n_positions=64), 64),
+    pytest.param("mamba", dict(hidden_size=16, num_hidden_layers=2, state_size=4), None, marks=pytest.mark.slow), ("mamba2", dict(hidden_size=16, num_hidden_layers=2, num_heads=4, head_dim=8, n_groups=1), None),
     ("mixtral", dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64), None)])
 def test_models_of_others_are_counted_and_inspected(kind, config, cache, tmp_path, capsys):
     "As transformers writes them; parameters as torch counts them; no context beyond what the model reads"

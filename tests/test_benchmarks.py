@@ -19,7 +19,8 @@ from peer_nb.study.run import Run  # noqa: E402
 from peer_nb.config import Config, DatasetConfig, EvalConfig, config_from_dict, to_dict  # noqa: E402
 from peer_nb.data.corpora import load_tokenizer  # noqa: E402
 from peer_nb.evaluation.benchmarks import FEWSHOT_SEED, Answers, benchmark_metrics, evaluate_tasks, item_scores, load_tasks, prepare, run_benchmarks, run_tasks  # noqa: E402
-from peer_nb.evaluation.command import main  # noqa: E402
+from peer_nb.analysis.explain import compared_sides, said_of_benchmarks  # noqa: E402
+from peer_nb.evaluation.command import main, write_results  # noqa: E402
 from peer_nb.evaluation.items import write_hub_shape  # noqa: E402
 from peer_nb.files import UserError, read_json, read_jsonl  # noqa: E402
 
@@ -137,6 +138,7 @@ def test_two_models_are_compared_on_the_same_items(choice_tasks, tmp_path):
         (tmp_path/run).mkdir()
         (tmp_path/run/"items.jsonl").write_text("".join(json.dumps(i) + "\n" for i in item_scores(result, scored)))
         own[run] = scored.engine["samples"]
+        write_results(tmp_path/run, result, scored, run)
         for metric, value in benchmark_metrics(result).items():
             if metric.endswith("_se"): continue
             values = [v for v, _ in Run(tmp_path/run).items[metric].values()]
@@ -148,6 +150,12 @@ def test_two_models_are_compared_on_the_same_items(choice_tasks, tmp_path):
         found, _, said = item_evidence({n: Run(tmp_path/n) for n in "ab"}, [("a", "b", 1)], metric, 1.0, 0.0)
         assert found.mean == pytest.approx((wins - losses) / len(both)) and found.n == len(both), metric
         assert found.p == pytest.approx(binomtest(wins, wins + losses).pvalue) and said == f"{wins} only a has right, {losses} only b (McNemar)"
+        if len(tasks) == 1:                      # peer-analyze explain reads the same from the folders
+            told, = compared_sides([tmp_path/"a"/"results.json"], [tmp_path/"b"/"results.json"], metric)
+            assert (told.method, told.n) == ("mcnemar", len(both)) and (told.p, told.difference) == pytest.approx((found.p, found.mean))
+            alone = {said.name: said for said in said_of_benchmarks(read_json(tmp_path/"a"/"results.json"))}[metric]
+            share, n = sum(x for x, _ in both) / len(both), len(both)
+            assert (alone.value, alone.n, alone.high - alone.low) == pytest.approx((share, n, 3.92*(share*(1 - share)/(n - 1))**.5))
 
 
 def test_half_the_mmlu_subjects_are_said(choice_tasks):

@@ -14,12 +14,14 @@ from tiny_bridge import write_ends
 from peer_nb.bridge.answers import grade, normal_words, read_number, trimmed, words_f1
 from peer_nb.bridge.arms import ARMS, partners, possible_arms
 from peer_nb.bridge.bridge import Bridge
+from peer_nb.bridge.command import main
 from peer_nb.bridge.evaluation import SAMPLE_SCHEMA, Asking, ask_arms, answer_lines, turns
 from peer_nb.bridge.generation import continued, embedded, quantised, soft_bytes
 from peer_nb.bridge.kv_bytes import cache_bytes, cache_kind, real_cache_bytes, saved_text
-from peer_nb.bridge.items import needle_items
-from peer_nb.config import config_from_dict
-from peer_nb.files import UserError
+from peer_nb.bridge.items import load_items, needle_items
+from peer_nb.bridge.training import train_bridge
+from peer_nb.config import apply_overrides, config_from_dict, save_config
+from peer_nb.files import UserError, append_jsonl, read_jsonl
 from peer_nb.models.causal_lm import PeerMLAConfig
 
 DATA = os.environ.get("PEER_NB_DATA")
@@ -227,3 +229,91 @@ def test_bad_arms_are_refused(bridge, items):
     with pytest.raises(UserError, match="item test-0: the data do not say"): ARMS["oracle"](bridge, [replace(items[0], oracle="")], items[1:2])
     with pytest.raises(UserError, match="unknown; known: source_alone"): possible_arms(items, ["latnt"])
     with pytest.raises(UserError, match="one item alone"): partners(items[:1])
+
+
+# ---- the command, on a run of three steps ------------------------------------------------------------------------------
+
+def few_steps(place: Path, out: Path, *more: str):
+    "A run between the two tiny models"
+    train = dict(output_dir=str(out), max_steps=3, eval_steps=3, per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=1e-2)
+    bridge = dict(source=dict(model=str(place/"source")), target=dict(model=str(place/"target")), translator=dict(soft_tokens=4, depth=1, bottleneck=16, heads=2),
+                  data=dict(train_items=16, validation_items=2, test_items=2), evaluate=dict(max_new_tokens=3))
+    return apply_overrides(config_from_dict(dict(train_config=train, bridge_config=bridge)), [*more])
+
+
+def test_answers_one_at_a_time_are_those_of_a_batch(tmp_path, capsys):
+    "--inference asks what evaluate asks, with a batch of one and files of its own"
+    run = train_bridge(few_steps(write_ends(tmp_path), tmp_path/"run"), progress=False).folder
+    assert main(["evaluate", str(run)]) == 0
+    assert main(["evaluate", str(run), "--inference"]) == 0
+    out = capsys.readouterr().out
+    many, single = (sorted(read_jsonl(run/name/"samples.jsonl"), key=lambda l: (l["arm"], l["split"], l["id"])) for name in ("evaluation", "inference"))
+    plain = lambda lines: [{k: l[k] for k in ("arm", "split", "id", "pred", "em", "in_len", "out_len", "kv_mb_target", "kv_mb_source")} for l in lines]
+    assert plain(many) == plain(single) and len(single) == 12*4
+    assert {l["batch"] for l in single} == {1} and {l["batch"] for l in many} == {2}
+    for line in single: validate(line, SAMPLE_SCHEMA)
+    assert out.count("shuffled_source") == 4 and str(run/"inference"/"index.html") in out
+    assert "inference" in (run/"inference"/"index.html").read_text() and "undefined" in out   # compression of latent_with_text
+
+
+def test_a_swapped_pair_is_the_pair_given_the_other_way_round(tmp_path):
+    "The same weights to the bit, and the same answers of every arm; neither model has changed"
+    ends, swap = write_ends(tmp_path), "bridge_config.swap=true"
+    by_hand = [f"bridge_config.{a}.model={ends/b}" for a, b in (("source", "target"), ("target", "source"))]
+    files = {name: (ends/name/"model.safetensors").read_bytes() for name in ("source", "target")}
+    runs = [train_bridge(few_steps(ends, tmp_path/name, *words), progress=False) for name, words in (("swapped", [swap]), ("by hand", by_hand), ("straight", []))]
+    swapped, hand, straight = (run.bridge for run in runs)
+    assert type(swapped.source) is hf.LlamaForCausalLM and type(swapped.target) is hf.MistralForCausalLM
+    for one, two in zip(swapped.translator.state_dict().values(), hand.translator.state_dict().values(), strict=True): assert one.equal(two)
+    for name, model in (("source", swapped.target), ("target", swapped.source)):
+        kept = hf.AutoModelForCausalLM.from_pretrained(ends/name).state_dict()
+        assert all(value.equal(kept[key]) for key, value in model.state_dict().items())
+    assert swapped.translator.config.target_width == 32 and straight.translator.config.target_width == 24
+    said = []
+    for run in runs[:2]:
+        assert main(["evaluate", str(run.folder)]) == 0
+        said.append([(l["arm"], l["id"], l["pred"], l["kv_mb_source"], l["kv_mb_target"]) for l in read_jsonl(run.folder/"evaluation"/"samples.jsonl")])
+    assert said[0] == said[1] and ", swapped" in (runs[0].folder/"evaluation"/"index.html").read_text()
+
+
+# ---- no input holds its own answer ---------------------------------------------------------------------------------------
+
+def word_problems(folder: Path, leak: str = "") -> Path:
+    "Sixty problems in the format of GSM8K; the question of number 41 ends in what leaks"
+    for n in range(60):
+        answer = f"Ann has {n} + 2 = <<{n}+2={n + 2}>>{n + 2} eggs.\n#### {n + 2}"
+        append_jsonl(folder/"train.jsonl", dict(question=f"Ann has {n} eggs and buys 2. How many?" + leak.format(answer=answer, gold=n + 2)*(n == 41), answer=answer))
+    return folder
+
+
+def questions(folder: Path, leak: str = "") -> Path:
+    "Sixty questions in the format of HotpotQA; a paragraph of number 41 ends in what leaks"
+    rows = [dict(_id=f"5a{n}", question=f"Where was town {n}'s mayor born?", answer=f"Port {n}", type="bridge", level="easy", supporting_facts=[["Mayor", 0]],
+                 context=[["Town", [f"Town {n} has a mayor.", " It is old."]], ["Mayor", [f"The mayor of town {n} was born in Port {n}." + leak.format(answer=f"Port {n}")*(n == 41)]]]) for n in range(60)]
+    (folder/"hotpot_train_v1.1.json").write_text(json.dumps(rows))
+    return folder
+
+
+LEAKS = {"the whole solution": (word_problems, "gsm8k", "train-41", " {answer}"), "its last line": (word_problems, "gsm8k", "train-41", " (#### {gold})"),
+         "an answer that is announced": (questions, "hotpotqa", "5a41", " Answer: {answer}")}
+
+
+@pytest.mark.parametrize("make, task, id, leak", LEAKS.values(), ids=LEAKS.keys())
+def test_an_input_that_holds_its_answer_is_refused_by_its_id(tmp_path, capsys, make, task, id, leak):
+    "In training and by the id of the item; the same file without the leak is read whole"
+    (tmp_path/"clean").mkdir()
+    (tmp_path/"leaking").mkdir()
+    words = [f"bridge_config.data.task={task}", "bridge_config.data.train_items=100", "bridge_config.{end}.prompt='{{context}} {{question}}'"]
+    words = [*words[:2], *(words[2].format(end=end) for end in ("source", "target"))]
+    ends = write_ends(tmp_path)
+    clean = few_steps(ends, tmp_path/"run", *words, f"bridge_config.data.path={make(tmp_path/'clean')}")
+    clean.bridge_config.data.validation_items = clean.bridge_config.data.test_items = 100
+    assert sum(map(len, load_items(clean.bridge_config).values())) == 60
+    leaking = few_steps(ends, tmp_path/"run", *words, f"bridge_config.data.path={make(tmp_path/'leaking', leak)}")
+    leaking.bridge_config.data.validation_items = leaking.bridge_config.data.test_items = 100
+    file = save_config(leaking, tmp_path/"bridge.yaml")
+    capsys.readouterr()   # what was said while the models were written
+    assert main(["train", "--config", str(file)]) == 2
+    err = capsys.readouterr().err
+    assert f"item {id}: its source_prompt contains its own gold answer" in err and err.count("\n") == 1
+    assert not (tmp_path/"run").exists()

@@ -50,8 +50,9 @@ METRICS = {"bridge/test": .8, "test/exact_match": .7, "test_held_out/exact_match
 @pytest.mark.parametrize("file, runs", [("1_stability", 6), ("2_compression", 9), ("3_datasets", 3), ("4_inference", 3)])
 def test_the_studies_of_the_needle_can_be_planned(file, runs):
     plan = planned(BRIDGE/f"{file}.yaml")
-    assert len(plan.cells) == runs and all(cell.parameters["steps"] == 900 and cell.tokens is None for cell in plan.cells)
-    assert all(cell.parameters["trainable"] > 100_000 for cell in plan.cells if "2a" not in cell.levels["experiment"])
+    assert len(plan.cells) == runs and all(cell.parameters["steps"] == 600 and cell.tokens is None for cell in plan.cells)
+    sizes = {cell.levels["experiment"]: cell.parameters["trainable"] for cell in plan.cells}
+    assert all(size > 50_000 for name, size in sizes.items() if not name.startswith(("2a", "2b"))) and [*sizes.values()] == sorted(sizes.values(), reverse=True)
 
 
 def test_2c_is_1a_by_its_hash(tmp_path):
@@ -114,10 +115,10 @@ def test_tables_are_counted_from_runs(tmp_path):
     assert {row["status"] for row in plan_lines(todo)} == {"TODO"} and {c["status"] for c in claim_lines(todo)} == {"TODO"} and not log_lines(todo)
     finish(tmp_path/"study", plan, **METRICS)
     study = study_of(tmp_path/"study")
-    first = plan_lines(study)[0]
+    plain, first = plan_lines(study)
     assert (first["status"], first["tokens"], first["seeds"], first["runtime"]) == ("✓ DONE", 8, 3, "3 min")
-    assert first["stability"] == "InfoNCE, prompt alignment, RoPE projection, KL, early stopping" and plan_lines(study)[1]["stability"] == "none"
-    line = log_lines(study)[0]
+    assert first["stability"] == "InfoNCE, prompt alignment, RoPE projection, KL, early stopping" and plain["stability"] == "none"
+    line = log_lines(study)[1]
     assert line["course"] == "0.900 → 0.720 ± 0.025" and line["degradation"].startswith("0.180")   # .71, .72, .73
     status = {c["claim"]: c["status"] for c in claim_lines(study)}
     assert status["the bridge beats both of its models"] == "SUPPORTED" and status["soft tokens carry more than text"] == "REFUTED"

@@ -27,7 +27,7 @@ quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_hea
 
 MODEL, OPTIONS, ROUTER, LOOP, OPTIM, CORPORA = "models/causal_lm.py", "models/options.py", "models/product_keys.py", "training/loop.py", "training/optim.py", "data/corpora.py"
 PACKING, PERPLEXITY, BENCHMARKS, TRACKING = "data/packing.py", "evaluation/perplexity.py", "evaluation/benchmarks.py", "training/tracking.py"
-ADAPTERS, MOE = "training/adapters.py", "models/moe.py"
+ADAPTERS, MOE, ULTRAMEM, ENGRAM = "training/adapters.py", "models/moe.py", "models/ultramem.py", "models/engram.py"
 TRANSLATOR, BRIDGE_ITEMS, BRIDGE_LOSSES, BRIDGE, BRIDGE_TRAINING = (f"bridge/{name}.py" for name in ("translator", "items", "losses", "bridge", "training"))
 HF = "transformers"   # read by the base class of the model; seen by test_every_model_key_changes_the_model
 
@@ -70,6 +70,8 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.peer_config.table_dtype": ("models/peer.py", "type of the tables' numbers; logits"),
     "model_config.peer_config.kernel": ("models/peer.py", "which operations find and read rows; what is refused"),
     "model_config.peer_config.shared_keys": (OPTIONS, "first dimension of the keys"),
+    "model_config.peer_config.score_rank": (ULTRAMEM, "shape of the cores"),
+    "model_config.peer_config.value_dim": (ULTRAMEM, "width of the tables"),
     "model_config.mla_config.q_lora_rank": ("models/mla.py", "shape of the query projection"),
     "model_config.mla_config.kv_lora_rank": ("models/mla.py", "shape of the latent's projections; size of the cache"),
     "model_config.mla_config.qk_rope_head_dim": ("models/mla.py", "shape of the query projection"),
@@ -85,6 +87,14 @@ OBSERVABLES = {   # dotted key: (file of the package that reads it, what can be 
     "model_config.mla_config.rope_scaling.mscale_all_dim": ("models/mla.py", "logits, under yarn"),
     "model_config.memory_kind": (MODEL, "tables of the memory layers"),
     "model_config.memory_layers": (MODEL, "which layers hold a memory"),
+    "model_config.engram_config.layers": (MODEL, "which layers look n-grams up"),
+    "model_config.engram_config.ngram_size": (ENGRAM, "rows of the table; logits"),
+    "model_config.engram_config.num_heads": (ENGRAM, "shape of the table"),
+    "model_config.engram_config.table_size": (OPTIONS, "rows of the table"),
+    "model_config.engram_config.embed_dim": (ENGRAM, "width of the table's rows"),
+    "model_config.engram_config.kernel_size": (ENGRAM, "shape of the convolution"),
+    "model_config.engram_config.seed": (ENGRAM, "addresses; logits"),
+    "model_config.engram_config.table_device": (ENGRAM, "where the table lies"),
     "model_config.moe_config.n_routed_experts": (MOE, "shape of the experts' stacks"),
     "model_config.moe_config.num_experts_per_tok": (MOE, "experts of a token; logits"),
     "model_config.moe_config.n_shared_experts": (MOE, "shape of the shared experts"),
@@ -259,8 +269,13 @@ EXPERTS = {f"moe_config.{name}": {f"moe_config.{name}": value} for name, value i
 EXPERTS |= dict.fromkeys(("moe_config.n_group", "moe_config.topk_group"), {"moe_config.n_group": 4, "moe_config.topk_group": 2})
 EXPERTS |= {"moe_config.scoring": {"moe_config.scoring": "softmax", "moe_config.balance": "none"}}
 CHANGES |= EXPERTS
+ULTRA = {"peer_config.score_rank": {"peer_config.score_rank": 4}, "peer_config.value_dim": {"peer_config.value_dim": 6}}   # of a model with UltraMem
+CHANGES |= ULTRA
+NGRAMS = {f"engram_config.{name}": {f"engram_config.{name}": value} for name, value in
+          dict(layers=[0, 1], ngram_size=4, num_heads=4, table_size=50, embed_dim=48, kernel_size=2, seed=1).items()}   # of a model with n-grams
+CHANGES |= NGRAMS
 CHANGES |= {f"mla_config.rope_scaling.{name}": change for name, change in SCALING.items()}   # of a model that is stretched
-ELSEWHERE = {"max_position_embeddings", "pretrained", "loss_chunk_size", "peer_config.table_gradient", "peer_config.kernel",
+ELSEWHERE = {"max_position_embeddings", "pretrained", "engram_config.table_device", "loss_chunk_size", "peer_config.table_gradient", "peer_config.kernel",
              *(f"moe_config.{name}" for name in ("balance", "balance_coefficient", "bias_update_rate", "z_loss_coefficient")),
              *(f"peer_config.{name}" for name in ("log_expert_usage", "log_freq", "usage_threshold"))}   # seen in what the model refuses, in another model, in what it returns beside logits, in gradients, in the graph, and in usage.jsonl
 
@@ -268,9 +283,11 @@ ELSEWHERE = {"max_position_embeddings", "pretrained", "loss_chunk_size", "peer_c
 def fingerprint(cfg: Config):
     "Names and shapes of a model's weights, and its logits in training mode"
     import torch
+    from peer_nb.data.corpora import load_tokenizer
     from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
     torch.manual_seed(0)
     model = PeerMLAForCausalLM(PeerMLAConfig(**to_dict(cfg)["model_config"])).train()
+    if cfg.model_config.engram_config.layers: model.get_decoder().take_tokens(load_tokenizer(config.DatasetConfig(tokenizer_name="bytes")))
     torch.manual_seed(1)
     logits = model(input_ids=torch.arange(24).reshape(2, 12)).logits
     return [(name, tuple(weight.shape)) for name, weight in model.named_parameters()], logits
@@ -287,9 +304,12 @@ def test_every_model_key_changes_the_model():
     stretched = apply_overrides(base, {"model_config.mla_config.rope_scaling": YARN, "model_config.initializer_range": 0.2})
     prints |= dict.fromkeys([f"mla_config.rope_scaling.{name}" for name in SCALING], fingerprint(stretched))
     mixed = apply_overrides(base, {"model_config.memory_kind": "moe", "model_config.initializer_range": 0.2, "model_config.moe_config": dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=6)})
-    prints |= dict.fromkeys(EXPERTS, fingerprint(mixed))
+    ultra = apply_overrides(base, {"model_config.memory_kind": "ultramem"})
+    prints |= dict.fromkeys(EXPERTS, fingerprint(mixed)) | dict.fromkeys(ULTRA, fingerprint(ultra))
+    ngrams = apply_overrides(base, {"model_config.engram_config": dict(layers=[1], num_heads=2, table_size=30, embed_dim=24), "model_config.initializer_range": 0.2, "model_config.vocab_size": 300})
+    prints |= dict.fromkeys(NGRAMS, fingerprint(ngrams))
     for key, change in CHANGES.items():
-        changed = apply_overrides(stretched if "rope_scaling" in key else mixed if key in EXPERTS else base, {f"model_config.{name}": value for name, value in change.items()})
+        changed = apply_overrides(stretched if "rope_scaling" in key else mixed if key in EXPERTS else ultra if key in ULTRA else ngrams if key in NGRAMS else base, {f"model_config.{name}": value for name, value in change.items()})
         shapes, logits = fingerprint(changed)
         old_shapes, old_logits = prints.get(key, prints[None])
         assert shapes != old_shapes or not torch.allclose(logits, old_logits, atol=1e-6), f"model_config.{key} changes nothing"

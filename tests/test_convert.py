@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from peer_nb.analysis.command import main
 from peer_nb.analysis.convert import REFUSED, built_layer, converted_model, experts_from_dense, from_foreign, from_meta, from_peer_pytorch, largest_difference
@@ -98,4 +99,62 @@ def test_a_converted_checkpoint_loads_and_says_where_it_came_from(tmp_path, caps
         assert main(words) == 2
         complaint = capsys.readouterr().err
         assert said in complaint and "Traceback" not in complaint
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "peer", "text.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")) == ["dense", "peer", "text.txt"]
+
+
+def pkm_state(d: int, heads: int, n: int, width: int) -> dict[str, torch.Tensor]:
+    return {"to_queries.weight": torch.randn(2*heads*width, d), "keys": torch.randn(heads, n, 2, width), "values.weight": torch.randn(n*n, d),
+            "norm.weight": torch.rand(width) + .5, "norm.bias": torch.randn(width)*.1}
+
+
+@pytest.mark.parametrize("score", ["softmax", "relu"])
+def test_product_key_memory_as_its_paper_and_readme_describe_it(score):
+    "Halves of queries lie before heads, each is normed by itself; the n*n sums of every head by enumeration, the k best weighed, their values added"
+    torch.manual_seed(0)
+    d, heads, n, width, top = 12, 3, 6, 7, 5
+    state, x = pkm_state(d, heads, n, width), torch.randn(40, d)
+    halves = F.layer_norm((x @ state["to_queries.weight"].T).view(-1, 2, heads, width), (width,), state["norm.weight"], state["norm.bias"])
+    one, two = (torch.einsum("thw,hnw->thn", halves[:, p], state["keys"][:, :, p]) for p in (0, 1))
+    best, index = (one[..., :, None] + two[..., None, :]).flatten(2).topk(top)
+    wanted = torch.einsum("thk,thkd->td", best.softmax(-1) if score == "softmax" else best.relu(), state["values.weight"][index])
+    kind, config, tensors = from_foreign(state, top, score=score)
+    with torch.no_grad(): got = built_layer(d, kind, config, tensors)(x)
+    assert kind == "pkm" and config["query_norm"] == "pieces" and torch.allclose(got, wanted, atol=1e-5 * wanted.abs().max().item())
+    for name in ("pre_layernorm.weight", "output_norm.bias", "maybe_concat_combine.2.weight", "norm.fn.weight"):
+        with pytest.raises(UserError, match=name): from_foreign(state | {name: torch.ones(1)}, top)
+
+
+def test_weights_of_product_key_memory():
+    theirs = pytest.importorskip("product_key_memory").PKM
+    torch.manual_seed(0)
+    for gates in (False, True):
+        layer = theirs(16, heads=3, num_keys=9, topk=5, dim_head=7, non_competitive_gates=gates).eval()
+        with torch.no_grad(): layer.keys.mul_(20)
+        ours, x = built_layer(16, *from_foreign(layer.state_dict(), 5, score="relu" if gates else "softmax")), torch.randn(2, 60, 16)
+        with torch.no_grad(): assert torch.allclose(ours(x), layer(x), atol=1e-5) and layer(x).abs().max() > .1
+
+
+def test_a_layer_goes_into_a_checkpoint_and_says_the_same_there(tmp_path, capsys):
+    "The oracle reads the tensors of the new checkpoint by their names, and computes the layer from those of the file"
+    tokenizer = load_tokenizer(DatasetConfig(tokenizer_name="bytes"))
+    for name, kind in (("dense", "dense"), ("memory", "pkm")):
+        for part in (model(kind, len(tokenizer)), tokenizer): part.save_pretrained(tmp_path/name)
+    torch.manual_seed(1)
+    state = pkm_state(16, 2, 5, 4)
+    save_file(state, tmp_path/"layer.safetensors")
+    into = lambda where, *words: ["convert", str(tmp_path/"layer.safetensors"), str(tmp_path/"new"), "--into", str(tmp_path/where), *words]
+    assert main(into("memory", "--top-k", "3")) == 0 and "says what it said alone" in capsys.readouterr().out
+    about, held = json.loads((tmp_path/"new"/"converted.json").read_text()), load_file(tmp_path/"new"/"model.safetensors")
+    assert about["layer"] == 1 and about["largest_difference"] <= 1e-5*about["largest_output"] and about["logits_moved"] > .1
+    assert torch.equal(held["model.layers.1.memory.values.weight"], state["values.weight"]) and torch.equal(held["model.layers.1.memory.query_norm.weight"], state["norm.weight"])
+    before = load_file(tmp_path/"memory"/"model.safetensors")
+    assert all(torch.equal(held[name], before[name]) for name in held if ".layers.1.memory." not in name)
+    for words, said in ((into("dense", "--top-k", "3"), "give --layer"), (into("dense", "--top-k", "3", "--layer", "9"), "layers 0 to 1"), (into("memory"), "give --top-k"),
+                        (into("memory", "--top-k", "4", "--layer", "0"), "is 4 in the new layer"), (into("none", "--top-k", "3"), "no such folder"),
+                        (["convert", str(tmp_path/"memory"), str(tmp_path/"x"), "--layer", "1"], "--layer 1: is for a layer that goes --into")):
+        if "new" in words[2]: words = [*words[:2], str(tmp_path/"x"), *words[3:]]
+        if "is 4 in" in said: words = [w.replace("memory", "new") if w.endswith("/memory") else w for w in words]
+        assert main(words) == 2
+        complaint = capsys.readouterr().err
+        assert said in complaint and "Traceback" not in complaint, complaint
+    assert not (tmp_path/"x").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 import house
 import pytest
 import site_check as site
+import yaml
 
 
 @pytest.fixture(scope="module")
@@ -17,17 +18,21 @@ def built(tmp_path_factory) -> Path:
 def test_sidebar_lists_every_page_once():
     listed = site.sidebar()
     assert len(listed) == len(set(listed))
-    assert set(listed) == {str(p.relative_to(site.ROOT/"nbs")) for p in site.pages()} | {"example/index.html"}
+    results = {name for name in listed if name.endswith(".html")}
+    assert set(listed) - results == {str(p.relative_to(site.ROOT/"nbs")) for p in site.pages()}
+    assert not [name for name in results if not (site.ROOT/"nbs"/name).is_file()]
 
 
-def test_the_finished_study_is_whole():
-    "Its page and the report of a run; nothing that they link to or load is missing but plotly, which make docs copies"
-    example = site.ROOT/"nbs"/"example"
-    for page in [example/"index.html", *example.glob("runs/*/report.html")]:
+def test_finished_studies_are_whole():
+    "Pages of results, and the report of a run of each study; nothing that they link to or load is missing but plotly, which make docs copies to one place"
+    for page in [*site.ROOT.glob("nbs/example/**/*.html"), *site.ROOT.glob("nbs/results/**/*.html")]:
         wanted = re.findall(r'(?:href|src)="([^"#]+)', page.read_text())
         missing = [w for w in wanted if not re.match("https?:|data:|mailto:", w) and not (page.parent/w).exists()]
-        assert {Path(w).name for w in missing} <= {"plotly.min.js"}, f"{page.name} links to {missing}"
-    assert len(list(example.glob("runs/*/report.html"))) == 1
+        assert {(page.parent/w).resolve() for w in missing} <= {site.ROOT/"nbs"/"example"/"plotly.min.js"}, f"{page} links to {missing}"
+    studies = [runs.parent for runs in site.ROOT.glob("nbs/*/**/runs")]
+    assert site.ROOT/"nbs"/"example" in studies and all(len(list(study.glob("runs/*/report.html"))) == 1 for study in studies)
+    resources = yaml.safe_load((site.ROOT/"_quarto.yml").read_text())["project"]["resources"]
+    assert {study.relative_to(site.ROOT/"nbs").parts[0] for study in studies} <= {*resources}
 
 
 def test_quarto_finds_its_configuration():

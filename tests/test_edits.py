@@ -109,7 +109,7 @@ def test_every_edit_equals_a_layer_written_out(kind, encoded):
 
 def test_patterns_are_as_long_as_the_key_and_zeros_score_nothing(encoded):
     layer = small().model.layers[LAYER].memory
-    own = torch.stack([torch.cat([layer.sub_keys[h, I // 5], layer.sub_keys[h, 5 + I % 5]]) for h in range(2)])
+    own = torch.stack([torch.cat([layer.sub_keys[h, I // 4], layer.sub_keys[h, 4 + I % 4]]) for h in range(2)])
     ones, random, zeros = (pattern_keys(layer, parse_edits([dict(pattern=I, key=key)], LAYER)[0]) for key in ("ones", "random", "zeros"))
     assert torch.allclose(ones.norm(dim=-1), own.norm(dim=-1)) and torch.allclose(random.norm(dim=-1), own.norm(dim=-1)) and not zeros.any()
     assert (ones == ones[:, :1]).all()
@@ -230,7 +230,7 @@ def test_judged_counts_what_it_says():
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--drop", "5000"], "rows 0 to 24"), (["--drop", "3", "--layer", "0"], "layer 0 is none of the memory layers: 1, 2"), (["--drop", "3", "--swap", "1", "2"], "give one of"),
+    (["--drop", "5000"], "rows 0 to 15"), (["--drop", "3", "--at", "900"], "no question has this position"), (["--drop", "3", "--layer", "0"], "layer 0 is none of the memory layers: 1, 2"), (["--drop", "3", "--swap", "1", "2"], "give one of"),
     (["--swap", "1"], "two row numbers"), (["--inject", "3"], "--aim"), (["--drop", "3", "--aim", "nobody"], "no such question"), (["--drop", "3", "--at", "end"], "all, answer or a position"),
     (["--edits", "{here}/bad.yaml"], "contradict each other"), (["--edits", "{here}/none.yaml"], "cannot be read"), (["--inject", "3", "--save", "{here}/saved"], "cannot be saved"),
     (["--drop", "3", "--head", "9"], "heads 0 to 1"), (["--edits", "{here}/word.yaml"], "doesn't know word")])
@@ -258,7 +258,7 @@ def test_parts_of_a_layer_against_one_whose_weights_were_changed(kind, encoded):
     other_router = layer(r.x)
     layer.sub_keys.copy_(own)
     assert torch.allclose(layer_answers(r, "keys", 7), other_router, atol=1e-12) and not torch.allclose(other_router, r.out, atol=1e-3)
-    order = torch.randperm(25, generator=torch.Generator().manual_seed(7*4096 + LAYER))
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(7*4096 + LAYER))
     for t, was in zip(tables, kept): t.copy_(was[order])
     other_values = layer(r.x)
     for t, was in zip(tables, kept): t.copy_(was)

@@ -40,7 +40,7 @@ def ids():
 
 # configuration
 
-CHOICES = {"memory_kind": (options.ModelConfig, [*MEMORY_KINDS, "moe"]),   # a mixture of experts is a feed-forward and no memory layer
+CHOICES = {"memory_kind": (options.ModelConfig, [*MEMORY_KINDS, "moe", "ultramem"]),   # a mixture of experts is a feed-forward and no memory layer
            "activation": (options.PeerConfig, ACTIVATIONS),
            "table_gradient": (options.PeerConfig, TABLE_GRADIENTS), "table_dtype": (options.PeerConfig, TABLE_DTYPES)}
 
@@ -54,7 +54,7 @@ def test_what_may_be_chosen_is_what_there_is(key):
 @pytest.mark.parametrize("wrong,said", [
     (dict(hidden_size=0), "hidden_size=0 is not allowed; allowed: a whole number, at least 1"),
     (dict(dropout=1.0), "dropout=1.0 is not allowed; allowed: a number from 0 to below 1"),
-    (dict(memory_kind="expert"), "memory_kind='expert' is not allowed; allowed: peer | pkm | memory_plus | moe"),
+    (dict(memory_kind="expert"), "memory_kind='expert' is not allowed; allowed: peer | pkm | memory_plus | moe | ultramem"),
     (dict(peer_config=MEMORY | dict(num_heads=0)), "peer_config.num_heads=0 is not allowed"),
     (dict(mla_config=MLA | dict(qk_rope_head_dim=7)), "mla_config.qk_rope_head_dim=7 is not allowed; allowed: an even number"),
     (dict(mla_config=MLA | dict(rope_scaling=dict(rope_type="longer", factor=2., original_max_position_embeddings=16))), "mla_config.rope_scaling.rope_type='longer'"),
@@ -71,12 +71,12 @@ def test_model_config_fields_and_defaults_are_the_packages():
     package, model = config.ModelConfig(), PeerMLAConfig()
     for f in fields(config.ModelConfig):
         want, got = getattr(package, f.name), vars(model)[f.name]
-        assert got == (vars(want) if f.name in ("peer_config", "mla_config", "moe_config") else want), f.name
+        assert got == (vars(want) if f.name in ("peer_config", "mla_config", "moe_config", "engram_config") else want), f.name
 
 
 def test_models_import_only_what_they_may():
     code = ("import sys, peer_nb.models.causal_lm; own = [m for m in sys.modules if m.startswith('peer_nb')]; "
-            "assert set(own) <= {'peer_nb', 'peer_nb.models'} | {'peer_nb.models.'+m for m in ('options', 'mla', 'heads', 'product_keys', 'peer', 'moe', 'causal_lm', 'kernels', 'kernels.ops')}, own")
+            "assert set(own) <= {'peer_nb', 'peer_nb.models'} | {'peer_nb.models.'+m for m in ('options', 'mla', 'heads', 'product_keys', 'peer', 'moe', 'ultramem', 'engram', 'causal_lm', 'kernels', 'kernels.ops')}, own")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -13,7 +13,7 @@ SHOWS_LESS = {   # page: why fewer than a third of its visible cells end in some
     "experiments/bridge.ipynb": "trains a translator and asks twelve arms: more minutes than the pages of a site have",
     "experiments/bridge_inference.ipynb": "asks a run that a study has made; there is none where pages are stored",
 }
-LONGER = {"models/06_causal_lm.ipynb": 45}   # the decoder's __init__ and forward stand together
+LONGER = {"models/08_causal_lm.ipynb": 45}   # the decoder's __init__ and forward stand together
 PAGES = sorted(str(p.relative_to(house.ROOT/"nbs")) for p in (house.ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 

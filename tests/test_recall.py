@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from peer_nb.analysis.explain import compared_sides, said_of_recall
 from peer_nb.cli import make_main
 from peer_nb.config import Config, DatasetConfig, DatasetEntry, MLAConfig, ModelConfig, PeerConfig, to_dict
 from peer_nb.data.corpora import load_tokenizer
@@ -215,6 +216,25 @@ def test_every_task_gets_a_page_and_a_valid_file(task, place, tmp_path, monkeypa
     if task == "synthetic_qa": assert found["metrics"]["synthetic_qa/known/exact_match"] > .9 > .1 > found["metrics"]["synthetic_qa/test/exact_match"]
     places = [p for line in (folder/"items-0.jsonl").read_text().splitlines() for p in json.loads(line)["places"]]
     assert all(abs(sum(p for *_, p in place["top"]) + place["rest"] - 1) < 1e-4 for place in places)
+
+
+def test_explain_reads_the_answers_of_two_models(place, tokenizer, tmp_path):
+    "A model that knows its pairs against one that was never trained, by scipy's test over the answers in both folders"
+    torch.manual_seed(0)
+    for part in (peer(len(tokenizer)), tokenizer): part.save_pretrained(tmp_path/"other")
+    for name, model in (("knows", place/"model"), ("other", tmp_path/"other")):
+        assert main(["recall", str(model), str(place/"synthetic_qa"), "--splits", "known", "--output", str(tmp_path/f"of-{name}")]) == 0
+    files = [tmp_path/f"of-{name}"/"recall.json" for name in ("knows", "other")]
+    told = {f.metric: f for f in compared_sides(files[:1], files[1:], None)}
+    right, logp = ([{i: a[key] for i, a in answers(f.parent).items()} for f in files] for key in ("exact", "logprob"))
+    wins, losses = (sum(one[i] and not two[i] for i in one) for one, two in (right, right[::-1]))
+    exact, loss = told["exact_match (known)"], told["answer_logprob (known)"]
+    assert wins > losses and (exact.method, exact.n, exact.p) == ("mcnemar", len(right[0]), pytest.approx(binomtest(wins, wins + losses).pvalue))
+    assert loss.method == "paired bootstrap" and loss.difference == pytest.approx(sum(logp[0][i] - logp[1][i] for i in logp[0]) / len(logp[0])) and loss.low > 0
+    said = {s.name: s for s in said_of_recall(result(files[0].parent)) if s.name.startswith("exact_match (known")}
+    share = binomtest(sum(right[0].values()), len(right[0])).proportion_ci(method="wilson")
+    whole = said["exact_match (known)"]
+    assert (whole.low, whole.high) == pytest.approx((share.low, share.high)) and whole.n == len(right[0])
 
 
 def command(*words: str): sys.exit(main([*words]))

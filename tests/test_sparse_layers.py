@@ -2,6 +2,7 @@
 import copy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,16 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
+from peer_nb.analysis.hooks import reading, retrieval_columns
 from peer_nb.analysis.parameters import cache_numbers, count_parameters, layer_rows
-from peer_nb.config import Config, ConfigError, apply_overrides, config_from_dict, config_hash, load_config, to_dict
+from peer_nb.config import Config, ConfigError, DatasetConfig, apply_overrides, config_from_dict, config_hash, load_config, to_dict
+from peer_nb.data.corpora import load_tokenizer
 from peer_nb.files import UserError
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
+from peer_nb.models.engram import Engram, canonical_map
 from peer_nb.models.moe import MixtureOfExperts, balance_loss, fused_linear, fused_takes, grouped_linear, grouped_linear_reference, routed_experts_reference, update_expert_bias, within_groups
-from peer_nb.models.options import MoeConfig
+from peer_nb.models.options import EngramConfig, MoeConfig
+from peer_nb.models.ultramem import tucker_top_k
 from peer_nb.study.identity import section_hashes
 from peer_nb.study.sparse_layer import SPARSE_KINDS, residual_of, residual_rows, sparse_layer_levels
 from peer_nb.study.study import BUILTIN_AXES, builtin_axes, load_study
@@ -290,8 +295,10 @@ def test_reentrant_checkpoints_cannot_carry_a_balance_loss(ids):
 TWO_PROCESSES = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from peer_nb.models.engram import Engram, canonical_map
 from peer_nb.models.moe import MixtureOfExperts, update_expert_bias
-from peer_nb.models.options import MoeConfig
+from peer_nb.models.options import EngramConfig, MoeConfig
+from peer_nb.models.ultramem import tucker_top_k
 torch.set_num_threads(1)
 rank, where = int(sys.argv[1]), sys.argv[2]
 def build():
@@ -388,6 +395,204 @@ def test_experts_that_contradict_themselves_are_refused(wrong, key):
     config_from_dict(dict(model_config=dict(moe_config=wrong)))                        # nobody asks them where no layer is one
 
 
+# ---- UltraMem ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_score_per_side_is_the_exact_product(seed):
+    "All n² products in float64; with two scores it is exact where every key is kept"
+    g = torch.Generator().manual_seed(seed)
+    s, t = (torch.rand(20, 3, n, 1, generator=g, dtype=torch.float64) for n in (37, 23))
+    core = torch.rand(3, 1, 1, generator=g, dtype=torch.float64) + .1
+    every = (s @ core @ t.mT).flatten(-2).topk(9, -1)
+    best, index = tucker_top_k(s, t, core, 9)
+    assert torch.equal(index, every[1]) and torch.allclose(best, every[0], rtol=1e-12)
+    s, t, core = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((20, 3, 5, 2), (20, 3, 4, 2), (3, 2, 2)))
+    assert torch.equal(tucker_top_k(s, t, core, 5)[1], (s @ core @ t.mT).flatten(-2).topk(5, -1)[1])
+
+
+@pytest.mark.parametrize("peer, kinds", [(dict(), dict()), (dict(shared_keys=True, num_experts_per_tok=12, value_dim=20, score_rank=4), dict(tie_word_embeddings=True))])
+def test_ultramem_costs_what_is_counted(peer, kinds):
+    "torch's counter sees all but the rows that are read, which the formula adds"
+    options = {**SIZES, "peer_config": PEER | peer, "mla_config": MLA, "peer_start_layer": 1, "memory_kind": "ultramem", **kinds}
+    with torch.device("meta"): model = PeerMLAForCausalLM(PeerMLAConfig(**options))
+    count, rows = count_parameters(options, 32), layer_rows(options, 32)
+    assert count.total == sum(p.numel() for p in model.parameters()) == sum(row["total"] for row in rows)
+    assert (count.active, count.flops_per_token) == (sum(row["active"] for row in rows), sum(row["flops"] for row in rows))
+    assert count.active == count.total - count.memory_tables + count.active_memory - (0 if kinds else 96*48)
+    model = build(implementation="eager", **{key: value for key, value in options.items() if key not in SIZES})
+    with FlopCounterMode(display=False) as counter: model(torch.zeros(1, 32, dtype=torch.long))
+    assert counter.get_total_flops() == 32*(count.flops_per_token - 2*count.active_memory)
+
+
+def test_ultramem_begins_with_a_mean_score_of_one():
+    "Built by transformers, which draws the weights anew"
+    model = build(memory_kind="ultramem", hidden_size=96, num_hidden_layers=3, peer_config=PEER | dict(num_experts=1024, product_key_dim=[32, 32], query_dim=64))
+    weights = []
+    for layer in model.model.layers[1:]: layer.memory.reader = lambda layer, x, w, index: weights.append(w) or layer.read(x, w, index)
+    model(torch.randint(2, 97, (4, 30), generator=torch.Generator().manual_seed(0)))
+    assert all(abs(w.mean() - 1) < .1 for w in weights) and len(weights) == 2
+
+
+@pytest.mark.slow
+def test_ultramem_saves_generates_compiles_and_is_adapted(tmp_path, ids):
+    from peft import LoraConfig, get_peft_model
+    from peer_nb.lora_targets import aliases_of
+    model = build(memory_kind="ultramem", initializer_range=.1)
+    model.save_pretrained(tmp_path)
+    again = PeerMLAForCausalLM.from_pretrained(tmp_path)
+    for (name, a), b in zip(again.state_dict().items(), model.state_dict().values()): assert torch.equal(a, b), name
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+    models = {layout: build(memory_kind="ultramem", peer_config=PEER | dict(table_gradient=layout)).train() for layout in ("dense", "sparse")}
+    models["compiled"] = copy.deepcopy(models["dense"])
+    ways = {name: torch.compile(m, fullgraph=True, backend="aot_eager") if name == "compiled" else m for name, m in models.items()}
+    for way in ways.values(): way(ids, labels=ids).loss.backward()
+    torch._dynamo.reset()
+    for name, p in models["dense"].named_parameters():
+        for other in ("sparse", "compiled"): torch.testing.assert_close(models[other].get_parameter(name).grad.to_dense(), p.grad, atol=1e-6, rtol=1e-4, msg=f"{other} {name}")
+    adapted = get_peft_model(build(memory_kind="ultramem"), LoraConfig(r=2, target_modules=aliases_of("peer_mla")["mlp"]))
+    assert any("layers.1.mlp.up_proj.lora_A" in name for name, p in adapted.named_parameters() if p.requires_grad)
+
+
+def test_usage_and_retrievals_of_ultramem(ids):
+    model = build(memory_kind="ultramem").train()
+    recorder = UsageRecorder(model, Config().model_config.peer_config.__class__(log_freq=1))
+    recorder.before(1)
+    model(ids)
+    assert recorder.after(1)["model.layers.1.memory"]["tokens"] == 26
+    with reading(model.eval()) as seen: model(ids)
+    columns = retrieval_columns(seen[1], torch.ones_like(ids).bool())
+    assert torch.equal(columns["score"], columns["weight"]) and len(columns["key"]) == 26*2*4 and "similarity_0" not in columns
+    with pytest.raises(UserError, match="no sum over its sub-keys"): seen[1].similarities
+
+
+@pytest.mark.parametrize("wrong, key", [(dict(product_key_dim=[4, 4, 4], query_dim=48), "product_key_dim: 3 dimensions"), (dict(query_dim=18), "query_dim: 18 doesn't divide"), (dict(kernel="triton"), "kernel: triton")])
+def test_ultramem_that_contradicts_itself_is_refused(wrong, key):
+    sizes = dict(num_experts=64, product_key_dim=[8, 8]) | wrong
+    with pytest.raises(ConfigError, match=f"run.yaml: model_config.peer_config.{key}"): config_from_dict(dict(model_config=dict(memory_kind="ultramem", peer_config=sizes)), "run.yaml")
+    with pytest.raises(ValueError, match=f"peer_config.{key}"): PeerMLAConfig(memory_kind="ultramem", peer_config=sizes)
+
+
+# ---- Engram -----------------------------------------------------------------------------------------------------------
+
+NGRAMS = dict(layers=[0, 1], num_heads=2, table_size=50, embed_dim=16)
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer(): return load_tokenizer(DatasetConfig(tokenizer_name="bytes"))
+
+
+def engram(tokenizer, seed=0, ngrams=NGRAMS, **changes):
+    "A model that knows its tokens, with a convolution that is not zero"
+    model = build(seed, engram_config=ngrams, **dict(vocab_size=300, initializer_range=.3) | changes)
+    model.get_decoder().take_tokens(tokenizer)
+    for layer in model.model.layers: torch.nn.init.normal_(layer.engram.conv)
+    return model
+
+
+def largest(a, b): return (a - b).abs().max().item()
+
+
+@pytest.mark.parametrize("ordinal, layer", [(0, 1), (1, 3)])
+def test_ngrams_are_transformers_near_twin(ordinal, layer):
+    """Lengths of tables, addresses, output and gradients. Switched off: their several streams (hc_count), the splitmix multipliers (theirs are loaded), norms that
+    store weight - 1, texts that begin anew at an end-of-text token (none occurs), tokens as they come (every token is canonical here)"""
+    twin = pytest.importorskip("transformers.models.qwen4_exp.modeling_qwen4_exp").Qwen4ExpTextPLELayer
+    torch.manual_seed(ordinal)
+    theirs = twin(SimpleNamespace(vocab_size=60, hidden_size=12, hc_count=1, ngram_size=3, heads_per_ngram=2, ngram_vocab_size_base=31, ple_embed_dim=16, ple_conv_kernel_size=4,
+                                  eos_token_id=59, seed=5, rms_norm_eps=1e-5, make_ngram_vocab_size_divisible_by=1), layer, ordinal)
+    for p in theirs.parameters(): torch.nn.init.normal_(p, std=.5)
+    ours, state = Engram(12, EngramConfig(layers=[1, 3], num_heads=2, table_size=31, embed_dim=16), layer), theirs.state_dict()
+    assert ours.primes.tolist() == theirs.ple_embedding.head_vocab_sizes and ours.offsets.tolist() == theirs.ple_embedding.head_offsets
+    norms = {f"{name}.weight": 1 + state[f"{name}.weight"] for name in ("norm_key", "norm_query", "norm_conv")}
+    kept = {f"{name}.weight": state[f"{name}.weight"] for name in ("key_proj", "value_proj")}
+    ours.load_state_dict(dict(primes=ours.primes, offsets=ours.offsets, multipliers=theirs.ple_embedding.layer_multipliers, conv=state["conv1d.weight"][:, 0],
+                              **{"table.weight": state["ple_embedding.ngram_embedding.weight"]}, **norms, **kept), strict=True)
+    tokens, h, reach = torch.randint(0, 59, (2, 15)), torch.randn(2, 15, 12, requires_grad=True), torch.arange(15)[None]
+    want, got = theirs(h, tokens, None), ours(h, ours.addresses(tokens, 59, reach), reach)
+    assert largest(got, want) <= 1e-6
+    for a, b in zip(*[torch.autograd.grad(out.sin().sum(), (h, table)) for out, table in ((want, theirs.ple_embedding.ngram_embedding.weight), (got, ours.table.weight))]):
+        assert largest(a, b) <= 2e-6
+
+
+def test_ngrams_decode_as_the_whole_text(bytes_tokenizer, ids):
+    "In pieces, greedily, by beams, with speculation that is taken back, with padding, and document by document"
+    model = engram(bytes_tokenizer)
+    whole, cache = model(ids).logits, DynamicCache(config=model.config)
+    pieces = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([5, 1, 3, 4], 1)]
+    assert largest(torch.cat(pieces, 1), whole) < 5e-5
+    held = sum(layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache.layers)
+    assert held == cache_numbers({**SIZES, "mla_config": MLA, "engram_config": NGRAMS})[0]
+    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    for more in (dict(), dict(num_beams=3)): assert torch.equal(model.generate(ids, **options, **more), model.generate(ids, use_cache=False, **options, **more))
+    assert torch.equal(model.generate(ids[:1], **options, prompt_lookup_num_tokens=3), model.generate(ids[:1], **options))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    for positions in (None, (mask.cumsum(1) - 1).clamp(min=0)):
+        assert largest(model(ids, attention_mask=mask, position_ids=positions).logits[0, 4:], model(ids[:1, 4:]).logits[0]) < 5e-5
+    borders, documents = torch.tensor([0, 5, 6, 13], dtype=torch.int32), ids[:1].split([5, 1, 7], 1)
+    assert largest(model(ids[:1], cu_seqlens=borders).logits, torch.cat([model(d).logits for d in documents], 1)) < 5e-5
+    with pytest.raises(ValueError, match="use a DynamicCache"): model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=16))
+
+
+def test_ngrams_cost_what_is_counted():
+    options = {**SIZES, "peer_config": PEER, "mla_config": MLA, "peer_start_layer": 1, "memory_kind": "pkm", "engram_config": dict(NGRAMS, layers=[1])}
+    with torch.device("meta"): model = PeerMLAForCausalLM(PeerMLAConfig(**options))
+    count, rows = count_parameters(options, 32), layer_rows(options, 32)
+    assert count.total == sum(p.numel() for p in model.parameters()) == sum(row["total"] for row in rows)
+    assert (count.active, count.flops_per_token) == (sum(row["active"] for row in rows), sum(row["flops"] for row in rows))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer = Engram(48, EngramConfig(**options["engram_config"]), 1)
+        layer(torch.randn(1, 32, 48), torch.zeros(1, 32, 4, dtype=torch.long), torch.arange(32)[None])
+    own = count.flops_per_token - count_parameters({**options, "engram_config": {}}, 32).flops_per_token
+    assert counter.get_total_flops() == 32*(own - 2*4*48)                            # the convolution's taps are no matrix product
+
+
+def test_ngrams_save_and_lie_where_they_are_asked_to(bytes_tokenizer, tmp_path, ids):
+    model = engram(bytes_tokenizer)
+    model.save_pretrained(tmp_path)
+    again = PeerMLAForCausalLM.from_pretrained(tmp_path)
+    for (name, a), b in zip(again.state_dict().items(), model.state_dict().values()): assert torch.equal(a, b), name
+    host = engram(bytes_tokenizer, ngrams=NGRAMS | dict(table_device="cpu"))
+    assert torch.equal(host(ids).logits, model(ids).logits)
+    moved = copy.deepcopy(host).to(torch.bfloat16).model.layers[0].engram
+    assert moved.table.weight.dtype == torch.bfloat16
+    away = torch.nn.ModuleList([Engram(48, EngramConfig(**NGRAMS | dict(table_device=where)), 0) for where in ("cpu", "model")])._apply(lambda t: t.to("meta"))
+    assert [m.table.weight.device.type for m in away] == ["cpu", "meta"] and away[0].conv.device.type == "meta"
+
+
+@pytest.mark.slow
+def test_ngrams_compile(bytes_tokenizer, ids):
+    train, twin = engram(bytes_tokenizer).train(), engram(bytes_tokenizer).train()
+    for way in (train, torch.compile(twin, fullgraph=True, backend="aot_eager")): way(ids, labels=ids).loss.backward()
+    torch._dynamo.reset()
+    for (name, p), q in zip(train.named_parameters(), twin.parameters()): torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_equal_words_are_one(bytes_tokenizer):
+    numbers, pad = canonical_map(bytes_tokenizer, 300)
+    a, upper = (numbers[bytes_tokenizer(text, add_special_tokens=False)["input_ids"][0]] for text in ("a", "A"))
+    assert a == upper and len(set(numbers)) == 300 - 26 - 3 and pad == numbers[bytes_tokenizer.pad_token_id]     # capital letters; tab, new line and return are not a blank alone
+
+
+def test_a_model_that_does_not_know_its_tokens_says_so(ids):
+    model = build(engram_config=NGRAMS)
+    with pytest.raises(ValueError, match="doesn't know which tokens are the same word"): model(ids)
+    with pytest.raises(ValueError, match="give input_ids"): model(inputs_embeds=torch.randn(1, 3, 48))
+
+
+@pytest.mark.parametrize("wrong, key", [(dict(layers=[12]), "layers: .12.: name each layer once"), (dict(table_size=1), "table_size: .*the first prime"), (dict(embed_dim=100), "embed_dim: 100 doesn't divide"),
+                                        (dict(table_device="cuda:9"), "table_device: .*model"), (dict(ngram_size=1), "ngram_size")])
+def test_ngrams_that_contradict_themselves_are_refused(wrong, key):
+    with pytest.raises(ConfigError, match=f"run.yaml: model_config.engram_config.{key}"): config_from_dict(dict(model_config=dict(engram_config=wrong)), "run.yaml")
+    with pytest.raises(ValueError, match=f"engram_config.{next(iter(wrong))}"): PeerMLAConfig(engram_config=wrong)
+
+
+def test_a_base_with_ngrams_is_no_base_of_sparse_layer():
+    base = apply_overrides(load_config("configs/demo.yaml"), {"model_config.engram_config.layers": [0]})
+    with pytest.raises(UserError, match="engram_config.layers"): builtin_axes(base, ["sparse_layer"])
+
+
 # ---- the axis ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("file", ["configs/config.yaml", "configs/demo.yaml", "configs/small.yaml"])
@@ -395,7 +600,7 @@ def test_arms_of_sparse_layer_weigh_and_cost_as_much(file):
     "Parameters of models without numbers; every arm can be had, and is one percent from the base at most"
     base = load_config(file)
     levels, left_out = sparse_layer_levels(base)
-    assert set(levels) | set(left_out) == set(SPARSE_KINDS) and {"dense", "moe", "pkm", "peer"} <= set(levels) and not levels["peer"]
+    assert set(levels) | set(left_out) == set(SPARSE_KINDS) and {"dense", "moe", "pkm", "peer", "ultramem", "engram"} <= set(levels) and not levels["peer"]
     sizes = {}
     for kind, overrides in levels.items():
         with torch.device("meta"): model = PeerMLAForCausalLM(PeerMLAConfig(**to_dict(apply_overrides(base, overrides))["model_config"]))

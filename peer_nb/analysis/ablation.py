@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .edits import (
-    check_edits, check_for_good, edits_page, parse_edits, save_edited, sweep)
+    check_edits, check_for_good, check_places, edits_page, parse_edits, save_edited, sweep)
 from .hooks import (
     Retrievals, attention_layers, chosen_layers, head_outputs, stream_retrievals, writing)
 from .impact import finished_effects, impact_page, impact_text, summarised
@@ -47,8 +47,8 @@ def jsonl_questions(
     file: Path, # a prompt and an answer in each line
 ) -> list[Question]:
     "Questions of a file"
-    found = []
-    for number, line in enumerate(whole_text(file).rstrip("\n").split("\n"), 1):
+    found, text = [], whole_text(file).rstrip("\n")
+    for number, line in enumerate(text.split("\n") if text else (), 1):
         try: row = json.loads(line)
         except ValueError: raise UserError(f"{file}: line {number} is not JSON") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) and row[k] for k in ("prompt", "answer")):
@@ -571,6 +571,7 @@ def run_intervene(
     check_edits(model, edits)
     if save is not None: check_for_good(model, edits)
     _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
+    check_places(edits, encoded)
     found = sweep(copy.deepcopy(model).double(), encoded, edits, aim, wanted_tokens(want, encoded, tokenizer))
     if save is not None: print(save_edited(model, tokenizer, edits, save, checkpoint))
     about = dict(schema="peer-analyze intervene 1", checkpoint=str(checkpoint), data=str(data), want=want)

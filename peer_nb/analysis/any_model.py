@@ -19,7 +19,8 @@ __all__ = ['COMPONENTS', 'component', 'layer_number', 'parameter_rows', 'measure
 
 # %% ../../nbs/analysis/05_any_model.ipynb #74fdf778
 COMPONENTS = (("embedding", r"embed|wte|wpe|lm_head|embed_out"),
-              ("memory_tables", r"memory\.(values|expert_down|expert_up)\b"), ("memory_router", r"\.memory\."),
+              ("memory_tables", r"memory\.(pre_values|values|expert_down|expert_up)\b|engram\.table\b"),
+              ("memory_router", r"\.(memory|engram)\."),
               ("attention", r"attn|attention(?!_norm)"), ("norms", r"norm|\bln_|layernorm"),
               ("feed_forward", r"mlp|feed_forward|ffn|fc[12]|experts|moe"))
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +19,10 @@ from ..models.options import PeerConfig
 from ..models.peer import MEMORY_KINDS, MemoryLayer
 
 # %% auto #0
-__all__ = ['REFUSED', 'FOREIGN', 'KEPT', 'ROUNDING', 'experts_from_values', 'experts_from_dense', 'built_layer',
-           'from_peer_pytorch', 'from_meta', 'from_foreign', 'converted_layers', 'converted_model', 'top_is_memory',
-           'largest_difference', 'compared_tokens', 'convert_checkpoint', 'write_converted']
+__all__ = ['REFUSED', 'FOREIGN', 'KEPT', 'ROUNDING', 'experts_from_values', 'experts_from_dense', 'built_layer', 'by_head',
+           'from_peer_pytorch', 'from_product_key_memory', 'from_meta', 'from_foreign', 'converted_layers',
+           'converted_model', 'top_is_memory', 'largest_difference', 'compared_tokens', 'own_model', 'write_converted',
+           'convert_checkpoint']
 
 # %% ../../nbs/analysis/29_convert.ipynb #a93c6fb6
 _AT_ZERO = ("no such map exists: for an input of zero a product-key memory still reads its values, while {} without a "
@@ -86,6 +88,18 @@ def _refuse(names: list[str], why: str):
     "Refuse tensors that have no place here"
     if names: raise UserError(f"{', '.join(names)}: {why}")
 
+# %% ../../nbs/analysis/29_convert.ipynb #74df7e97
+def by_head(
+    query: Tensor, # [2*heads*width, d] projection, dimension first
+    keys: Tensor, # [heads, n, 2, width]
+) -> tuple[dict[str, Any], dict[str, Tensor]]: # keys of peer_config; query_proj.weight and keys as ours lie
+    "Queries and keys of lucidrains' packages in our order"
+    heads, n, _, width = keys.shape
+    query = query.view(2, heads, width, -1).transpose(0, 1).flatten(0, 2)      # [heads*2*width, d]
+    keys = keys.transpose(1, 2).reshape(heads, 2*n, width)                     # [heads, n, 2, w] -> [heads, 2*n, w]
+    config = dict(num_experts=n*n, product_key_dim=[n, n], num_heads=heads, query_dim=2*width)
+    return config, {"query_proj.weight": query, "keys": keys}
+
 # %% ../../nbs/analysis/29_convert.ipynb #66fe5890
 def from_peer_pytorch(
     state: dict[str, Tensor], # of a `PEER_pytorch.PEER`
@@ -95,16 +109,30 @@ def from_peer_pytorch(
     "A layer of PEER-pytorch"
     _refuse([n for n in state if n.startswith("norm.")],
             "pre_rmsnorm=True norms the input inside of the layer, and ours have no norm there")
-    heads, n, _, width = state["keys"].shape
-    d, rows = state["weight_down_embed.weight"].shape[::-1]
+    config, tensors = by_head(state["to_queries.0.weight"], state["keys"])
+    rows, n = len(state["weight_down_embed.weight"]), state["keys"].shape[1]
     if rows != n*n: raise UserError(f"weight_down_embed.weight has {rows} rows for {n}² experts: with "
                                     "separate_embed_per_head=True each head has a table of its own, ours share one")
-    query = state["to_queries.0.weight"].view(2, heads, width, d).transpose(0, 1).reshape(heads*2*width, d)
-    keys = state["keys"].transpose(1, 2).reshape(heads, 2*n, width)                # [heads, n, 2, w] -> [heads, 2*n, w]
-    config = dict(num_experts=rows, product_key_dim=[n, n], num_heads=heads, num_experts_per_tok=top_k, score=score,
-                  query_dim=2*width, batch_norm_query=False, query_norm="none", activation="gelu")
-    return "peer", config, {"query_proj.weight": query, "keys": keys, "expert_down.weight":
-                            state["weight_down_embed.weight"], "expert_up.weight": state["weight_up_embed.weight"]}
+    config |= dict(num_experts_per_tok=top_k, score=score, batch_norm_query=False, query_norm="none", activation="gelu")
+    tables = {f"expert_{side}.weight": state[f"weight_{side}_embed.weight"] for side in ("down", "up")}
+    return "peer", config, tensors | tables
+
+# %% ../../nbs/analysis/29_convert.ipynb #bd20d406
+def from_product_key_memory(
+    state: dict[str, Tensor], # of a `product_key_memory.PKM`
+    top_k: int, # its topk
+    score: str, # softmax, or relu with non_competitive_gates=True
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]: # kind, keys of peer_config, tensors by name in files
+    "A layer of product-key-memory"
+    for start, why in (("pre_layernorm.", "pre_layernorm=True norms the input inside of the layer, ours have no norm "
+                        "there"), ("output_norm.", "norm_output=True norms the output, ours don't"),
+                       ("maybe_concat_combine.", "concat_values_and_combine=True projects values head by head, ours "
+                        "add them up"), ("norm.fn.", "use_layernorm=False norms over the batch, ours by LayerNorm")):
+        _refuse([n for n in state if n.startswith(start)], why)
+    config, tensors = by_head(state["to_queries.weight"], state["keys"])
+    config |= dict(num_experts_per_tok=top_k, score=score, batch_norm_query=True, query_norm="pieces")
+    norm = {f"query_norm.{part}": state[f"norm.{part}"] for part in ("weight", "bias")}
+    return "pkm", config | dict(expert_hidden_size=1), tensors | norm | {"values.weight": state["values.weight"]}
 
 # %% ../../nbs/analysis/29_convert.ipynb #6b54794e
 def from_meta(
@@ -145,11 +173,9 @@ def from_foreign(
     layout = next((layout for layout, name in FOREIGN.items() if name in state), None)
     if layout is None:
         raise UserError(f"no layout that is known ({', '.join(FOREIGN)}): it has {', '.join([*state][:4])}")
-    if layout == "product-key-memory":
-        raise UserError("product-key-memory norms each half of a query by itself, our layers the whole query: no "
-                        "weights make up for that, so it is not converted")
     if top_k is None: raise UserError("give --top-k: how many rows a head reads is not in a state dict")
     if layout == "peer-pytorch": return from_peer_pytorch(state, top_k, score)
+    if layout == "product-key-memory": return from_product_key_memory(state, top_k, score)
     if heads is None: raise UserError("give --heads: Meta's keys don't say how many heads they are for")
     return from_meta(state, top_k, heads)
 
@@ -235,6 +261,34 @@ def compared_tokens(
     return whole, f"{len(whole)} rows of {window} tokens of {data}"
 
 # %% ../../nbs/analysis/29_convert.ipynb #1c958e01
+def own_model(
+    folder: Path, # checkpoint
+) -> tuple[PeerMLAForCausalLM, Any]: # on the CPU; its tokenizer
+    "A checkpoint of one of our models; `UserError` for others"
+    from peer_nb.evaluation.loading import load_model
+    model, tokenizer = load_model(folder)
+    if not isinstance(model, PeerMLAForCausalLM):
+        raise UserError(f"{folder} is a {type(model).__name__}; only checkpoints of our own models are converted whole")
+    return model.cpu(), tokenizer
+
+# %% ../../nbs/analysis/29_convert.ipynb #e7af4111
+def write_converted(
+    output: Path, # new folder
+    parts: tuple[nn.Module, Any], # model and tokenizer
+    compared: Callable[[nn.Module], dict[str, Any]], # the model as it was read again -> what converted.json says
+) -> int: # exit code
+    "Save beside, load, compare, and give it its name"
+    from peer_nb.evaluation.loading import load_model, no_progress_bars
+    with new_folder(output) as beside, no_progress_bars():
+        for part in parts: part.save_pretrained(beside)
+        write_json(beside/"converted.json", compared(load_model(beside)[0].cpu()))
+    print(output)
+    return 0
+
+# %% ../../nbs/analysis/29_convert.ipynb #2e4e42e8
+ROUNDING = 1e-4 # of the largest logit, by which the same function may differ
+
+# %% ../../nbs/analysis/29_convert.ipynb #4d58d8ba
 def convert_checkpoint(
     source: Path, # checkpoint folder of one of our models
     output: Path, # new folder
@@ -244,39 +298,17 @@ def convert_checkpoint(
     window: int = 64, # tokens of a row of it
 ) -> int: # exit code
     "Write a checkpoint whose layers are of another kind and whose function is the same, or say why there is none"
-    from peer_nb.evaluation.loading import choose_window, load_model
+    from peer_nb.evaluation.loading import choose_window, model_fingerprint
     refuse_full(output)
-    model, tokenizer = load_model(source)
-    if not isinstance(model, PeerMLAForCausalLM):
-        raise UserError(f"{source} is a {type(model).__name__}; only checkpoints of our own models are converted whole")
+    model, tokenizer = own_model(source)
     window = choose_window(model, min(window, model.config.max_position_embeddings))
     ids, what = compared_tokens(tokenizer, data, window, model.config.vocab_size)
-    new, exact = converted_model(model.cpu(), to, top_k), top_k is None
-    return write_converted(Path(source), Path(output), (model, new), tokenizer, (ids, what), to, exact, top_k)
-
-# %% ../../nbs/analysis/29_convert.ipynb #2e4e42e8
-ROUNDING = 1e-4 # of the largest logit, by which the same function may differ
-
-# %% ../../nbs/analysis/29_convert.ipynb #e7af4111
-def write_converted(
-    source: Path, output: Path, # folders
-    models: tuple[nn.Module, nn.Module], # before and after
-    tokenizer: Any, # of both
-    compared: tuple[Tensor, str], # tokens, and what they are
-    to: str, # kind
-    exact: bool, # whether they must agree
-    top_k: int | None, # as it was asked for
-) -> int: # exit code
-    "Save beside, load, compare, and give it its name"
-    from peer_nb.evaluation.loading import load_model, model_fingerprint, no_progress_bars
-    with new_folder(output) as beside, no_progress_bars():
-        for part in (models[1], tokenizer): part.save_pretrained(beside)
-        apart, largest = largest_difference(models[0], load_model(beside)[0].cpu(), compared[0])
-        if exact and apart > ROUNDING * max(1., largest):
+    about = dict(source=str(source), weights=model_fingerprint(model, tokenizer), to=to, top_k=top_k, compared_on=what)
+    def compared(again):
+        apart, largest = largest_difference(model, again, ids)
+        if top_k is None and apart > ROUNDING * max(1., largest):
             raise UserError(f"{source}: the converted model differs by {apart:.2g} of logits up to {largest:.2g}; "
                             "nothing was written")
-        about = dict(source=str(source), weights=model_fingerprint(models[0], tokenizer), to=to, top_k=top_k,
-                     compared_on=compared[1], largest_difference=apart, largest_logit=largest)
-        write_json(beside/"converted.json", about)
-    print(f"largest difference of logits {apart:.2e} (logits up to {largest:.2f}), on {compared[1]}\n{output}")
-    return 0
+        print(f"largest difference of logits {apart:.2e} (logits up to {largest:.2f}), on {what}")
+        return about | dict(largest_difference=apart, largest_logit=largest)
+    return write_converted(Path(output), (converted_model(model, to, top_k), tokenizer), compared)

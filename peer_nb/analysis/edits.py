@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor, nn
-from .hooks import Retrievals, chosen_layers, rows_of_tokens, writing
+from .hooks import Retrievals, chosen_layers, refuse_coupled, rows_of_tokens, writing
 from .interventions import answer_logprobs, answers_of, at_places, keys_of, random_keys, weigh
 from .swaps import proportion, share_text, spoken, strongest_rows, swap_rows, verdict
 from ..config import parse_yaml
@@ -26,9 +26,9 @@ from ..stats import compare
 
 # %% auto #0
 __all__ = ['EDIT_KEYS', 'PATTERNS', 'ACTS', 'ANSWER_COLUMNS', 'EDITS_NOTE', 'Edit', 'whole_number', 'parse_edit', 'touches',
-           'meet', 'refuse_contradictions', 'parse_edits', 'check_edits', 'Slots', 'drop_row', 'swap_slots',
-           'replace_row', 'inject_row', 'pattern_keys', 'put_patterns', 'acts_at', 'editing', 'asked_under',
-           'of_one_length', 'facts_of_rows', 'edit_effects', 'unedited', 'judged', 'check_aim', 'check_places', 'sweep',
+           'meet', 'refuse_contradictions', 'parse_edits', 'check_edits', 'check_places', 'Slots', 'drop_row',
+           'swap_slots', 'replace_row', 'inject_row', 'pattern_keys', 'put_patterns', 'acts_at', 'editing',
+           'asked_under', 'of_one_length', 'facts_of_rows', 'edit_effects', 'unedited', 'judged', 'check_aim', 'sweep',
            'refuse_shared_table', 'check_for_good', 'edit_tables', 'write_edited', 'save_edited', 'sweep_figure',
            'edits_page']
 
@@ -152,6 +152,18 @@ def check_edits(
         if isinstance(e.key, tuple) and len(e.key) != width:
             raise UserError(f"{e}: a key has {width} numbers, {len(e.key)} were given")
 
+# %% ../../nbs/analysis/13_edits.ipynb #954e7f84
+def check_places(
+    edits: Sequence[Edit], # a chain
+    asked: Sequence[Encoded], # questions
+):
+    "Refuse a position that no question has"
+    most, before = max(len(e.context) + len(e.answer) - 1 for e in asked), max(len(e.context) for e in asked)
+    for e in edits:
+        if isinstance(e.at, int) and not -before <= e.at < most:
+            raise UserError(f"{e}: no question has this position; they go from 0 to {most - 1}, and from -{before}, the "
+                            "first token of the longest question, to -1, its last")
+
 # %% ../../nbs/analysis/13_edits.ipynb #a48ecdf9
 @dataclass
 class Slots:
@@ -214,6 +226,7 @@ def put_patterns(
 ):
     "Let rows with other keys come in or fall out"
     r, layer = s.r, s.r.layer
+    refuse_coupled(layer, "a key pattern")
     scores, index = product_top_k(layer.similarities(r.query), min(layer.top_k + len(edits), layer.num_experts))
     changed = torch.zeros_like(index[..., :1], dtype=torch.bool)
     columns = [(scores, index)]

@@ -42,6 +42,9 @@ METHODS = { # name: how it is computed, when it holds, what it does not say
     "paired bootstrap": ("differences of items, drawn again with replacement (BCa)",
                          "both were scored on the same items; items (or their clusters) are independent",
                          "nothing about other seeds; below some twenty items the interval is too narrow"),
+    "paired t over texts": ("Student's t of what is above chance, a difference for each text",
+                            "texts are independent, differences roughly normal",
+                            "nothing about other seeds; a head is one model's"),
     "paired t over seeds": ("Student's t of the differences, a pair for each seed",
                             "seeds pair (the same data and seed in both), differences roughly normal",
                             "with few seeds only large effects are seen; items play no part"),
@@ -115,7 +118,7 @@ def said_of_heads(result: dict) -> list[Said]:
     "Scores of attention heads that have a name: how far above chance"
     names = {(n["layer"], n["head"], n["pattern"]) for n in result["named"]}
     return [Said(f"{r['pattern']} above chance (layer {r['layer']}, head {r['head']})", r["above"],
-                 "none" if r["low"] is None else "paired t over seeds", r["texts"], r["low"], r["high"], "texts")
+                 "none" if r["low"] is None else "paired t over texts", r["texts"], r["low"], r["high"], "texts")
             for r in result["scores"] if (r["layer"], r["head"], r["pattern"]) in names]
 
 # %% ../../nbs/analysis/22_explain.ipynb #e66547c4

@@ -24,8 +24,8 @@ from ..models.kernels.ops import sub_key_rows
 from ..models.peer import MemoryLayer
 
 # %% auto #0
-__all__ = ['Retrievals', 'chosen_layers', 'refuse_silent', 'readers', 'reading', 'rows_of_tokens', 'writing', 'module_hooks',
-           'attention_layers', 'head_outputs', 'retrieval_columns', 'side_by_side', 'stream_retrievals']
+__all__ = ['Retrievals', 'refuse_coupled', 'chosen_layers', 'refuse_silent', 'readers', 'reading', 'rows_of_tokens', 'writing',
+           'module_hooks', 'attention_layers', 'head_outputs', 'retrieval_columns', 'side_by_side', 'stream_retrievals']
 
 # %% ../../nbs/analysis/08_hooks.ipynb #14825821
 @dataclass
@@ -54,11 +54,23 @@ class Retrievals:
         if self.layer.training: raise RuntimeError("queries are computed again in evaluation mode only: model.eval()")
         return self.layer.queries(self.x)
 
+# %% ../../nbs/analysis/08_hooks.ipynb #fcebb7ea
+def refuse_coupled(
+    layer: MemoryLayer, # that was chosen
+    what: str, # is asked of it
+):
+    "Refuse what is defined for sums of sub-key scores only"
+    if layer.additive: return
+    kind = type(layer).__name__
+    raise UserError(f"{what}: a row's score in {kind} is no sum over its sub-keys, so this has no exact answer there; "
+                    "what changes weights or values alone (drop, renorm, mean) is exact")
+
 # %% ../../nbs/analysis/08_hooks.ipynb #a03a076b
 @patch(as_prop=True)
 def similarities(self: Retrievals) -> Tensor: # [tokens, heads, k, D]
     "Each piece of the query with its sub-key; over the dimensions they add up to the row's score"
     layer, sizes = self.layer, self.layer.sizes
+    refuse_coupled(layer, "the similarities of a row's sub-keys")
     rows = sub_key_rows(self.index, sizes, layer.keys.shape[0])                # [tokens, heads, D, k]
     keys = layer.keys.flatten(0, 1)[rows].to(self.query.dtype)                 # [tokens, heads, D, k, c]
     pieces = self.query.unflatten(-1, (len(sizes), -1))                        # [tokens, heads, D, c]
@@ -211,8 +223,9 @@ def retrieval_columns(
     kept = keep.flatten().repeat_interleave(sizes[2] * sizes[3]).cpu()
     places = torch.unravel_index(kept.nonzero()[:, 0], sizes)
     columns = dict(zip(("example", "position", "head", "rank"), places), layer=torch.full_like(places[0], r.number))
-    numbers = dict(key=r.index, weight=r.weights, score=r.similarities.sum(-1), value_norm=r.value_norms)
-    numbers |= {f"similarity_{d}": piece for d, piece in enumerate(r.similarities.unbind(-1))}
+    pieces = r.similarities.unbind(-1) if r.layer.additive else []             # without, the weight is the score
+    numbers = dict(key=r.index, weight=r.weights, score=sum(pieces) if pieces else r.weights, value_norm=r.value_norms)
+    numbers |= {f"similarity_{d}": piece for d, piece in enumerate(pieces)}
     if r.preactivations is not None:
         numbers |= {f"preactivation_{n}": a for n, a in enumerate(r.preactivations.unbind(-1))}
     return columns | {name: t.detach().flatten().cpu()[kept] for name, t in numbers.items()}

@@ -167,7 +167,7 @@ def pieces(
     except (SafetensorError, OSError) as e: raise UserError(f"{stored.file}: {stored.name} cannot be read: {e}") from e
 
 # %% ../../nbs/analysis/04_inspection.ipynb #1e219c2d
-TABLE = re.compile(r"\.memory\.(values|expert_down|expert_up)\.weight$")
+TABLE = re.compile(r"\.(memory\.(pre_values|values|expert_down|expert_up)|engram\.table)\.weight$")
 
 # %% ../../nbs/analysis/04_inspection.ipynb #3ac7cd1f
 def row_norm_facts(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from .hooks import (
-    Retrievals, chosen_layers, module_hooks, reading, rows_of_tokens, side_by_side, writing)
+    Retrievals, chosen_layers, module_hooks, reading, refuse_coupled, rows_of_tokens, side_by_side, writing)
 from ..evaluation.recall import Encoded
 from ..files import UserError
 from ..models.kernels.ops import sub_key_rows
@@ -25,11 +25,11 @@ from ..models.product_keys import SCORES, product_top_k
 
 # %% auto #0
 __all__ = ['UNITS', 'SPAN', 'KEY_BLOCK', 'MODES', 'EDITS_KEYS', 'KEYS_ONLY', 'AnswerBatch', 'answers_of', 'answer_logprobs',
-           'Clean', 'at_places', 'clean_pass', 'positions_of', 'heads_of', 'Pairs', 'code_of', 'pairs_of', 'Places',
-           'drop', 'renorm', 'ranked', 'weigh', 'others', 'rerouted', 'refill', 'Setting', 'speak_mean', 'speak_other',
-           'setting_of', 'keys_of', 'random_keys', 'with_score', 'zero_key', 'random_key', 'check_mode', 'entering',
-           'slots_in', 'rest_of', 'at_the_end', 'past_of', 'from_position', 'resumed', 'Effects', 'in_parts',
-           'batch_pairs', 'leaving_out', 'part_effects', 'effects_of', 'first_order']
+           'Clean', 'at_places', 'answered_to', 'clean_pass', 'positions_of', 'heads_of', 'Pairs', 'code_of',
+           'pairs_of', 'Places', 'drop', 'renorm', 'ranked', 'weigh', 'others', 'rerouted', 'refill', 'Setting',
+           'speak_mean', 'speak_other', 'setting_of', 'keys_of', 'random_keys', 'with_score', 'zero_key', 'random_key',
+           'check_mode', 'entering', 'slots_in', 'rest_of', 'tokens_again', 'past_of', 'run_again', 'changed_states',
+           'resumed', 'Effects', 'in_parts', 'batch_pairs', 'leaving_out', 'part_effects', 'effects_of', 'first_order']
 
 # %% ../../nbs/analysis/10_interventions.ipynb #60e6bbbe
 @dataclass
@@ -67,13 +67,13 @@ def answers_of(
 # %% ../../nbs/analysis/10_interventions.ipynb #7bab9011
 def answer_logprobs(
     model: nn.Module, # a causal language model of transformers
-    hidden: Tensor, # [R, A, d] behind the final norm
-    target: Tensor, # [R, A]
-    real: Tensor, # [R, A]
-) -> tuple[Tensor, Tensor]: # [R, A] log-probabilities of the targets, 0 where none is real; whether they are likeliest
+    hidden: Tensor, # [..., d] behind the final norm
+    target: Tensor, # [...]
+    real: Tensor, # [...]
+) -> tuple[Tensor, Tensor]: # [...] log-probabilities of the targets, 0 where none is real; whether they are likeliest
     "What final hidden states say about the tokens that should come"
     logits = model.get_output_embeddings()(hidden)
-    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)     # [R, A, vocabulary]
+    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)     # [..., vocabulary]
     right = logp.argmax(-1) == target
     return logp.gather(-1, target[..., None])[..., 0].masked_fill(~real, 0), right | ~real
 
@@ -96,6 +96,14 @@ def at_places(
     "Hidden states at the places that predict"
     return hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1]))
 
+# %% ../../nbs/analysis/10_interventions.ipynb #01eef815
+def answered_to(
+    block: nn.Module, # of the decoder, with a memory
+    h: Tensor, # [B, T, d] the stream after its attention
+) -> Tensor: # [B, T, d]
+    "What a memory's answer is added to: the stream, and the feed-forward beside the memory where there is one"
+    return h + block.mlp(block.post_attention_layernorm(h)) if hasattr(block, "mlp") else h
+
 # %% ../../nbs/analysis/10_interventions.ipynb #06b7b843
 def clean_pass(
     model: nn.Module, # with memory layers, in evaluation mode
@@ -112,6 +120,8 @@ def clean_pass(
         out = decoder(input_ids=answers.ids, use_cache=not gradients)
         hidden = at_places(out.last_hidden_state, answers.place)
         found = answer_logprobs(model, hidden, answers.target, answers.real)
+    with torch.set_grad_enabled(gradients):
+        residual = {n: answered_to(decoder.layers[n], h) for n, h in residual.items()}
     past = [] if gradients else [(layer.keys, layer.values) for layer in out.past_key_values.layers]
     return Clean(answers, seen, residual, *found, past)
 
@@ -206,6 +216,7 @@ def ranked(
     "The best rows of each head, one more than are read; a table without one more has it at minus infinity"
     layer, found = r.layer, r.__dict__.get("ranked")
     if found is None:
+        refuse_coupled(layer, "the next best row")
         more = min(layer.top_k + 1, layer.num_experts)
         found = product_top_k(layer.similarities(r.query), more)
         if more == layer.top_k:
@@ -417,71 +428,85 @@ def rest_of(
     number: int, # of a layer
 ) -> nn.Module: # takes `inputs_embeds`
     "What comes after a layer, as a decoder of its own that shares all modules"
+    if any(hasattr(layer, "engram") for layer in decoder.layers[number + 1:]):
+        raise UserError(f"layers after {number} look n-grams up (engram_config.layers) and cannot be run again from "
+                        "hidden states alone")
     rest = copy.copy(decoder)
     rest._modules = decoder._modules | {"layers": decoder.layers[number + 1:]}
     rest.lend_tables = lambda: None   # the whole model has lent them; their holder may lie before
     return rest
 
 # %% ../../nbs/analysis/10_interventions.ipynb #6da2aeee
-def at_the_end(
-    model: nn.Module, # in evaluation mode
-    clean: Clean, # the pass that is resumed
-    number: int, # of the last layer
+def tokens_again(
+    answers: AnswerBatch, # that were asked
+    left: int, # layers behind the one that says something else
     example: Tensor, # [R] rows of the batch
     owner: Tensor, # [S] which of these
     token: Tensor, # [S] tokens at which the layer says something else
-    out: Tensor, # [S, d] what it says there
-) -> tuple[Tensor, Tensor]: # [R, A] log-probabilities; whether they are the highest
-    "Go on behind the last layer"
-    a, residual, logprob, right = clean.answers, clean.residual[number], clean.logprob[example], clean.right[example]
-    row = example[owner]
-    which = token % a.ids.shape[1] - a.place[row, 0]                           # token of the answer
-    hidden = model.get_decoder().norm(residual.flatten(0, 1)[token] + out)
-    found = answer_logprobs(model, hidden[:, None], a.target[row, which, None], a.real[row, which, None])
-    logprob[owner, which], right[owner, which] = found[0][:, 0], found[1][:, 0]
-    return logprob, right
+) -> Tensor: # [R, T]
+    "Tokens whose way through the layers that are left has to be gone again"
+    length = answers.ids.shape[1]
+    changed = torch.zeros(len(example), length, dtype=torch.bool, device=token.device)
+    changed[owner, token % length] = True
+    if left == 0: return changed & answers.predicting[example]
+    behind = changed.cumsum(1) > 0
+    return changed | behind & answers.predicting[example] if left == 1 else behind & answers.reaching[example]
 
 # %% ../../nbs/analysis/10_interventions.ipynb #a8df6f54
 def past_of(
     clean: Clean, # a pass
     number: int, # of a layer
     example: Tensor, # [R] rows of the batch
-    start: int, # tokens that are kept
+    seen: Tensor, # [T] tokens that are kept
 ) -> DynamicCache: # of the layers behind; the others are there to be counted
-    "What attention kept of each row's first tokens"
+    "What attention kept of some tokens"
     kept = []
     for layer, past in enumerate(clean.past):
         rows = example if layer > number else example[:1]
-        kept.append(tuple(t[rows, :, :start] for t in past))
+        kept.append(tuple(t[rows][:, :, seen] for t in past))
     return DynamicCache(kept)
 
 # %% ../../nbs/analysis/10_interventions.ipynb #222f1314
-def from_position(
+def run_again(
     model: nn.Module, # in evaluation mode
     clean: Clean, # the pass that is resumed
-    number: int, # of a layer, not the last
-    start: int, # position of the first token that changes
+    number: int, # of the layer
     example: Tensor, # [R] rows of the batch
-    owner: Tensor, # [S] which of these
-    token: Tensor, # [S] tokens at which the layer says something else
-    out: Tensor, # [S, d] what it says there
-) -> tuple[Tensor, Tensor]: # [R, A] log-probabilities; whether they are the highest
-    "Run the layers behind from a position on"
-    a, residual, logprob, right = clean.answers, clean.residual[number], clean.logprob[example], clean.right[example]
-    said = clean.layers[number].out.view_as(residual)[example, start:]         # [R, T - start, d], a copy
-    said[owner, token % a.ids.shape[1] - start] = out
-    known = past_of(clean, number, example, start) if start else None
-    rest, x = rest_of(model.get_decoder(), number), residual[example, start:] + said
-    hidden = rest(inputs_embeds=x, past_key_values=known, use_cache=known is not None).last_hidden_state
-    place = a.place[example] - start                                           # [R, A]
-    later = (place >= 0).any(0).nonzero()[:, 0]                                # tokens of answers that may change
-    place, target, real = place[:, later], a.target[example][:, later], a.real[example][:, later]
-    found = answer_logprobs(model, at_places(hidden, place.clamp_min(0)), target, real)
-    logprob[:, later] = torch.where(place >= 0, found[0], logprob[:, later])
-    right[:, later] = torch.where(place >= 0, found[1], right[:, later])
-    return logprob, right
+    again: Tensor, # [R, T] True for n tokens of each row
+    x: Tensor, # [R, n, d] what these have behind the layer
+) -> Tensor: # [R, n, d] behind the final norm
+    "Run a few tokens of each row through the layers behind"
+    rows, n = x.shape[:2]
+    rest, at = rest_of(model.get_decoder(), number), torch.arange(again.shape[1], device=x.device)
+    if not len(rest.layers): return rest.norm(x)
+    position = again.nonzero()[:, 1].view(rows, n)
+    old = ~again[:, None] & (at < position[..., None])                         # [R, n, T]
+    seen = old.flatten(0, 1).any(0)
+    new = torch.ones(n, n, dtype=torch.bool, device=x.device).tril().expand(rows, n, n)
+    mask = torch.cat([old[..., seen], new], -1)[:, None]                       # [R, 1, n, seen + n]
+    past = past_of(clean, number, example, seen) if seen.any() else None
+    cache = dict(past_key_values=past, use_cache=past is not None)
+    return rest(inputs_embeds=x, attention_mask=mask, position_ids=position, **cache).last_hidden_state
 
 # %% ../../nbs/analysis/10_interventions.ipynb #e983b771
+def changed_states(
+    clean: Clean, # the pass that is resumed
+    number: int, # of the layer
+    example: Tensor, # [R] rows of the batch
+    again: Tensor, # [R, T] True for n tokens of each row
+    owner: Tensor, # [S] which row
+    token: Tensor, # [S] tokens at which the layer says something else
+    out: Tensor, # [S, d] what it says there
+) -> Tensor: # [R, n, d]
+    "What some tokens of each row have behind a layer"
+    residual, length, n = clean.residual[number], again.shape[1], int(again[0].sum())
+    flat = residual.flatten(0, 1)                                              # [B*T, d]
+    kept = (example[:, None] * length + again.nonzero()[:, 1].view(len(again), n)).flatten()
+    x = flat[kept] + clean.layers[number].out[kept]                            # [R*n, d]
+    slot = owner * n + again.cumsum(1)[owner, token % length] - 1
+    return x.index_copy(0, slot, flat[token] + out).view(len(again), n, -1)
+
+# %% ../../nbs/analysis/10_interventions.ipynb #587b10d4
 def resumed(
     model: nn.Module, # in evaluation mode
     clean: Clean, # the pass that is resumed
@@ -490,21 +515,23 @@ def resumed(
     owner: Tensor, # [S] which of these
     token: Tensor, # [S] tokens at which the layer says something else
     out: Tensor, # [S, d] what it says there
-    together: bool = False, # run all rows in one pass, for hooks that count them
+    together: bool = False, # run all tokens of all rows in one pass, for hooks that count them
 ) -> tuple[Tensor, Tensor]: # [R, A] log-probabilities; whether they are the highest
     "Go on behind a layer that has said something else"
-    out, length = out.to(clean.residual[number].dtype), clean.answers.ids.shape[1]
-    if number == len(model.get_decoder().layers) - 1:
-        return at_the_end(model, clean, number, example, owner, token, out)
-    first = torch.full_like(example, length).scatter_reduce(0, owner, token % length, "amin")   # [R]
-    if together: first = torch.full_like(first, first.min())
-    logprob, right = clean.logprob[example], clean.right[example]
-    for start in first.unique().tolist():
-        if start == length: continue                                           # rows in which nothing changes
-        row, mine = (first == start).nonzero()[:, 0], first[owner] == start
-        part = torch.searchsorted(row, owner[mine])
-        found = from_position(model, clean, number, start, example[row], part, token[mine], out[mine])
-        logprob[row], right[row] = found
+    a, out = clean.answers, out.to(clean.residual[number].dtype)
+    again = tokens_again(a, len(model.get_decoder().layers) - 1 - number, example, owner, token)
+    if together: again = torch.ones_like(again)
+    logprob, right, count = clean.logprob[example], clean.right[example], again.sum(1)
+    for n in count[count > 0].unique().tolist():
+        row, mine = (count == n).nonzero()[:, 0], count[owner] == n
+        part, tokens = torch.searchsorted(row, owner[mine]), again[row]
+        x = changed_states(clean, number, example[row], tokens, part, token[mine], out[mine])
+        hidden, place = run_again(model, clean, number, example[row], tokens, x), a.place[example[row]]
+        which, answer = (tokens.gather(1, place) & a.real[example[row]]).nonzero().unbind(1)   # predicted once more
+        column = tokens.cumsum(1)[which, place[which, answer]] - 1
+        target = a.target[example[row[which]], answer]
+        found = answer_logprobs(model, hidden[which, column], target, torch.ones_like(which, dtype=torch.bool))
+        logprob[row[which], answer], right[row[which], answer] = found
     return logprob, right
 
 # %% ../../nbs/analysis/10_interventions.ipynb #36ebb7ab

@@ -29,6 +29,7 @@ def check_ablation(
     for name, (value, smallest) in least.items():
         if value is not None and value < smallest:
             raise UserError(f"--{name.replace('_', '-')} {value}: too small, must be at least {smallest}")
+    if not checkpoint.is_dir(): raise UserError(f"{checkpoint}: no such folder")
     if not (checkpoint/"config.json").is_file():
         raise UserError(f"{checkpoint}: not a checkpoint folder (it has no config.json)")
     if "sub-keys" in what and mode not in ("drop", "renorm", "mean"):

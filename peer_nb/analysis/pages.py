@@ -16,8 +16,8 @@ from ..result_schema import FLAG, NUMBER, TEXT, WHOLE, fields, keyed, many, mayb
 
 # %% auto #0
 __all__ = ['ANY', 'STATISTICS', 'HOT', 'CLASSES', 'LAYER_USE', 'ROW_NORMS', 'TENSOR', 'CHANGE', 'STEP', 'SCHEMAS', 'KNOWN',
-           'ROW_CLASS', 'RELATED', 'MOVED', 'READ', 'NEAR', 'BUCKET', 'BUSY', 'ALONE', 'LAYER_KEYS', 'CORRELATION',
-           'schema_of', 'analysis_result', 'read_analysis', 'write_analysis']
+           'ROW_CLASS', 'RELATED', 'MOVED', 'READ', 'BY_CHANCE', 'NEAR', 'BUCKET', 'BUSY', 'ALONE', 'LAYER_KEYS',
+           'CORRELATION', 'schema_of', 'analysis_result', 'read_analysis', 'write_analysis']
 
 # %% ../../nbs/analysis/06_pages.ipynb #2e796349
 ANY = {"type": "object"}
@@ -99,7 +99,8 @@ SCHEMAS["check"] = dict(
         name=TEXT, expected=maybe(many(WHOLE)), found=maybe(many(WHOLE)), gives=maybe(many(many(WHOLE))), fits=FLAG)))
 
 # %% ../../nbs/analysis/06_pages.ipynb #9089f2ac
-NEAR = dict(vectors=WHOLE, redundant=WHOLE, threshold=NUMBER, nearest=many(NUMBER), chance=many(NUMBER), pairs=many(
+BY_CHANCE = dict(redundant=WHOLE, threshold=NUMBER, chance=many(NUMBER))
+NEAR = dict(vectors=WHOLE, **BY_CHANCE, nearest=many(NUMBER), optional=dict(spectrum=fields(**BY_CHANCE)), pairs=many(
     fields(first=WHOLE, second=WHOLE, cosine=NUMBER)))
 BUCKET = fields(
     bucket=TEXT, facts=WHOLE, known=maybe(NUMBER), low=maybe(NUMBER), high=maybe(NUMBER), loss=maybe(NUMBER),

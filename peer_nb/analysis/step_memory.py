@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'TABLE_STATES', 'rows_read', 'attention_activations', 'mlp_activations', 'moe_activations',
-           'memory_activations', 'saved_activations', 'StepMemory', 'loss_bytes', 'backward_peak',
-           'table_gradient_bytes', 'number_bytes', 'factor_bytes', 'estimate_memory', 'memory_table', 'memory_text']
+           'ultramem_activations', 'engram_activations', 'memory_activations', 'saved_activations', 'StepMemory',
+           'loss_bytes', 'backward_peak', 'table_gradient_bytes', 'number_bytes', 'factor_bytes', 'estimate_memory',
+           'memory_table', 'memory_text']
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #5b948299
 from dataclasses import asdict, dataclass, replace
 from math import prod
 
-from .parameters import count_parameters, layer_rows, memory_layer_numbers, table_sizes
+from .parameters import count_parameters, engram_tables, layer_rows, memory_layer_numbers
+from .parameters import table_sizes, value_width
 from ..config import Config, ModelConfig
 from ..files import UserError
 from ..formats import size_text
@@ -66,6 +68,28 @@ def moe_activations(
     routed = k * (width * (2*d + 4*hidden) + 3*8 + 2*4)                       # with places and weights of the pairs
     return block + routed + 4 * m.n_routed_experts + 4 * width * hidden * m.n_shared_experts
 
+# %% ../../nbs/analysis/01_step_memory.ipynb #3b7841a4
+def ultramem_activations(
+    c: ModelConfig, # the model
+    width: int, # as in `attention_activations`
+) -> int: # bytes per token
+    "What an UltraMem layer keeps beside its feed-forward"
+    p, r, heads, values = c.peer_config, c.peer_config.score_rank, c.peer_config.num_heads, value_width(c)
+    queries = heads * (2*width*p.query_dim + 2*2*r*4) + (4*c.hidden_size if width == 2 else 0) # and copies
+    kept = [min(p.num_experts_per_tok, n) for n in p.product_key_dim]
+    scored = heads * (8*sum(kept) + width*r*(sum(p.product_key_dim) + 2*kept[0] + kept[1] + r))
+    return queries + scored + heads*p.num_experts_per_tok*(8 + 8 + 4 + width) + (4 + width)*values
+
+# %% ../../nbs/analysis/01_step_memory.ipynb #630c5053
+def engram_activations(
+    c: ModelConfig, # the model
+    width: int, # as in `attention_activations`
+) -> int: # bytes per token
+    "What n-grams, their gate and their convolution keep"
+    e, d = c.engram_config, c.hidden_size
+    heads = (e.ngram_size - 1)*e.num_heads
+    return 8*heads + 4*e.embed_dim + d*(4*(8 + e.kernel_size) + 2*width) + 32
+
 # %% ../../nbs/analysis/01_step_memory.ipynb #def9bba3
 def memory_activations(
     c: ModelConfig, # the model
@@ -74,8 +98,9 @@ def memory_activations(
     "What a memory layer and its norm keep"
     p, d = c.peer_config, c.hidden_size
     if c.memory_kind == "moe": return moe_activations(c, width)
+    if c.memory_kind == "ultramem": return mlp_activations(c, width) + ultramem_activations(c, width)
     norm = p.query_norm or ("layer" if p.batch_norm_query else "none")
-    queries = p.num_heads * p.query_dim * (width + dict(batch=12, layer=width, none=0)[norm])
+    queries = p.num_heads * p.query_dim * (width + dict(batch=12, none=0).get(norm, width))
     pairs, half = p.num_heads * p.num_experts_per_tok, 2 if width == 2 else 0
     stages = len(p.product_key_dim) + 1 + (len(p.product_key_dim) > 2)
     places = pairs * (8*stages + 4 + half)                             # row numbers at each stage, weights
@@ -97,6 +122,7 @@ def saved_activations(
     attention = attention_activations(c, width) + mask
     layers = [attention + (memory_activations if n in memories else mlp_activations)(c, width)
               for n in range(c.num_hidden_layers)]
+    for n in c.engram_config.layers: layers[n] += engram_activations(c, width)
     return layers + [(8 + width) * c.hidden_size + (0 if c.loss_chunk_size else 4 * c.vocab_size)]
 
 # %% ../../nbs/analysis/01_step_memory.ipynb #3fb5c4af
@@ -215,23 +241,25 @@ def estimate_memory(
     full = [tokens * n for n in saved_activations(c, width)]
     recomputed = [max(0, n - 4*tokens*c.hidden_size) if train.gradient_checkpointing else 0 for n in full[:-1]] + [0]
     kept = [n - again for n, again in zip(full, recomputed)]
-    dense = [4 * (r["total"] - r["memory_tables"]) for r in rows[1:]]
+    ngrams = engram_tables(c)                                                # trained like any embedding
+    memory, own = count.memory_tables - sum(ngrams.values()), [ngrams.get(n, 0) for n in range(c.num_hidden_layers)]
+    dense = [4 * (r["total"] - r["memory_tables"] + n) for r, n in zip(rows[1:], [*own, 0])]
     dense[0] += 4 * rows[0]["total"]
-    factored = kind == "consumed" and gpu and c.peer_config.kernel != "eager"
+    factored = kind == "consumed" and gpu and c.peer_config.kernel != "eager" and c.memory_kind != "ultramem"
     memories = memory_layer_numbers(c)
     one = factor_bytes(c, tokens) if factored else table_gradient_bytes(c, kind, tokens)
     # a shared table's gradient begins with the last reader, and each further one is added to it, a table at a time
     holders = memories[-1:] if c.share_memory and not factored else memories
-    added = one + (one // 2 if c.memory_kind == "peer" else one)
+    added = one + (one // 2 if c.memory_kind in ("peer", "ultramem") else one)
     tables = [one if n in holders else 0 for n in range(c.num_hidden_layers)] + [0]
     p = c.peer_config
     wide = dict(peer=p.expert_hidden_size, moe=0).get(c.memory_kind, 1)
     pairs = tokens * p.num_heads * p.num_experts_per_tok * wide
     transient = [again + (36 * pairs + (0 if n in holders else added) if n in memories else 0)
                  for n, again in enumerate(recomputed)]
-    states = round(8 * (count.total - count.memory_tables) + TABLE_STATES[kind] * count.memory_tables)
+    states = round(8 * (count.total - memory) + TABLE_STATES[kind] * memory)
     copies = 2 * (count.attention + count.dense_mlp + c.vocab_size*c.hidden_size) if width == 2 else 0
-    weights = 4 * count.total - (4 - number_bytes(c)) * count.memory_tables
+    weights = 4 * count.total - (4 - number_bytes(c)) * memory
     step = StepMemory(kind, tokens, weights, copies, states, 0, 0, 0, "")
     freed = kind == "consumed" and not (factored and c.share_memory)
     return _worst(step, kept, dense, tables, transient, loss_bytes(c, tokens), train.gradient_accumulation_steps, freed)

@@ -50,7 +50,7 @@ def prompt_ids(
 ) -> list[list[int]]: # with what the tokenizer puts before a text
     "Prompts in the tokens of one of the two models"
     tokenizer = bridge.source_tokenizer if end == "source" else bridge.target_tokenizer
-    return [tokenizer(text)["input_ids"] for text in texts]
+    return tokenizer(list(texts))["input_ids"]
 
 # %% ../../nbs/bridge/07_arms.ipynb #e2e1e616
 def cache_ends(

@@ -205,7 +205,7 @@ def text_rows(self: Bridge,
     texts: list[str], # after the soft tokens
 ) -> list[list[int]]: # token numbers
     "Texts as the target's tokens, without what begins a text"
-    return [self.target_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return self.target_tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 @patch
 def beginning(self: Bridge) -> list[int]: # token numbers; none for many tokenizers

@@ -21,9 +21,9 @@ from ..page import text_html, write_page
 from ..stats import wilson
 
 # %% auto #0
-__all__ = ['WORDS', 'SPLIT_WORDS', 'COST_COLUMNS', 'PAIR_COLUMNS', 'in_words', 'control_sentence', 'plain_sentences',
-           'shares_figure', 'kept_together', 'cost_cells', 'pair_cells', 'bits_rows', 'curve_figure', 'course_rows',
-           'split_section', 'costs_section', 'curve_section', 'write_evaluation_page']
+__all__ = ['WORDS', 'SPLIT_WORDS', 'COST_COLUMNS', 'PAIR_COLUMNS', 'in_words', 'control_sentence', 'plain_sentences', 'upper',
+           'carried_over', 'shares_figure', 'kept_together', 'cost_cells', 'pair_cells', 'bits_rows', 'curve_figure',
+           'course_rows', 'split_section', 'costs_section', 'curve_section', 'write_evaluation_page']
 
 # %% ../../nbs/bridge/13_evaluation_page.ipynb #191839f9
 WORDS = dict(
@@ -73,6 +73,29 @@ def plain_sentences(
     if floor: said.append(f"Both models' caches together: {bridge['cache_saved']} against the target alone; "
                           f"time: {bridge['time_saved']}.")
     return said
+
+# %% ../../nbs/bridge/13_evaluation_page.ipynb #ceb43825
+def upper(
+    row: dict[str, Any], # of `arm_table`
+) -> float: # end of its interval, or the share where it has none
+    "How much an arm may know"
+    return row["em"] if row["high"] is None else row["high"]
+
+def carried_over(
+    rows: list[dict[str, Any]], # of `arm_table`, of all splits
+) -> str: # empty where nothing was held out
+    "Whether a bridge knows more than the pairs that it was trained on"
+    by = {(row["split"], row["arm"]): row for row in rows}
+    wanted = [(split, arm) for split in ("test", "test_held_out") for arm in ("latent", "target_alone")]
+    if any(key not in by for key in wanted): return ""
+    seen, seen_floor, others, floor = (by[key] for key in wanted)
+    told = (f"{seen['em']:.1%} of the pairs that it was trained on, {others['em']:.1%} of the others; "
+            f"the target alone: {seen_floor['em']:.1%} and {floor['em']:.1%}")
+    if seen["em"] <= upper(seen_floor): return f"A bridge that knows neither the pairs it has seen nor others ({told})."
+    if others["em"] <= upper(floor): return f"A bridge that knows the pairs it has seen, not held-out ones ({told})."
+    part = (others["em"] - floor["em"])/(seen["em"] - seen_floor["em"])
+    doubt = "" if others["low"] is None or others["low"] > upper(floor) else ", which may be chance"
+    return f"Of what the bridge adds, {part:.0%} carries over to pairs that it was never trained on{doubt} ({told})."
 
 # %% ../../nbs/bridge/13_evaluation_page.ipynb #ab1451ac
 def shares_figure(
@@ -230,7 +253,8 @@ def write_evaluation_page(
     for row in rows:
         if first and row["split"] == first["split"] and row["arm"] in ("target_alone", "shuffled_source", "cascade"):
             facts[WORDS[row["arm"]]] = f"{row['em']:.1%}"
-    body = heading(about["title"], about["lead"]) + facts_html(facts)
+    over = carried_over(rows)
+    body = heading(about["title"], about["lead"]) + facts_html(facts) + note_html([over]*bool(over))
     for split in splits:
         own = lambda table: [row for row in table if row["split"] == split]
         body += split_section(split, own(rows), own(pairs))

@@ -180,6 +180,7 @@ def bridge_model(
         return name
     if (folder := cached_needle(NEEDLE[name])).is_dir(): return str(folder)
     print(f"{name} is made now, in a minute or two; done once, then found in {folder}", flush=True)
-    child = start_child(f"from peer_nb.bridge.needle_models import make_needle; make_needle({NEEDLE[name]!r})")
+    code = f"from peer_nb.bridge.needle_models import make_needle; make_needle({NEEDLE[name]!r})"
+    child = start_child(code, environment=dict(OMP_NUM_THREADS="1"))
     if child.wait(): raise UserError(f"{name} could not be made; what went wrong stands above")
     return str(folder)

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .effects import usable_runs
+from ..formats import duration, number, size_text
 from ..stats import Comparison, compare, holm
+from ..study.tables import Table, table
 
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
 __all__ = ['NUISANCE', 'COSTS', 'edge_of', 'Candidate', 'chosen_on', 'mean_of', 'settings_of', 'against_best', 'beyond',
-           'recommendation', 'settings_table']
+           'recommendation', 'cost_text', 'settings_table', 'costs_table']
 
 # %% ../../nbs/findings/07_settings.ipynb #69f5f2c4
 def edge_of(
@@ -136,17 +138,39 @@ def recommendation(
     return f"{said}. It is {why}; {worse}.{few}{beyond(settings)}"
 
 # %% ../../nbs/findings/07_settings.ipynb #17ce121a
+def cost_text(
+    name: str, # one of COSTS
+    value: float | None, # mean over seeds; None: not measured
+) -> str:
+    "A cost as a person reads it"
+    if value is None: return "–"
+    if name in ("peak memory", "bytes kept"): return size_text(int(value))
+    return duration(value) if name == "seconds" else f"{value:,.0f}"
+
+# %% ../../nbs/findings/07_settings.ipynb #d4061a2a
 def settings_table(
     settings: list[Candidate], # of `settings_of`
     more: Iterable[str] = (), # other metrics to show
-) -> pd.DataFrame: # a row each, the best first
-    "Settings with what they reach and what they cost"
-    import pandas as pd
-    def row(n, s):
+) -> Table: # a row each, the best first
+    "Settings with what they reach"
+    more, rated = list(more), any(s.rate for s in settings)
+    def row(s):
         a = s.against
         interval = "" if a is None or a.low is None else f" ({a.low:+.4f} to {a.high:+.4f})"
-        apart = "the best" if a is None else f"{a.mean:+.4f}{interval}"
-        return {"rank": n, **s.levels, **({NUISANCE: s.rate} if s.rate else {}), "mean": s.mean, "seeds": len(s.seeds),
-                "minus the best": apart, "surely worse": "yes" if s.sure else "no",
-                **{name: s.other.get(name) for name in more}, **s.costs}
-    return pd.DataFrame([row(n, s) for n, s in enumerate(settings, 1)])
+        others = [number(s.other.get(name)) for name in more]
+        return [s.name, *[s.rate]*rated, f"{s.mean:.4f}", len(s.seeds), *others,
+                "the best" if a is None else f"{a.mean:+.4f}{interval}", "yes" if s.sure else "no"]
+    return table(["setting", *[NUISANCE.replace("_", " ")]*rated, "mean", "seeds", *more, "minus the best",
+                  "surely worse"], map(row, settings), "no setting has a finished run")
+
+# %% ../../nbs/findings/07_settings.ipynb #2f7d8369
+def costs_table(
+    settings: list[Candidate], # of `settings_of`
+    more: Iterable[str] = (), # other metrics to show, such as docs/perplexity
+) -> Table: # a row each, the best first
+    "Settings with what they cost"
+    measured, more = [name for name in COSTS if any(name in s.costs for s in settings)], list(more)
+    def row(s):
+        others = [number(s.other.get(name)) for name in more]
+        return [s.name, *others, *(cost_text(name, s.costs.get(name)) for name in measured)]
+    return table(["setting", *more, *measured], map(row, settings), "no setting has a finished run")

@@ -348,7 +348,7 @@ table of all runs.</p>
   'one seed: anecdotal' if e.seeds == 1 else e.why or '–' }}</td>
 <td>{{ {'both': 'seeds and items'}.get(e.over, e.over) if e.known }}</td>
 <td class="n">{{ e.beside_low|signed(4) ~ ' to ' ~ e.beside_high|signed(4) if e.beside else '–' }}</td>
-<td class="n">{{ '%.2g'|format(e.p_holm) if e.known else '–' }}</td>
+<td class="n">{{ '%.2g'|format(e.p_holm) if e.known and e.p_holm == e.p_holm else '–' }}</td>
 <td class="n">{{ e.effect_size|decimals(1) if e.known else '–' }}</td>
 <td class="n">{{ e.seeds if e.against }}</td><td class="n">{{ e.pairs ~ ' of ' ~ e.planned if e.planned }}</td></tr>
 {% endfor %}

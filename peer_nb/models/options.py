@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = ['Count', 'Index', 'Even', 'Positive', 'NotBelowZero', 'Decay', 'Sizes', 'Allowed', 'taken_apart', 'is_allowed',
            'refuse_out_of_range', 'PeerConfig', 'MoeConfig', 'adds_to_loss', 'group_problem', 'moe_problem',
+           'ultramem_problem', 'EngramConfig', 'is_prime', 'primes_from', 'engram_rows', 'engram_problem',
            'RopeScaling', 'MLAConfig', 'ModelConfig', 'key_value_heads', 'attention_problem']
 
 # %% ../../nbs/models/00_options.ipynb #49576c93
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from math import isqrt
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -79,9 +82,11 @@ class PeerConfig:
     batch_norm_query: bool = True # normalise the query, by LayerNorm unless `query_norm` says otherwise
     activation: Literal["gelu", "relu", "silu"] = "gelu" # expert non-linearity
     score: Literal["softmax", "sigmoid", "relu"] = "softmax" # from similarity to expert weight
-    # null follows batch_norm_query: layer if true, else none
-    query_norm: Literal["layer", "batch", "none"] | None = None
+    # null follows batch_norm_query: layer if true, else none; pieces: LayerNorm of each dimension's part by itself
+    query_norm: Literal["layer", "pieces", "batch", "none"] | None = None
     shared_keys: bool = False # all retrieval heads use the same sub-keys
+    score_rank: Count = 2 # ultramem: scores of a query with a sub-key, which a small matrix brings together
+    value_dim: Count | None = None # ultramem: width of a row's two vectors; null: a quarter of hidden_size
     table_gradient: Literal["dense", "sparse", "consumed"] = "dense" # how expert tables receive gradients
     # how expert tables are stored; bfloat16 halves them, and each update is rounded stochastically
     table_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -97,6 +102,12 @@ class PeerConfig:
         names = ("num_experts", "num_experts_per_tok", "num_heads", "expert_hidden_size", "product_key_dim",
             "query_dim", "activation", "score", "shared_keys", "table_gradient", "table_dtype", "kernel")
         return {name: getattr(self, name) for name in names} | {"query_norm": norm}
+
+    def ultramem_arguments(self) -> dict: # what has a meaning there, and the keys of its own
+        "What UltraMem's constructor takes"
+        mine, others = self.layer_arguments(), ("expert_hidden_size", "activation", "score", "query_norm")
+        return {k: v for k, v in mine.items() if k not in others} | dict(score_rank=self.score_rank,
+                                                                         value_dim=self.value_dim)
 
 # %% ../../nbs/models/00_options.ipynb #0c65499c
 @dataclass
@@ -152,6 +163,76 @@ def moe_problem(
                            "experts while the bias moves by a fixed amount; choose scoring sigmoid, or balance switch")
     return None
 
+# %% ../../nbs/models/00_options.ipynb #b41cc870
+def ultramem_problem(
+    p: PeerConfig, # of a model with such layers
+) -> tuple[str, str] | None: # the key, and what is wrong with it
+    "What contradicts itself in an UltraMem layer"
+    dims, query_dim, rank = len(p.product_key_dim), p.query_dim, p.score_rank
+    if dims != 2: return "product_key_dim", f"{dims} dimension{'s' * (dims > 1)}; ultramem has rows and columns, so two"
+    if query_dim % (2*rank):
+        return "query_dim", (f"{query_dim} doesn't divide into two sides of score_rank = {rank} pieces; choose a "
+                             f"multiple of {2*rank}")
+    if p.kernel == "triton": return "kernel", "triton has no kernels for ultramem; choose auto or eager"
+    return None
+
+# %% ../../nbs/models/00_options.ipynb #f5c081b6
+@dataclass
+class EngramConfig:
+    "Hashed n-grams"
+    layers: list[Index] = field(default_factory=list) # layers before whose attention n-grams are looked up; none: off
+    # longest n-gram; all from two tokens on are looked up
+    ngram_size: Annotated[int, Allowed("a whole number, at least 2", lambda x: x >= 2)] = 3
+    num_heads: Count = 8 # hashes of each n-gram
+    # rows of a head's table; the next primes from here on are taken
+    table_size: Annotated[int, Allowed("a whole number, at least 2, the first prime", lambda x: x >= 2)] = 2_262_400
+    embed_dim: Count = 1280 # width of all heads' rows together; divides evenly among them
+    kernel_size: Count = 4 # places, ngram_size tokens apart, that the short convolution sees
+    seed: Index = 0 # of the hash's multipliers
+    # where the tables lie: with the model, or in the memory of the host, whose rows are copied over
+    table_device: Literal["model", "cpu"] = "model"
+
+# %% ../../nbs/models/00_options.ipynb #0e3acd9b
+def is_prime(
+    n: int, # at least 2
+) -> bool:
+    "By trial division, enough for lengths of tables"
+    return n > 1 and all(n % d for d in range(2, isqrt(n) + 1))
+
+@lru_cache(maxsize=None)
+def primes_from(
+    start: int, # the first that may be taken
+    count: int, # how many
+) -> tuple[int, ...]: # ascending
+    "The next primes"
+    found = []
+    while len(found) < count:
+        if is_prime(start): found.append(start)
+        start += 1
+    return tuple(found)
+
+# %% ../../nbs/models/00_options.ipynb #345db0b4
+def engram_rows(
+    e: EngramConfig, # of a model
+) -> dict[int, tuple[int, ...]]: # layer -> rows of each head's table, order by order
+    "Distinct primes over heads, orders and layers"
+    heads = (e.ngram_size - 1)*e.num_heads
+    primes = primes_from(e.table_size, heads*len(e.layers))
+    return {layer: primes[n*heads:(n + 1)*heads] for n, layer in enumerate(e.layers)}
+
+def engram_problem(
+    e: EngramConfig, # of a model
+    num_layers: int, # of the model
+) -> tuple[str, str] | None: # the key, and what is wrong with it
+    "What contradicts itself in the n-grams"
+    heads = (e.ngram_size - 1)*e.num_heads
+    if sorted({*e.layers}) != [*e.layers] or e.layers and e.layers[-1] >= num_layers:
+        return "layers", f"{e.layers}: name each layer once, ascending, from 0 to {num_layers - 1}"
+    if e.embed_dim % heads:
+        return "embed_dim", (f"{e.embed_dim} doesn't divide among {heads} heads ({e.num_heads} for each order from 2 "
+                             f"to {e.ngram_size}); choose a multiple of {heads}")
+    return None
+
 # %% ../../nbs/models/00_options.ipynb #384a518d
 @dataclass
 class RopeScaling:
@@ -195,11 +276,12 @@ class ModelConfig:
     # latent attention, or keys and values of every head (mha), of a few (gqa), of one (mqa)
     attention_kind: Literal["mla", "mha", "gqa", "mqa"] = "mla"
     num_key_value_heads: Count | None = None # heads of keys and values; null: as attention_kind says, gqa needs it
-    # PEER experts, product-key memory, Memory+, or a mixture of experts (moe_config)
-    memory_kind: Literal["peer", "pkm", "memory_plus", "moe"] = "peer"
+    # PEER experts, product-key memory, Memory+, a mixture of experts (moe_config), UltraMem beside the feed-forward
+    memory_kind: Literal["peer", "pkm", "memory_plus", "moe", "ultramem"] = "peer"
     moe_config: MoeConfig = field(default_factory=MoeConfig) # a mixture of experts
     memory_layers: list[Index] | None = None # which layers hold memory; null: all from peer_start_layer on
     share_memory: bool = False # all memory layers use one table
+    engram_config: EngramConfig = field(default_factory=EngramConfig) # n-grams, looked up before some attentions
     tie_word_embeddings: bool = False # the output head is the embedding
     dropout: Decay = 0.0 # on the residual branches
     loss_chunk_size: Count | None = None # tokens whose logits exist at once when a loss is computed; null: all

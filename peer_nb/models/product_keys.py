@@ -348,8 +348,8 @@ def check_router(
     if not 1 <= num_experts_per_tok <= rows:
         raise ValueError(f"num_experts_per_tok={num_experts_per_tok}: it must be from 1 to num_experts={rows}")
     if score not in SCORES: raise ValueError(f"score={score!r}: choose one of {', '.join(SCORES)}")
-    if query_norm not in ("layer", "batch", "none"):
-        raise ValueError(f"query_norm={query_norm!r}: choose layer, batch or none")
+    if query_norm not in ("layer", "pieces", "batch", "none"):
+        raise ValueError(f"query_norm={query_norm!r}: choose layer, pieces, batch or none")
     if score == "softmax" and num_experts_per_tok == 1:
         raise ValueError("num_experts_per_tok=1 with score='softmax': the one weight is always 1, so keys and queries "
             "would never learn; use score='sigmoid' or more experts")
@@ -365,7 +365,7 @@ class ProductKeyRouter(nn.Module):
         num_heads: int, # independent retrievals per token
         product_key_dim: list[int], # sub-keys per dimension
         query_dim: int, # query width per head
-        query_norm: str = "batch", # layer, batch or none
+        query_norm: str = "batch", # layer, pieces (each dimension's part by itself), batch or none
         score: str = "softmax", # softmax per head, sigmoid or relu
         shared_keys: bool = False, # one set of keys for all heads
         eps: float = 1e-5, # of the query norm
@@ -380,8 +380,9 @@ class ProductKeyRouter(nn.Module):
         self.top_k, self.num_heads = num_experts_per_tok, num_heads
         self.sizes, self.score, self.kernel = list(product_key_dim), score, kernel
         self.query_proj = nn.Linear(hidden_size, num_heads * query_dim, bias=False)
-        norms = {"batch": (QueryBatchNorm, num_heads * query_dim), "layer": (nn.LayerNorm, query_dim)}
-        kind, width = norms.get(query_norm, (nn.Identity, 0))
+        self.norm_pieces = len(self.sizes) if query_norm == "pieces" else 1   # of a query, each normed by itself
+        norms = {"batch": (QueryBatchNorm, num_heads * query_dim), "none": (nn.Identity, 0)}
+        kind, width = norms.get(query_norm, (nn.LayerNorm, query_dim // self.norm_pieces))
         self.query_norm = kind(width, eps=eps)
         sets, width = 1 if shared_keys else num_heads, query_dim // len(self.sizes)
         self.sub_keys = nn.Parameter(torch.empty(sets, sum(self.sizes), width))
@@ -424,8 +425,8 @@ def queries(self: ProductKeyRouter,
     "Projected and normalised queries"
     q = self.query_proj(x)                                                             # [tokens, heads*query_dim]
     if isinstance(self.query_norm, QueryBatchNorm): q = self.query_norm(q, mask)
-    q = q.unflatten(-1, (self.num_heads, -1))                                          # [tokens, heads, query_dim]
-    return q if isinstance(self.query_norm, QueryBatchNorm) else self.query_norm(q)
+    else: q = self.query_norm(q.unflatten(-1, (self.num_heads * self.norm_pieces, -1))).flatten(-2)
+    return q.unflatten(-1, (self.num_heads, -1))                                       # [tokens, heads, query_dim]
 
 # %% ../../nbs/models/03_product_keys.ipynb #d308eb81
 @patch

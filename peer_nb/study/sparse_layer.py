@@ -5,19 +5,23 @@
 # %% ../../nbs/study/02_sparse_layer.ipynb #8aac0e18
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from ..analysis.parameters import bytes_read, count_parameters, memory_layer_count, router_cost, table_sizes
+from ..analysis.parameters import bytes_read, count_parameters, engram_cost, memory_layer_count
+from ..analysis.parameters import memory_layer_numbers, router_cost, table_sizes
 from ..config import Config, ModelConfig, apply_overrides
 from ..files import UserError
+from ..models.options import engram_rows
 
 # %% auto #0
-__all__ = ['SPARSE_KINDS', 'NEAR', 'PEER_KEYS', 'MOE_KEYS', 'LayerBudget', 'layer_budget', 'grid', 'table_candidates',
-           'moe_candidates', 'dense_candidates', 'Residual', 'residual_of', 'solved', 'arm_overrides',
-           'check_sparse_base', 'sparse_layer_levels', 'residual_rows']
+__all__ = ['SPARSE_KINDS', 'NEAR', 'PEER_KEYS', 'MOE_KEYS', 'ENGRAM_KEYS', 'LayerBudget', 'layer_budget', 'grid',
+           'table_candidates', 'moe_candidates', 'beside_budget', 'ultramem_candidates', 'dense_candidates',
+           'engram_candidates', 'Residual', 'residual_of', 'solved', 'arm_overrides', 'check_sparse_base',
+           'sparse_layer_levels', 'residual_rows']
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #5adb9a04
 class LayerBudget(NamedTuple):
@@ -29,9 +33,10 @@ class LayerBudget(NamedTuple):
 def layer_budget(
     m: ModelConfig, # has memory layers
 ) -> LayerBudget:
-    "Of one memory layer of a model"
+    "Of one memory layer of a model, and of the feed-forward that stands beside it, if one does"
     (row, held, read), (parameters, flops) = table_sizes(m), router_cost(m)
-    return LayerBudget(parameters + row*held, flops//2 + row*read)
+    beside = 3*m.hidden_size*m.intermediate_size if m.memory_kind == "ultramem" else 0   # a feed-forward
+    return LayerBudget(parameters + row*held + beside, flops//2 + row*read + beside)
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #1c3eddbf
 def grid(
@@ -81,6 +86,38 @@ def moe_candidates(
                           moe_intermediate_size=width, n_group=1, topk_group=1)
             yield replace(m, memory_kind="moe", moe_config=moe), abs(math.log2(k/6)) + abs(shared - 1)
 
+# %% ../../nbs/study/02_sparse_layer.ipynb #1b70b8f8
+def beside_budget(
+    m: ModelConfig, # the base
+    width: int, # of the feed-forward that all blocks have then
+) -> LayerBudget: # of each layer that is to hold a memory
+    "What is left for memories beside feed-forwards"
+    memories, layers, each = memory_layer_count(m), m.num_hidden_layers, 3*m.hidden_size
+    budget = layer_budget(m)
+    more = each*(layers*width - (layers - memories)*m.intermediate_size)/memories
+    return LayerBudget(round(budget.total - more), round(budget.macs - more))
+
+# %% ../../nbs/study/02_sparse_layer.ipynb #103240b5
+def ultramem_candidates(
+    m: ModelConfig, # the base
+) -> Iterator[tuple[ModelConfig, float]]: # a model, and how far from customary proportions it is
+    "Memories beside feed-forwards that are narrower for it"
+    d, macs, unit = m.hidden_size, layer_budget(m).macs, memory_layer_count(m)/(3*m.hidden_size*m.num_hidden_layers)
+    dense = (m.num_hidden_layers - memory_layer_count(m))*m.intermediate_size/m.num_hidden_layers
+    for query, values, k in itertools.product([d*n//32*4 for n in range(1, 9)], [d//8, d//4, d//2], (8, 16, 32, 64)):
+        p = replace(m.peer_config, num_heads=1, query_dim=query, value_dim=values, num_experts_per_tok=k, score_rank=2,
+                    kernel=m.peer_config.kernel.replace("triton", "auto"))
+        arm = replace(m, memory_kind="ultramem", peer_config=replace(p, product_key_dim=[64, 64]))
+        for _ in range(6):   # rows, sub-keys and the feed-forward's width depend on each other
+            own = LayerBudget(router_cost(arm)[0], router_cost(arm)[1]//2 + k*2*values)
+            width = round(dense + (macs - own.macs)*unit)
+            rows = (beside_budget(m, width).total - own.total)/(2*values)
+            if width < 1 or rows < 4*k: break
+            sizes = grid(rows, 2)
+            sized = replace(p, product_key_dim=sizes, num_experts=math.prod(sizes))
+            arm = replace(arm, intermediate_size=width, peer_config=sized)
+        else: yield arm, abs(math.log2(own.macs/macs/0.17)) + abs(math.log2(query/(2*d))) + abs(math.log2(4*values/d))
+
 # %% ../../nbs/study/02_sparse_layer.ipynb #7af3edd3
 def dense_candidates(
     m: ModelConfig, # the base
@@ -89,6 +126,24 @@ def dense_candidates(
     memories, layers, d = memory_layer_count(m), m.num_hidden_layers, m.hidden_size
     macs = (layers - memories)*3*d*m.intermediate_size + memories*layer_budget(m).macs
     yield replace(m, use_peer=False, intermediate_size=max(1, round(macs/(3*d*layers)))), 0.0
+
+# %% ../../nbs/study/02_sparse_layer.ipynb #be793afd
+def engram_candidates(
+    m: ModelConfig, # the base
+) -> Iterator[tuple[ModelConfig, float]]: # a model, and how far from customary proportions it is
+    "N-grams before the attention of some blocks, all with narrower feed-forwards"
+    d, macs, layers = m.hidden_size, layer_budget(m).macs, memory_layer_numbers(m)
+    unit, dense = len(layers)/(3*d*m.num_hidden_layers), (m.num_hidden_layers - len(layers))*m.intermediate_size
+    for wide in (1/4, 1/2, 1):
+        e = replace(m.engram_config, layers=layers, ngram_size=3, num_heads=8, embed_dim=max(1, round(wide*d/16))*16)
+        arm = replace(m, use_peer=False, engram_config=e)
+        parameters, flops = engram_cost(arm)
+        width = round(dense/m.num_hidden_layers + (macs - flops//2)*unit)
+        wanted = (beside_budget(m, width).total - parameters)/e.embed_dim       # rows of a head
+        if width < 1 or wanted < 100: continue
+        heads = [n for rows in engram_rows(replace(e, table_size=round(wanted))).values() for n in rows]
+        start = max(2, round(2*wanted - sum(heads)/len(heads)))                 # primes lie above it
+        yield replace(arm, intermediate_size=width, engram_config=replace(e, table_size=start)), abs(math.log2(2*wide))
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #976e737a
 class Residual(NamedTuple):
@@ -112,7 +167,7 @@ def residual_of(
     return Residual(a.flops_per_token/b.flops_per_token - 1, a.total/b.total - 1, bytes_read(arm))
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #0c535ac2
-SPARSE_KINDS = ("dense", "moe", "pkm", "memory_plus", "peer")
+SPARSE_KINDS = ("dense", "moe", "pkm", "memory_plus", "peer", "ultramem", "engram")
 NEAR = 0.005 # below this, proportions decide
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #9c377e60
@@ -123,7 +178,7 @@ def solved(
 ) -> ModelConfig | None: # None: no such layer fits the budget
     "The base with another kind of layer, at equal active FLOPs and total parameters"
     if kind == m.memory_kind: return m
-    special = dict(moe=moe_candidates, dense=dense_candidates)
+    special = dict(moe=moe_candidates, dense=dense_candidates, ultramem=ultramem_candidates, engram=engram_candidates)
     found = special[kind](m) if kind in special else table_candidates(m, kind)
     tried = [(residual_of(arm, m, context).worst(kind == "dense"), far, n, arm) for n, (arm, far) in enumerate(found)]
     if not tried: return None
@@ -131,9 +186,11 @@ def solved(
     return min(near)[-1] if near else min(tried)[-1]
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #897944e2
-PEER_KEYS = ("num_experts", "num_experts_per_tok", "num_heads", "expert_hidden_size", "product_key_dim", "query_dim")
+PEER_KEYS = ("num_experts", "num_experts_per_tok", "num_heads", "expert_hidden_size", "product_key_dim", "query_dim",
+             "value_dim", "score_rank", "kernel")
 MOE_KEYS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "n_group",
             "topk_group")
+ENGRAM_KEYS = ("layers", "ngram_size", "num_heads", "table_size", "embed_dim")
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #92717cc3
 def arm_overrides(
@@ -143,7 +200,7 @@ def arm_overrides(
     "What makes an arm of a base"
     out = {f"model_config.{key}": getattr(arm, key) for key in ("use_peer", "intermediate_size", "memory_kind")
            if getattr(arm, key) != getattr(base, key)}
-    for section, keys in (("peer_config", PEER_KEYS), ("moe_config", MOE_KEYS)):
+    for section, keys in dict(peer_config=PEER_KEYS, moe_config=MOE_KEYS, engram_config=ENGRAM_KEYS).items():
         mine, other = getattr(arm, section), getattr(base, section)
         out |= {f"model_config.{section}.{key}": getattr(mine, key) for key in keys
                 if getattr(mine, key) != getattr(other, key)}
@@ -158,13 +215,16 @@ def check_sparse_base(
     if m.share_memory:
         raise UserError("--axes sparse_layer: the base's layers share one memory (model_config.share_memory: true), "
                         "which not every kind can; set it to false")
+    if m.engram_config.layers:
+        raise UserError("--axes sparse_layer: the base has n-grams (model_config.engram_config.layers), which are a "
+                        "level of the axis; set it to []")
 
 # %% ../../nbs/study/02_sparse_layer.ipynb #b2701c5f
 def sparse_layer_levels(
     base: Config, # must have memory layers
     most: float = 0.03, # residual of an arm
 ) -> tuple[dict[str, dict], dict[str, str]]: # level: overrides; level left out: reason
-    "Dense, mixture of experts, and each kind of memory, at equal active FLOPs and total parameters"
+    "Dense, mixture of experts, each kind of memory and n-grams, at equal active FLOPs and total parameters"
     check_sparse_base(base)
     m, context, levels, left_out = base.model_config, base.dataset_config.max_seq_length, {}, {}
     for kind in SPARSE_KINDS:
@@ -184,7 +244,8 @@ def residual_rows(
     rows, context = [], base.dataset_config.max_seq_length
     for level, overrides in levels.items():
         arm = apply_overrides(base, overrides).model_config
-        found, bare = residual_of(arm, base.model_config, context), memory_layer_count(arm) == 0
+        found = residual_of(arm, base.model_config, context)
+        bare = not (memory_layer_count(arm) or arm.engram_config.layers)
         rows.append({"sparse_layer": level, "active FLOPs": f"{found.flops:+.2%}",
                      "parameters": "not comparable" if bare else f"{found.total:+.2%}",
                      "bytes read per token": f"{found.bytes:,}"})

@@ -139,7 +139,9 @@ def new_model(self: Trainer) -> PreTrainedModel: # on the CPU
     "The model that the run begins with: a pretrained one, or one with random weights"
     if self.pretrained: return self.pretrained[0]
     from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM   # seconds to import: not for --help
-    return PeerMLAForCausalLM(PeerMLAConfig(**to_dict(self.cfg)["model_config"]))
+    model = PeerMLAForCausalLM(PeerMLAConfig(**to_dict(self.cfg)["model_config"]))
+    if self.cfg.model_config.engram_config.layers: model.get_decoder().take_tokens(self.tokenizer)
+    return model
 
 # %% ../../nbs/training/11_loop.ipynb #e373f616
 @patch

@@ -71,9 +71,9 @@ def planned_steps(
     return max(1, math.ceil(train.num_train_epochs * (train.steps_per_epoch or tokens_per_epoch / per_step)))
 
 # %% ../../nbs/training/02_optim.ipynb #da0faaa4
-TABLE = re.compile(r"(^|\.)memory\.(values|expert_down|expert_up)(\.|$)")
+TABLE = re.compile(r"(^|\.)memory\.(pre_values|values|expert_down|expert_up)(\.|$)")
 LORA_OUTPUT = re.compile(r"\.lora_(embedding_)?B\.")
-KEYS = re.compile(r"(^|\.)memory\.(sub_)?keys$")
+KEYS = re.compile(r"(^|\.)(memory\.(sub_)?keys|engram\.table\.weight)$") # dense, at the tables' rate and decay
 
 # %% ../../nbs/training/02_optim.ipynb #5db8a734
 def group_of(

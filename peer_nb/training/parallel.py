@@ -45,7 +45,8 @@ def ignored_by_ddp(
     from peer_nb.models.peer import MemoryTable
     options = getattr(model.config, "peer_config", None) or {}
     if options.get("table_gradient", "dense") == "dense": return []
-    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, MemoryTable)]
+    tables = [name for name, module in model.named_modules() if isinstance(module, MemoryTable)]
+    return [f"{name}.weight" for name in tables if not name.endswith("engram.table")]   # whose gradient is dense
 
 # %% ../../nbs/training/01_parallel.ipynb #9f4fbe30
 def wrapped(
