@@ -24,11 +24,23 @@ def test_a_sample_of_studies_of_nothing(design, pairing):
 @pytest.mark.parametrize("design, pairing", WAYS)
 @pytest.mark.parametrize("seeds", (2, 3, 5))
 def test_the_whole_grid(design, pairing, seeds, tmp_path):
-    "2,000 studies a place: 6 % and 93 %, with what 2,000 studies leave to chance beyond the 5 % that is promised"
-    found = {str(kind): tried(np.random.default_rng([seeds, n]), 2000, World(design, seeds, pairing, *kind)) for n, kind in enumerate(KINDS)}
+    """In each of twelve worlds: 2,000 studies, and where they say more than 5.5 % or less than 93.5 %, 20,000 more decide.
+    Not more than 6 % wrong studies, not less than 93 % of intervals that hold the truth."""
+    found = {}
+    for n, kind in enumerate(KINDS):
+        world = World(design, seeds, pairing, *kind)
+        told = tried(np.random.default_rng([seeds, n]), 2000, world)
+        if told["wrong"] > .055 or told["held"] < .935: told = more_studies(np.random.default_rng([seeds, n, 1]), 20_000, world)
+        found[str(kind)] = told
     (tmp_path/"grid.json").write_text(json.dumps(found))
     wrong, held = [f["wrong"] for f in found.values()], [f["held"] for f in found.values()]
-    assert np.mean(wrong) <= .055 and max(wrong) <= .06 + 3*(.05*.95/2000)**.5 and min(held) >= .93, found
+    assert max(wrong) <= .06 and min(held) >= .93, found
+
+
+def more_studies(rng, studies, world, at_once=2000):
+    "The same of many more, some at a time"
+    parts = [tried(rng, at_once, world) for _ in range(studies//at_once)]
+    return {key: float(np.mean([part[key] for part in parts])) for key in parts[0]}
 
 
 def test_power_of_the_demo_s_design_with_blocks():

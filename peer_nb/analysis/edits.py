@@ -161,8 +161,8 @@ def check_places(
     most, before = max(len(e.context) + len(e.answer) - 1 for e in asked), max(len(e.context) for e in asked)
     for e in edits:
         if isinstance(e.at, int) and not -before <= e.at < most:
-            raise UserError(f"{e}: no question has this position; they go from 0 to {most - 1}, and from -{before}, the "
-                            "first token of the longest question, to -1, its last")
+            raise UserError(f"{e}: no question has this position; they go from 0 to {most - 1}, and from -{before} to "
+                            "-1, counted from a question's end")
 
 # %% ../../nbs/analysis/13_edits.ipynb #a48ecdf9
 @dataclass

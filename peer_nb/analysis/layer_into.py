@@ -20,24 +20,30 @@ from ..models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from ..models.options import PeerConfig
 
 # %% auto #0
-__all__ = ['UNREADABLE', 'ROUTED', 'layer_tensors', 'place_for', 'changed_config', 'model_with', 'said_alone', 'put_layer',
-           'layer_report']
+__all__ = ['UNREADABLE', 'ROUTED', 'loaded_file', 'layer_tensors', 'place_for', 'disagreement', 'changed_config', 'around',
+           'model_with', 'said_alone', 'put_layer', 'layer_report']
 
 # %% ../../nbs/analysis/30_layer_into.ipynb #188d17de
 # what torch.load raises at files that are something else
 UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, UnpicklingError)
 
+# %% ../../nbs/analysis/30_layer_into.ipynb #f8cf560e
+def loaded_file(
+    file: Path, # .safetensors, or of torch.save
+) -> object: # a state dict, if all is well
+    "What a file holds"
+    if file.suffix != ".safetensors": return torch.load(file, map_location="cpu", weights_only=True)
+    from safetensors.torch import load_file
+    return load_file(file)
+
+# %% ../../nbs/analysis/30_layer_into.ipynb #60cb4ea6
 def layer_tensors(
     file: Path, # .safetensors, or of torch.save
 ) -> dict[str, Tensor]: # name -> tensor, in float32 at least
     "A layer's state dict; `UserError` for what is none"
     if not file.is_file():
         raise UserError(f"{file}: no such file; name one layer's .safetensors, or a file of torch.save")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            state = load_file(file)
-        else: state = torch.load(file, map_location="cpu", weights_only=True)
+    try: state = loaded_file(file)
     except (*UNREADABLE, SafetensorError) as e:
         kind = "safetensors" if file.suffix == ".safetensors" else "tensors by torch.load"
         raise UserError(f"{file}: cannot be read as {kind} ({type(e).__name__})") from e
@@ -49,6 +55,7 @@ def layer_tensors(
 ROUTED = ("num_experts", "num_experts_per_tok", "num_heads", "product_key_dim", "query_dim", "query_norm", "score",
           "shared_keys", "expert_hidden_size") # what layers of one model have in common
 
+# %% ../../nbs/analysis/30_layer_into.ipynb #5cb2cf9d
 def place_for(
     config: PeerMLAConfig, # of the checkpoint
     layer: int | None, # as asked for
@@ -62,6 +69,17 @@ def place_for(
         raise UserError(f"--layer {layer}: the checkpoint has layers 0 to {count - 1}")
     return memories[0] if layer is None else layer
 
+# %% ../../nbs/analysis/30_layer_into.ipynb #a983cc14
+def disagreement(
+    config: PeerMLAConfig, # of the checkpoint
+    kind: str, # of the new layer
+    own: dict[str, Any], # its keys of peer_config
+) -> tuple[str, Any, Any] | None: # key, value in the checkpoint, value in the layer; None: they agree
+    "The first key that a new layer has otherwise than the checkpoint's memories"
+    old, new = (PeerConfig(**c).layer_arguments() for c in (config.peer_config, config.peer_config | own))
+    pairs = [("memory_kind", config.memory_kind, kind), *((k, old[k], new[k]) for k in ROUTED)]
+    return next((p for p in pairs if p[1] != p[2]), None)
+
 # %% ../../nbs/analysis/30_layer_into.ipynb #79983498
 def changed_config(
     config: PeerMLAConfig, # of the checkpoint
@@ -71,17 +89,24 @@ def changed_config(
 ) -> PeerMLAConfig:
     "The checkpoint's configuration with the layer in its place, or why it cannot be"
     others = [n for n in config.memory_layer_indices if n != number]
-    if others:
-        names = ", ".join(map(str, others))
-        old, new = (PeerConfig(**c).layer_arguments() for c in (config.peer_config, config.peer_config | own))
-        pairs = [("memory_kind", config.memory_kind, kind), *((k, old[k], new[k]) for k in ROUTED)]
-        for key, there, here in pairs:
-            if there != here:
-                raise UserError(f"{key} is {here} in the new layer and {there} in layer {names}: memories of one model "
-                                "have one configuration; put it into a checkpoint with no other memory")
-        if config.share_memory: raise UserError("share_memory: the checkpoint's memories read one table")
+    if others and (apart := disagreement(config, kind, own)):
+        key, there, here = apart
+        where = ", ".join(map(str, others))
+        raise UserError(f"{key} is {here} in the new layer and {there} in layer {where}: memories of one model have "
+                        "one configuration; put it into a checkpoint with no other memory")
+    if others and config.share_memory: raise UserError("share_memory: the checkpoint's memories read one table")
     changes = dict(use_peer=True, memory_kind=kind, memory_layers=sorted([*others, number]), peer_config=own)
     return PeerMLAConfig.from_dict(config.to_dict(), **changes)
+
+# %% ../../nbs/analysis/30_layer_into.ipynb #4b4bd1e9
+def around(
+    model: PeerMLAForCausalLM, # of the checkpoint
+    number: int, # of the layer
+) -> dict[str, Tensor]: # by name in files
+    "All tensors but a layer's feed-forward or memory"
+    from peer_nb.models.product_keys import name_in_files
+    gone = tuple(f"model.layers.{number}.{part}." for part in ("mlp", "memory"))
+    return {name_in_files(n): t for n, t in model.state_dict().items() if not n.startswith(gone)}
 
 # %% ../../nbs/analysis/30_layer_into.ipynb #efbf47df
 @torch.no_grad()
@@ -93,14 +118,10 @@ def model_with(
     tensors: dict[str, Tensor], # by name in files
 ) -> PeerMLAForCausalLM: # a new one, in evaluation mode
     "A model with the layer in its place"
-    from peer_nb.models.product_keys import name_in_files
     width, d = tensors["query_proj.weight"].shape[1], model.config.hidden_size
     if width != d: raise UserError(f"the layer takes hidden states of width {width}, and the checkpoint's have {d}")
-    here = f"model.layers.{number}."
-    gone = (f"{here}mlp.", f"{here}memory.")
-    kept = {name_in_files(n): t for n, t in model.state_dict().items() if not n.startswith(gone)}
     new = PeerMLAForCausalLM(changed_config(model.config, number, kind, own))
-    new.load_state_dict(kept | {f"{here}memory.{name}": t for name, t in tensors.items()})
+    new.load_state_dict(around(model, number) | {f"model.layers.{number}.memory.{n}": t for n, t in tensors.items()})
     return new.to(next(model.parameters()).dtype).eval()
 
 # %% ../../nbs/analysis/30_layer_into.ipynb #77a128c8

@@ -276,7 +276,7 @@ def layout_of(
         if all(any(re.search(p, n) for n in held) for p in patterns):
             how = "its tensors must be renamed and brought into this layout first"
             if name in CONVERTED:
-                how = "peer-analyze convert FILE NEW --into CHECKPOINT --layer N --top-k K puts such a layer into a model"
+                how = "peer-analyze convert FILE NEW --into CHECKPOINT --layer N --top-k K puts it into a model"
             return f"the names are those of {name}: {how}"
     common = sum(n in held for n in known)
     return f"only {common} of the {len(known)} names that the configuration asks for are there: another model's"

@@ -7,25 +7,28 @@ from __future__ import annotations
 
 import math
 import statistics as middle
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastcore.basics import patch
 
 from ..formats import duration, ratio_text, short_number, text_table
 from ..study.plan import Cell, Match, Plan, load_plan, matching, plan_residuals, wall_seconds
 from ..study.run import Run, studies_in
-from ..factorial import factor_columns, precision, smallest_found, weights
-from ..findings.effects import Design, design_of
-from .seed_outlook import rounds_outlook
+from ..factorial import smallest_found
+from ..findings.effects import design_of
+from .seed_outlook import NoiseParts, axis_precision, curve_lines, rounds_outlook
 from ..config import Config
 from ..files import UserError
 
+if TYPE_CHECKING: import numpy as np
+
 # %% auto #0
 __all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'estimated_memory',
-           'pair_spread', 'detectable_effects', 'difference', 'Forecast', 'outlook', 'plan_row', 'plan_rows',
-           'match_rows', 'totals', 'residual_lines', 'plan_text']
+           'seed_grids', 'noise_parts', 'pair_spread', 'detectable_effects', 'difference', 'known_noise', 'Forecast',
+           'outlook', 'plan_row', 'plan_rows', 'match_rows', 'totals', 'residual_lines', 'seeds_text', 'plan_text']
 
 # %% ../../nbs/running/06_estimates.ipynb #ed0f3173
 @dataclass(frozen=True)
@@ -121,38 +124,50 @@ def estimated_memory(
     return int(16*counted["total"]/(world_size if t.parallel == "fsdp2" else 1) + width*tokens*values)
 
 # %% ../../nbs/running/06_estimates.ipynb #5401fa22
+def seed_grids(
+    runs: list[Finished], # earlier ones
+    metric: str, # a column
+) -> list[np.ndarray]: # [combinations, seeds] of each study that has at least two of both
+    "The tables of earlier studies whose combinations share seeds"
+    import numpy as np
+    tables, out = {}, []
+    for r in runs:
+        value = r.metrics.get(metric)
+        if value is not None and math.isfinite(value):
+            tables.setdefault(r.folder.parent, {})[tuple(r.cell.levels.items()), r.cell.seed] = value
+    for table in tables.values():
+        seeds = sorted({s for _, s in table})
+        grid = np.array([[table[l, s] for s in seeds] for l in dict.fromkeys(l for l, _ in table)
+                         if all((l, s) in table for s in seeds)])
+        if grid.ndim == 2 and min(grid.shape) > 1: out.append(grid)
+    return out
+
+# %% ../../nbs/running/06_estimates.ipynb #a65d5956
+def noise_parts(
+    runs: list[Finished], # earlier ones
+    metric: str, # a column
+) -> NoiseParts | None: # None where no study had two seeds and two combinations in common
+    "The noise of a run and of a seed, in earlier studies"
+    grids = seed_grids(runs, metric)
+    squares = degrees = moods = seeds = 0.0
+    for grid in grids:
+        rest = grid - grid.mean(0) - grid.mean(1, keepdims=True) + grid.mean()
+        own, many = (grid.shape[0] - 1)*(grid.shape[1] - 1), grid.shape[1] - 1
+        squares, degrees = squares + float((rest**2).sum()), degrees + own
+        # the means of seeds vary by their mood and by what is left of the noise of their runs
+        moods += many*(float(grid.mean(0).var(ddof=1)) - float((rest**2).sum())/own/grid.shape[0])
+        seeds += many
+    if not degrees: return None
+    said = f"from {len(grids)} earlier stud{'ies' if len(grids) > 1 else 'y'}"
+    return NoiseParts(math.sqrt(squares/degrees), math.sqrt(max(0.0, moods/seeds)), said)
+
 def pair_spread(
     runs: list[Finished], # earlier ones
     metric: str, # a column
 ) -> float | None: # None where no study had two seeds and two combinations
     "Standard deviation, between seeds, of a difference of two runs"
-    import numpy as np
-    tables = {}
-    for r in runs:
-        value = r.metrics.get(metric)
-        if value is not None and math.isfinite(value):
-            tables.setdefault(r.folder.parent, {})[tuple(r.cell.levels.items()), r.cell.seed] = value
-    squares, degrees = 0.0, 0
-    for table in tables.values():
-        seeds = sorted({s for _, s in table})
-        grid = np.array([[table[l, s] for s in seeds] for l in dict.fromkeys(l for l, _ in table)
-                         if all((l, s) in table for s in seeds)])
-        if grid.ndim < 2 or min(grid.shape) < 2: continue
-        rest = grid - grid.mean(0) - grid.mean(1, keepdims=True) + grid.mean()
-        squares, degrees = squares + float((rest**2).sum()), degrees + (grid.shape[0] - 1)*(grid.shape[1] - 1)
-    return math.sqrt(2*squares/degrees) if degrees else None
-
-# %% ../../nbs/running/06_estimates.ipynb #4f3399a0
-def _contrasts(plan: Plan, variance_of: Design) -> dict[str, tuple[float, float]]:
-    "Per axis: standard error of its first effect where a run's noise is 1, degrees of freedom"
-    import numpy as np
-    columns, out = factor_columns(variance_of.places, [len(own) for own in variance_of.levels]), {}
-    for axis, (first, *others) in plan.axes.items():
-        found = [variance_of.difference({axis: level}, {axis: first}) for level in others]
-        if not found or any(one is None for one in found): continue
-        w = weights(columns, np.array(found), variance_of.seeds, variance=variance_of.variance)
-        out[axis] = max(precision(w), key=lambda p: math.inf if math.isnan(p[0]) else p[0])
-    return out
+    parts = noise_parts(runs, metric)
+    return None if parts is None else math.sqrt(2)*parts.run
 
 # %% ../../nbs/running/06_estimates.ipynb #2fcc3cb5
 def detectable_effects(
@@ -169,14 +184,14 @@ def detectable_effects(
     if not spread: unit = "standard deviations of a paired difference"
     known = f" (a paired difference varies by {spread:.3g} between seeds in earlier studies)" if spread else ""
     out = [f"{seeds} seeds, power 80 %: smallest effect that can be told from chance, in {unit}{known}"]
-    for axis, (error, degrees) in _contrasts(plan, design).items():
+    for axis, (error, degrees) in axis_precision(plan, design).items():
         show = lambda n: f"{smallest_found(noise*error, degrees, 0.05/n):.3g}"
         pairs = max(1, min(sum(c.levels[axis] == l for c in plan.cells) for l in plan.axes[axis])//seeds)
         beside = f"{pairs} pair{'s' if pairs > 1 else ''} a seed"
         if design.variance == "runs": beside = f"{degrees:.3g} degrees of freedom"
         several = f", {show(questions)} as one of {questions} questions" if questions > 1 else ""
         out.append(f"  {axis}: {show(1)} alone{several} ({beside})")
-    aliased = [axis for axis, levels in plan.axes.items() if len(levels) > 1 and axis not in _contrasts(plan, design)]
+    aliased = [axis for axis, levels in plan.axes.items() if len(levels) > 1 and axis not in axis_precision(plan, design)]
     others = {axis: " and ".join(design.aliased(axis)) for axis in aliased}
     return out + [f"  {axis}: cannot be told" + (f" from {other}" if other else "") for axis, other in others.items()]
 
@@ -190,6 +205,20 @@ def difference(
     return ", ".join(f"{k.rpartition('.')[2]}: {short(v)}" for k,
                      v in overrides.items() if v is not None) or "the base itself"
 
+# %% ../../nbs/running/06_estimates.ipynb #e74028ed
+def known_noise(
+    plan: Plan, # of a study
+    runs: list[Finished], # of the output folder
+    others: Iterable[Path] = (), # folders of studies elsewhere
+) -> NoiseParts | None: # None where no study tells
+    "The noise that studies of the same text and length had, or else those of the output folder"
+    kinds, here = {(c.data, c.tokens) for c in plan.every_cell}, {r.folder.parent.parent.resolve() for r in runs}
+    more = [r for folder in others if Path(folder).resolve() not in here for r in finished_runs(folder)]
+    alike = [r for r in runs + more if (r.cell.data, r.cell.tokens) in kinds]
+    if parts := noise_parts(alike, plan.metric): return parts
+    other = noise_parts(runs, plan.metric)
+    return other and replace(other, known=f"{other.known} of other text or length")
+
 # %% ../../nbs/running/06_estimates.ipynb #8e91ae8b
 @dataclass
 class Forecast:
@@ -199,6 +228,7 @@ class Forecast:
     spread: float | None = None # of a difference between seeds
     slots: int = 1 # runs at once
     clock: str = "" # what the token counts rest on, where wall time is matched
+    noise: NoiseParts | None = None # of a run and of a seed; None: not known
 
 # %% ../../nbs/running/06_estimates.ipynb #04106056
 def outlook(
@@ -207,12 +237,16 @@ def outlook(
     cpu: bool, # where it will run
     slots: int = 1, # runs at once
     reuse: dict[str, str] | None = None, # cell id: where its result is, of those that were computed before
+    others: Iterable[Path] = (), # folders of studies elsewhere; those of the same text and length tell the noise
+    noise: float | None = None, # of a run, as a person states it
 ) -> Forecast:
     "Look at the finished runs of earlier studies"
     runs, stated = finished_runs(output_dir), plan.study["budget"].get("flops_per_second")
     rate = measured_rate(runs, cpu)
     if stated: rate = Rate(stated, stated, stated, rate.overhead if rate else 0.0, 0)
-    return Forecast(rate, reuse, pair_spread(runs, plan.metric), slots)
+    parts = NoiseParts(noise, noise, "as stated; a seed's own mood is taken to be as large") if noise else None
+    parts = parts or known_noise(plan, runs, others)
+    return Forecast(rate, reuse, parts and math.sqrt(2)*parts.run, slots, noise=parts)
 
 # %% ../../nbs/running/06_estimates.ipynb #32bb30ce
 PLAN_COLUMNS = ("runs", "seeds", "total", "active", "tokens", "FLOPs", "time", "memory", "reuse",
@@ -294,6 +328,17 @@ def residual_lines(
     if not found: return []
     return [text_table(found), "(of the base; arms are sized to equal active FLOPs and parameters)", ""]
 
+# %% ../../nbs/running/06_estimates.ipynb #dfe90b27
+def seeds_text(
+    plan: Plan, # any
+    seen: Forecast, # what is known beforehand
+) -> list[str]: # lines
+    "What the seeds of a plan can show, of its arms at one setting each"
+    arms, tuned = plan.arms(), plan.study.get("nuisance") or []
+    said = [f"{axis} ({len(plan.axes[axis])} settings) is tuned: each arm is compared at its own best" for axis in tuned]
+    return [*said, *rounds_outlook(arms), *detectable_effects(arms, seen.spread),
+            *curve_lines(arms, seen.noise or NoiseParts())]
+
 # %% ../../nbs/running/06_estimates.ipynb #cddc27f0
 def plan_text(
     plan: Plan, # any
@@ -311,7 +356,7 @@ def plan_text(
                       *totals(plan, seen), "",
                       f"budget: {matched}", text_table(match_rows(plan)), "(! more than 5 %: not matched)", "",
                       *residual_lines(plan),
-                      *rounds_outlook(plan), *detectable_effects(plan, seen.spread), *([""] if claims else []), *claims,
+                      *seeds_text(plan, seen), *([""] if claims else []), *claims,
                       *([""] if plan.left_out else []),
                       *(f"left out: {what}: {why}" for what, why in plan.left_out.items())])
 

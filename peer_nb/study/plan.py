@@ -362,6 +362,7 @@ def _written(study: Study, values: list[int]) -> dict[str, Any]:
     "A study as a plan keeps it: without what nobody has said, so that plans of before keep their hash"
     out = asdict(study)
     if study.rounds is None: del out["rounds"]
+    if not study.nuisance: del out["nuisance"]
     if study.pairing == "common": del out["pairing"]
     if study.pairing != "common" or study.rounds: out["seeds"] = values
     return out
@@ -519,6 +520,19 @@ def called(self: Plan,
     every = self.every_cell
     return replace(self, cells=[c for c in every if wanted(c)], later=[c for c in every if not wanted(c)])
 
+# %% ../../nbs/study/06_plan.ipynb #32d88870
+@patch
+def arms(self: Plan) -> Plan: # itself where no axis is tuned
+    "The plan as its arms are compared, with one setting of the nuisance axes each"
+    tuned, kept, cells = self.study.get("nuisance") or [], {}, []
+    if not tuned: return self
+    for cell in self.cells:
+        levels = {axis: level for axis, level in cell.levels.items() if axis not in tuned}
+        setting = tuple(cell.levels[axis] for axis in tuned)
+        if kept.setdefault(tuple(levels.values()), setting) == setting: cells.append(replace(cell, levels=levels))
+    axes = {axis: levels for axis, levels in self.study["axes"].items() if axis not in tuned}
+    return replace(self, study={**self.study, "axes": axes, "nuisance": []}, cells=cells)
+
 # %% ../../nbs/study/06_plan.ipynb #719b4a8d
 def _levels(levels: dict | None) -> str:
     "Levels with what they set, for a message"
@@ -544,6 +558,7 @@ def plan_differences(
              "budget": [{**b, "tokens": None} for b in of("budget")], "constraints": of("constraints"),
              "pairing of seeds": [p.study.get("pairing", "common") for p in (frozen, asked)],
              "rounds of seeds": [p.study.get("rounds") for p in (frozen, asked)],
+             "nuisance axes": [p.study.get("nuisance", []) for p in (frozen, asked)],
              "GPUs of a run": [p.world_size for p in (frozen, asked)],
              "primary metric": [(p.metric, p.direction) for p in (frozen, asked)]}
     out += [f"{what}: {old} in the study; asked for {new}" for what, (old, new) in facts.items() if old != new]

@@ -25,10 +25,10 @@ from .sparse_layer import sparse_layer_levels
 # %% auto #0
 __all__ = ['Design', 'Pairing', 'NOTHING', 'READERS', 'BUILTIN_AXES', 'ASKED_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study',
            'check_study_keys', 'read_constraints', 'dropped', 'read_reuse', 'check_budget', 'check_seeds', 'read_seeds',
-           'check_pairing', 'check_rounds', 'seeds_of_block', 'study_from_dict', 'load_study', 'neighbours',
-           'combinations', 'expert_setup_levels', 'selection_heads_levels', 'data_mix_levels', 'check_axis',
-           'axis_levels', 'builtin_axes', 'heldout_sets', 'shared_overrides', 'check_owned', 'check_levels',
-           'cell_overrides', 'step_tokens', 'planned_tokens']
+           'check_pairing', 'check_rounds', 'check_nuisance', 'seeds_of_block', 'study_from_dict', 'load_study',
+           'neighbours', 'combinations', 'expert_setup_levels', 'selection_heads_levels', 'data_mix_levels',
+           'check_axis', 'axis_levels', 'builtin_axes', 'heldout_sets', 'shared_overrides', 'check_owned',
+           'check_levels', 'cell_overrides', 'step_tokens', 'planned_tokens']
 
 # %% ../../nbs/study/03_study.ipynb #60cea7fe
 @dataclass
@@ -72,6 +72,8 @@ class Study:
     reuse_from: list[Text] = field(default_factory=list)
     claims: list[dict[str, Any]] = field(default_factory=list) # what is expected to be found
     pairing: Pairing = "common" # who shares a seed; in a file: seeds: {pairing: blocks, values: [42, 43]}
+    # axes that are tuned, not compared: each arm is judged at its own best setting
+    nuisance: list[Text] = field(default_factory=list)
     rounds: Looks | None = None # seeds are added until the claims are decided; in a file: seeds: {first: 2, most: 8}
 
 # %% ../../nbs/study/03_study.ipynb #1d8d1393
@@ -256,6 +258,26 @@ def check_rounds(study: Study, file: str):
             raise ConfigError(file, "seeds.first", f"claim {claim['name']!r} is over items, for the models at hand, "
                               "which more seeds cannot decide; give it over: seeds or both")
 
+# %% ../../nbs/study/03_study.ipynb #864a4c8d
+def check_nuisance(study: Study, file: str):
+    "Refuse nuisance axes that are none, or that something asks about"
+    def refuse(key, why): raise ConfigError(file, key, why)
+    for name in study.nuisance:
+        if name not in study.axes: refuse("nuisance", f"{name!r} is no axis; axes: {', '.join(study.axes)}")
+        if len(study.axes[name]) < 2: refuse("nuisance", f"axis {name!r} has one level, so there is nothing to choose")
+    if not study.nuisance: return
+    if {*study.nuisance} == {*study.axes}: refuse("nuisance", "leaves no axis to compare")
+    if study.design != "full": refuse("design", f"{study.design} does not try every setting of {study.nuisance[0]!r} for "
+                                      "every arm; nuisance axes need design: full")
+    if study.pairing == "blocks": refuse("seeds.pairing", "blocks are no blocks any more when each arm keeps one setting "
+                                         "of the nuisance axes; use common or distinct")
+    if study.rounds: refuse("seeds.first", "seeds cannot be added while settings are still chosen; tune first, or leave "
+                            "out nuisance")
+    for n, claim in enumerate(study.claims):
+        if asked := [axis for axis in claim["a"] if axis in study.nuisance]:
+            refuse(f"claims.{n}.a", f"{asked[0]!r} is a nuisance axis: each arm is compared at its own best setting of "
+                   "it; leave it out of the claim, or take it off nuisance")
+
 # %% ../../nbs/study/03_study.ipynb #be238ec9
 def seeds_of_block(
     values: list[int], # of the study file
@@ -285,6 +307,7 @@ def study_from_dict(
     check_seeds(study.seeds, file)
     check_pairing(study, file)
     check_rounds(study, file)
+    check_nuisance(study, file)
     return study
 
 # %% ../../nbs/study/03_study.ipynb #3260def1
