@@ -20,7 +20,7 @@ from .local import EACH, Devices, Event, Local, choose_devices, cpu_processes, g
 from ..study.run import BASE, FINISHED, PLAN, RUNS, STUDY, Run, file_name
 from ..findings.results import check_axes, load_runs
 from ..findings.rounds import call_round, next_round
-from .register import earlier_studies, remember, study_folders
+from .register import earlier_studies, registered, remember, study_folders
 from .reuse import Taken, take, taken_lines, taken_over
 from .slurm import Slurm, check_cluster, slurm_options
 from .speed import Speeds, clocked_plan
@@ -554,13 +554,14 @@ def _check_use(use: ReuseOptions, request: Request | None, place: Place, resume:
                         "it began")
 
 # %% ../../nbs/running/10_command.ipynb #b2d8fd2e
-def _show(request: Request, place: Place, output_dir: Path, use: ReuseOptions) -> int:
+def _show(request: Request, place: Place, output_dir: Path, use: ReuseOptions, noise: float | None = None) -> int:
     "Print the plan of what was asked for, and write nothing"
     made, _, clock = _clocked(request, place, output_dir, use)
     devices = place_devices(place, len(made.called().cells))
     there = _reused(made, request, output_dir, "cuda" if devices.visible[0] else "cpu", use)
     seen = replace(outlook(made, output_dir, not devices.visible[0], len(devices.visible),
-                           {run: taken.source for run, taken in there.items()}), clock=clock)
+                           {run: taken.source for run, taken in there.items()},
+                           [study.folder for study in registered()], noise), clock=clock)
     print(plan_text(made, seen))
     if there: print("", *taken_lines(there, len(made.cells)), sep="\n")
     return 0
@@ -639,16 +640,19 @@ def plan(
     reuse_from: list[Path] = (), # folders of studies of another machine or user, as `run` would look there
     fresh: bool = False, # as `run` would compute everything
     measure: bool = False, # where the budget matches wall time: time the configurations now instead of estimating
+    noise: float | None = None, # of a run, in the primary metric's unit; left out: earlier studies tell it, if any
     overrides: list[str] = (), # of the base configuration
 ):
     "Show every run of a study and what is matched, without running anything"
     request = read_request(base_config, study, axes, tokens, custom_datasets, notebook, overrides, seeds, primary,
                            residual)
     if request is None: raise UserError("what to plan? give --base-config or --study")
+    if noise is not None and not noise > 0:
+        raise UserError(f"--noise {noise:g}: a standard deviation above 0, in the primary metric's unit")
     place, use = Place(gpus=gpus, parallel=parallel, processes=processes), ReuseOptions(fresh, [*reuse_from], measure)
     check_place(place)
     _check_use(use, request, place)
-    _show(request, place, output_dir, use)
+    _show(request, place, output_dir, use, noise)
 
 # %% ../../nbs/running/10_command.ipynb #07109ca7
 def _study_folder(folder: Path) -> Path:
