@@ -93,6 +93,10 @@ MISTAKES = {   # words, and what the one line says
     "another axis's option": (["--context_length", "512"], "varies lora_rank; pin it by --lora_rank VALUE"),
     "an architecture's name": (["--max_position_embeddings", "512"], "varies lora_rank"),
     "an option without its value": (["--lora_rank", "--seeds", "1"], "--lora_rank needs a value"),
+    "no value before a base": (["--lora_rank", "base=x"], "--lora_rank needs a value"), "an empty value": (["--lora_rank", ""], "--lora_rank needs a value"),
+    "two values": (["--lora-rank", "2", "--lora_rank", "4"], "--lora_rank: is given twice"), "the axis as a key": (["lora_config.rank=3"], "varies it; pin it by --lora_rank VALUE"),
+    "a seed twice": (["--seeds", "1", "1"], "--seeds: 1, 1: a seed is there twice"), "a seed below 0": (["--seeds", "-1"], "-1 is not allowed"),
+    "no tokens": (["--tokens", "0"], "--tokens 0: must be at least 1"), "no base": (["base="], "base= needs the name or the folder of a model"),
     "rank 0": (["--lora_rank", "0"], "0 is not allowed"), "rank above the width": (["--lora_rank", "33"], "choose 32 or less"),
     "an unmatched target": (["--lora_rank", "2", "lora_config.target_modules=[o_proj]"], "'o_proj' names no module of this opt model (near: "),
     "a base that is not there": (["base=/nowhere/at/all"], "no such folder"), "a base by another name": (["base=python:llama"], "are called python:opt, digits:opt"),
@@ -110,6 +114,7 @@ def test_a_mistake_is_one_line(words, said, file, mute, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("change,said", [
+    (dict(seeds=[1, 1]), "has duplicates; a seed twice is the same run twice"),
     (dict(axis=dict(name="rank", values=[1], default=1)), "'rank' is no axis; known: lora_rank"), (dict(axis=dict(name="lora_rank", values=[1], default=2)), "2 is not among the values"),
     (dict(axis=[1]), "must be {name"), (dict(lr=[1]), "unknown key"), (dict(base=None), "base: is missing"), (dict(learning_rates=["fast"]), "'fast' is not allowed")])
 def test_a_file_that_cannot_be_meant(change, said, file, capfd):

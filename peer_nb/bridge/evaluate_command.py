@@ -75,7 +75,8 @@ def kept_step(
     run: Path, # its folder
 ) -> int | None: # None: the run does not say
     "The step whose weights a run has kept, chosen on validation items"
-    return (read_json(run/"bridge.json") or {}).get("selected_step")
+    found = read_json(run/"bridge.json")
+    return found.get("selected_step") if isinstance(found, dict) else None
 
 # %% ../../nbs/bridge/15_evaluate_command.ipynb #a0e2d276
 def terminal_table(
@@ -108,6 +109,9 @@ def evaluate_runs(
     from peer_nb.bridge.arms import ARMS
     from peer_nb.bridge.comparison import arm_table
     check_least(1, items=items, batch=batch)
+    if twice := [run for run in runs if [r.resolve() for r in runs].count(run.resolve()) > 1]:
+        raise UserError(f"{twice[0]}: is given twice; a run that is counted twice makes an interval too narrow")
+    if output is not None: writable_folder(output)   # known before hours of answers
     lines, curves, kept, bridges = [], {}, {}, []
     name, batch = "inference" if inference else "evaluation", batch or (1 if inference else 64)
     for run in runs:

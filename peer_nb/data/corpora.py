@@ -583,10 +583,13 @@ def is_empty(
     return is_local(entry) and next(documents(entry, heldout, fraction), None) is None
 
 # %% ../../nbs/data/01_corpora.ipynb #heldcd01
-def check_parts(cfg: Config) -> None:
+def check_parts(
+    cfg: Config, # of a run
+    trained: bool = True, # the text to train on, too; a study's template may not train at all
+) -> None:
     "Refuse a set to be scored of which nothing is held out, and one to be trained on of which everything is"
     fraction = cfg.dataset_config.heldout_fraction
-    for e in cfg.dataset_config.datasets:
+    for e in cfg.dataset_config.datasets if trained else ():
         if not is_empty(e, False, fraction): continue
         advice = "make its training split larger" if e.task else "take more documents, or a smaller heldout_fraction"
         raise UserError(f"dataset '{e.name}': {e.path or e.task} has no text to train on beside what is held out "
@@ -625,7 +628,7 @@ def data_manifest(cfg: Config) -> dict: # sources, heldout, tokenizer; plain val
     data = cfg.dataset_config
     check_datasets(data.datasets, "dataset_config.datasets")
     check_datasets(eval_entries(cfg), "eval_config.datasets")
-    check_parts(cfg)
+    check_parts(cfg, trained=False)
     total = sum(e.weight for e in data.datasets)
     def describe(e: DatasetEntry, part: str) -> dict:
         place = e.path or f"task:{e.task}"

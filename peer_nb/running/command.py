@@ -26,7 +26,7 @@ from .slurm import Slurm, check_cluster, slurm_options
 from .speed import Speeds, clocked_plan
 from .estimates import finished_runs, measured_rate, outlook, plan_text
 from ..study.claims import better
-from ..study.one_axis import as_study, is_one_axis, pinned_value, read_one_axis, starting_config
+from ..study.one_axis import AXES, as_study, is_one_axis, pinned_value, read_one_axis, starting_config
 from ..training.bases import base_folder, with_base_made
 from ..study.places import at, read_place
 from ..study.plan import Cell, Plan, code_differences, load_plan, make_plan, plan_differences, save_plan
@@ -40,10 +40,10 @@ from ..config import Config, convert, load_config, load_data_mixes, parse_overri
 from ..files import UserError, folder_lock, writable_folder, write_atomic
 
 # %% auto #0
-__all__ = ['ANALYSIS', 'ANALYSED', 'main', 'Request', 'request_of_one_axis', 'read_request', 'git_state', 'make_folder',
-           'newest_study', 'wait_for_orphans', 'left_to_do', 'set_aside', 'check_same', 'Place', 'check_place',
-           'place_devices', 'launcher_for', 'finished_line', 'Throttled', 'run_cells', 'interruptible', 'finish',
-           'ReuseOptions', 'begin_or_resume', 'run', 'plan', 'status', 'watch', 'analyse', 'report']
+__all__ = ['ANALYSIS', 'ANALYSED', 'main', 'Request', 'request_of_one_axis', 'take_seeds', 'read_request', 'git_state',
+           'make_folder', 'newest_study', 'wait_for_orphans', 'left_to_do', 'set_aside', 'check_same', 'Place',
+           'check_place', 'place_devices', 'launcher_for', 'finished_line', 'Throttled', 'run_cells', 'interruptible',
+           'finish', 'ReuseOptions', 'begin_or_resume', 'run', 'plan', 'status', 'watch', 'analyse', 'report']
 
 # %% ../../nbs/running/10_command.ipynb #15cc23af
 @dataclass
@@ -62,6 +62,9 @@ def request_of_one_axis(
 ) -> Request:
     "A request that names a file of one axis"
     file, changes = read_one_axis(path), dict(parse_overrides(overrides))
+    own = AXES[file.axis["name"]]
+    if own in changes: raise UserError(f"{own}: {path} varies it; pin it by --{file.axis['name']} VALUE")
+    if "base" in changes and changes["base"] is None: raise UserError("base= needs the name or the folder of a model")
     value, remark = (None, "") if pin is None else pinned_value(file, pin, str(path))
     if remark: print(remark)
     base = base_folder(str(changes.pop("base", file.base)))
@@ -99,6 +102,18 @@ def _from_axes(base_config: Path, axes: list[str] | None, custom: Path | None, o
     return Request(Study(Path(base_config).stem, str(base_config), levels, seeds=[base.train_config.seed]), base,
                    str(base_config), left_out)
 
+# %% ../../nbs/running/10_command.ipynb #95587254
+def take_seeds(
+    request: Request, # changed in place
+    seeds: list[int], # of a command line
+) -> None:
+    "Make every combination run with these seeds"
+    if len({*seeds}) < len(seeds): raise UserError(f"--seeds: {', '.join(map(str, seeds))}: a seed is there twice")
+    if request.study.rounds:
+        raise UserError(f"{at(request.where, 'seeds')}: seeds are added until the claims are decided; change `seeds` "
+                        "there, and leave out --seeds")
+    request.study.seeds = convert(get_type_hints(Study, include_extras=True)["seeds"], seeds, "--seeds", "")
+
 # %% ../../nbs/running/10_command.ipynb #92204a2f
 def read_request(
     base_config: Path | None, study: Path | None, axes: list[str] | None, tokens: int | None,
@@ -118,12 +133,7 @@ def read_request(
     with_base_made(request.base)
     if tokens is not None: request.study.budget.tokens = tokens
     if notebook is not None: request.study.notebook = notebook
-    if seeds and len({*seeds}) < len(seeds):
-        raise UserError(f"--seeds: {', '.join(map(str, seeds))}: a seed is there twice")
-    if seeds and request.study.rounds:
-        raise UserError(f"{at(request.where, 'seeds')}: seeds are added until the claims are decided; change `seeds` "
-                        "there, and leave out --seeds")
-    if seeds: request.study.seeds = convert(get_type_hints(Study, include_extras=True)["seeds"], seeds, "--seeds", "")
+    if seeds: take_seeds(request, seeds)
     if primary is not None: request.study.primary = Primary(primary, better(primary))
     return request
 

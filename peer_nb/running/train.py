@@ -5,14 +5,15 @@
 # %% ../../nbs/running/11_train.ipynb #6c0b0a04
 from __future__ import annotations
 
+import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
 
-from ..cli import make_main, quieten
+from ..cli import check_least, make_main, quieten
 from ..config import read_yaml
 from ..files import UserError
-from .command import Place, ReuseOptions, begin_or_resume, request_of_one_axis
+from .command import Place, ReuseOptions, begin_or_resume, request_of_one_axis, take_seeds
 from .local import gpu_devices
 from ..study.one_axis import AXES, is_one_axis, read_one_axis
 from ..training.bases import BASES, base_folder
@@ -52,8 +53,11 @@ def take_pin(
                 raise UserError(f"{name}: {path} varies {own}; pin it by --{own} VALUE")
             if axis and get_close_matches(axis, [own], 1, 0.8): raise UserError(f"{name}: did you mean --{own}?")
             rest.append(word)
-        elif not equals and (not left or left[0].startswith("--")): raise UserError(f"{name} needs a value")
-        else: pin = value if equals else left.pop(0)
+        else:
+            if pin is not None: raise UserError(f"{name}: is given twice; one value is pinned, or none for all of them")
+            if not equals and left and not re.match(r"--|\w[\w.]*=", left[0]): value = left.pop(0)
+            if not value.strip(): raise UserError(f"{name} needs a value")
+            pin = value
     return pin, rest
 
 # %% ../../nbs/running/11_train.ipynb #ac9a98e7
@@ -74,8 +78,9 @@ def train_one_axis(
     peer-train --config configs/experiments/abl_lora_rank.yaml --lora_rank 16
     peer-train --config configs/experiments/abl_lora_rank.yaml base=facebook/opt-125m"""
     request = request_of_one_axis(config, overrides, pin)
-    if seeds: request.study.seeds = seeds
-    if tokens: request.study.budget.tokens = tokens
+    check_least(1, tokens=tokens)
+    if seeds is not None: take_seeds(request, seeds)
+    if tokens is not None: request.study.budget.tokens = tokens
     if gpus is None: gpus = min(1, len(gpu_devices()))
     return begin_or_resume(request, Place(gpus=gpus, parallel=parallel), output_dir, ReuseOptions(fresh), resume)
 

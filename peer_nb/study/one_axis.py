@@ -17,7 +17,7 @@ from ..config import parse_yaml, read_yaml
 from ..files import UserError
 from ..schema import Allowed, Positive, Seed
 from .places import placed, read_place
-from .study import Study, study_from_dict
+from .study import Study, check_seeds, study_from_dict
 
 # %% auto #0
 __all__ = ['AXES', 'level_name', 'level_keys', 'OneAxis', 'is_one_axis', 'read_one_axis', 'held_keys', 'starting_config',
@@ -93,6 +93,7 @@ def read_one_axis(
     if axis["default"] not in axis["values"]: refuse("axis.default", f"{axis['default']!r} is not among the values")
     plain = {key: convert(kinds[key], given[key], str(path), key) for key in ("name", "base", "learning_rates", "seeds")
              if given.get(key) is not None}
+    check_seeds(plain.get("seeds"), str(path))
     return OneAxis(axis=axis, hold=given["hold"], primary=given.get("primary") or {}, claims=given.get("claims") or [],
                    **plain)
 
