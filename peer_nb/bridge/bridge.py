@@ -207,6 +207,7 @@ def text_rows(self: Bridge,
     "Texts as the target's tokens, without what begins a text"
     return self.target_tokenizer(texts, add_special_tokens=False)["input_ids"]
 
+# %% ../../nbs/bridge/06_bridge.ipynb #c44d5ef9
 @patch
 def beginning(self: Bridge) -> list[int]: # token numbers; none for many tokenizers
     "What the target's tokenizer begins a text with"

@@ -53,6 +53,7 @@ def chooses(
     other = metric.replace("_reported", "_chosen")
     return other if other in columns else metric
 
+# %% ../../nbs/findings/02_own_best.ipynb #9e580eff
 def _means(rows: list[dict], tuned: list[str], metric: str) -> dict[tuple, float]:
     "Mean of each setting that has usable runs"
     values: dict[tuple, list] = {}
@@ -125,6 +126,7 @@ def ledger_warnings(
                    "is flattered by chance, alike in all arms only if they were tried equally often")
     return out
 
+# %% ../../nbs/findings/02_own_best.ipynb #acc1353c
 def ledger_rows(
     best: OwnBest, # of a study
 ) -> list[dict[str, str]]: # for a table; empty where no axis is tuned

@@ -72,8 +72,7 @@ def runs_of_rounds(
     number, runs = cell_rounds(plan), np.zeros(len(end.seeds))
     for cell in plan.every_cell:
         asking = [n for n, c in enumerate(claims) if in_arm(cell.levels, c["a"]) or in_arm(cell.levels, c["b"])]
-        called = end.seeds[:, asking].max(1) if asking else np.zeros(len(runs))
-        runs += np.maximum(called, plan.looks.first) >= number[cell.id]
+        runs += np.maximum(end.seeds[:, asking].max(1, initial=0), plan.looks.first) >= number[cell.id]
     return runs
 
 # %% ../../nbs/running/04_seed_outlook.ipynb #1f79ad7d
@@ -148,8 +147,7 @@ def seen_by(
 ) -> tuple[float, float] | None: # standard error and degrees of freedom of the axis that is told worst
     "What a number of seeds and a pairing make of the noise"
     design = paired_design(plan, pairing, seeds)
-    found = axis_precision(plan, design) if design else {}
-    if not found: return None
+    if not (found := axis_precision(plan, design) if design else {}): return None
     one = math.hypot(noise.run, noise.seed) if pairing == "distinct" else noise.run
     error, degrees = max(found.values(), key=lambda p: smallest_found(*p))
     return error*one, degrees

@@ -268,11 +268,11 @@ def check_nuisance(study: Study, file: str):
     if not study.nuisance: return
     if {*study.nuisance} == {*study.axes}: refuse("nuisance", "leaves no axis to compare")
     if study.design != "full":
-        refuse("design", f"{study.design} does not try every setting of {study.nuisance[0]!r} for every arm; nuisance axes "
-               "need design: full")
+        refuse("design", f"{study.design} does not try every setting of {study.nuisance[0]!r} for every arm; nuisance "
+               "axes need design: full")
     if study.pairing == "blocks":
-        refuse("seeds.pairing", "blocks are no blocks any more when each arm keeps one setting of the nuisance axes; use "
-               "common or distinct")
+        refuse("seeds.pairing", "blocks are no blocks any more when each arm keeps one setting of the nuisance axes; "
+               "use common or distinct")
     if study.rounds:
         refuse("seeds.first", "seeds cannot be added while settings are still chosen; tune first, or leave "
                "out nuisance")

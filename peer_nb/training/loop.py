@@ -32,9 +32,8 @@ from ..formats import clock, size_text
 from ..files import UserError, folder_lock, read_json, read_jsonl, writable_folder, write_json
 from ..pretrained import model_sizes
 from .adapters import add_adapters, export_merged, merge_adapters, write_model
-from .checkpoints import FREE, checkpoints, keep_weights, latest_checkpoint, load_checkpoint
-from .checkpoints import mend_latest, remove_folder, rng_state, save_checkpoint, set_rng_state
-from .checkpoints import weights_only
+from .checkpoints import FREE, checkpoints, keep_weights, latest_checkpoint, load_checkpoint, rng_state
+from .checkpoints import mend_latest, remove_folder, save_checkpoint, set_rng_state, weights_only
 from .freezing import freeze_model_layers
 from .launch import how_many, train_in_processes
 from .layer_loading import PretrainedLayerLoader, checkpoint_options
