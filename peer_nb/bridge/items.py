@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from typing import Any
 
 from ..data.reading import read_rows
 from ..files import UserError, sha256_of
