@@ -174,8 +174,9 @@ def known_keys() -> dict[str, KnownKey]: # by dotted key; * stands for an item o
 # %% ../nbs/02_config.ipynb #d910ee44
 def _nearest_key(name: Any, kinds: dict[str, Any]) -> str:
     "The end of an unknown key's error: what may have been meant"
-    anywhere = {}   # name -> first dotted key that ends with it
-    for key, known in known_keys().items(): anywhere.setdefault(known.name, key)
+    anywhere = {}   # name -> first of the shortest dotted keys that end with it
+    for key, known in sorted(known_keys().items(), key=lambda item: item[0].count(".")):
+        anywhere.setdefault(known.name, key)
     if name in anywhere and "*" not in anywhere[name]: return f"did you mean {anywhere[name]}?"
     near = difflib.get_close_matches(str(name), kinds, 1)
     if near: return f"did you mean {near[0]}?"
