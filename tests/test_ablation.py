@@ -345,11 +345,11 @@ def test_builtin_axes_of_the_demo_by_hand():
 
 
 def test_the_demo_study_is_what_it_says():
-    "8 combinations with 2 seeds, one tokenizer, the same held-out sets and facts; four heads mean four times the active experts"
+    "8 combinations, each twice, with 8 seeds in blocks, one tokenizer, the same held-out sets and facts; four heads mean four times the active experts"
     study = load_study(ROOT/"configs"/"demo_study.yaml")
     plan = make_plan(study, load_config(study.base_config), fingerprint=lambda config: "text")
     configs = [plan.config(c) for c in plan.cells]
-    assert len(configs) == 16 and len({c.identity for c in plan.cells}) == 16 and {c.seed for c in plan.cells} == {42, 43}
+    assert len(configs) == 16 and len({c.identity for c in plan.cells}) == 16 and {c.seed for c in plan.cells} == {*range(42, 50)}
     assert {tuple(e.path for e in c.dataset_config.tokenizer_corpus) for c in configs} == {("python:docs",)}
     assert {tuple(e.path for e in c.eval_config.datasets) for c in configs} == {("python:docs", "python:stdlib")}
     facts = {(e.task, e.task_arguments, e.mask, e.weight) for c in configs for e in c.dataset_config.datasets if e.name == "facts"}

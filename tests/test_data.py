@@ -79,13 +79,16 @@ def test_no_long_heldout_window_is_trained_on(record_property):
 def test_library_is_split_by_path_for_docs_and_source_alike():
     root = Path(sysconfig.get_path("stdlib"))
     heldout, train = list(documents(LIBRARY[1], heldout=True)), set(documents(LIBRARY[1]))
+    assert len(heldout) > 300 and max(map(len, heldout)) < sum(map(len, heldout))/10 and len({*heldout}) == len(heldout)
     docs = "\n".join(documents(LIBRARY[0], heldout=True))
     seen = 0
     for path in ("sched.py", "secrets.py", "json/decoder.py", "heapq.py", "traceback.py"):
         below = int(hashlib.sha256(path.encode()).hexdigest()[:16], 16)/16**16 < .05
         source = (root/path).read_text(encoding="utf-8")
         first = __import__(path[:-3].replace("/", "."), fromlist=["x"]).__doc__.strip().splitlines()[0]
-        assert (source in heldout, source in train, first in docs) == (below, not below, below), path
+        pieces = [*corpora.definitions(source)]
+        assert "".join(pieces) == source and (len(pieces) > 2) and all((p in heldout) == below for p in pieces), path
+        assert (source in train, first in docs) == (not below, below), path
         seen += below
     assert 0 < seen < 5
 
