@@ -10,6 +10,7 @@ import glob
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import json
 import logging
 import os
@@ -36,17 +37,17 @@ if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast
 
 # %% auto #0
 __all__ = ['EOS', 'RECIPE', 'log', 'LEFT_OUT', 'LIBRARY', 'is_heldout', 'library_files', 'docstrings', 'library_documents',
-           'overlapping', 'library_split', 'Tally', 'summarise', 'library_folder', 'is_local', 'hub_revision',
-           'fields_of', 'local_records', 'hub_records', 'records', 'kind_of', 'text_of', 'texts_of', 'task_arguments',
-           'task_documents', 'check_entry', 'belongs', 'documents', 'summarise_parts', 'code_hash', 'generator_hash',
-           'source_stamp', 'origin', 'is_streamed', 'unread', 'summary', 'byte_alphabet', 'train_bpe',
+           'overlapping', 'definitions', 'library_split', 'Tally', 'summarise', 'library_folder', 'is_local',
+           'hub_revision', 'fields_of', 'local_records', 'hub_records', 'records', 'kind_of', 'text_of', 'texts_of',
+           'task_arguments', 'task_documents', 'check_entry', 'belongs', 'documents', 'summarise_parts', 'code_hash',
+           'generator_hash', 'source_stamp', 'origin', 'is_streamed', 'unread', 'summary', 'byte_alphabet', 'train_bpe',
            'bytes_tokenizer', 'tokenizer_entries', 'bpe_size', 'tokenizer_identity', 'trained_bpe', 'load_tokenizer',
            'check_datasets', 'eval_entries', 'is_empty', 'check_parts', 'order_keys', 'order_unlike_name',
            'data_manifest', 'item_hashes', 'data_fingerprint']
 
 # %% ../../nbs/data/01_corpora.ipynb #05009549
 EOS = "<|endoftext|>" # end, beginning and padding of the tokenizers made here
-RECIPE = 1            # part of every cache key: raise it when documents or tokenizers come out differently
+RECIPE = 2            # part of every cache key: raise it when documents or tokenizers come out differently
 log = logging.getLogger(__name__)
 
 # %% ../../nbs/data/01_corpora.ipynb #223c5037
@@ -116,6 +117,19 @@ def overlapping(
                 windows.update(text[k:k+window] for k in range(max(0, j-half+1), min(j, len(text)-window)+1))
     return {i for i in candidates if any(texts[i][j:j+window] in windows for j in range(len(texts[i])-window+1))}
 
+# %% ../../nbs/data/01_corpora.ipynb #aef70d88
+def definitions(
+    source: str, # Python source code
+) -> list[str]: # which together are the source
+    "Source code cut where functions, classes and their methods begin"
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    top = [n for n in ast.parse(source).body if isinstance(n, kinds)]
+    nodes = top + [n for c in top if isinstance(c, ast.ClassDef) for n in c.body[1:] if isinstance(n, kinds)]
+    starts = sorted({min([n.lineno, *(d.lineno for d in n.decorator_list)]) - 1 for n in nodes} | {0})
+    lines = io.StringIO(source).readlines()   # as the parser counts them; a form feed ends no line
+    pieces = ["".join(lines[a:b]) for a, b in zip(starts, [*starts[1:], None])]
+    return [piece for piece in pieces if piece.strip()]
+
 # %% ../../nbs/data/01_corpora.ipynb #69fe3520
 def library_split(
     fraction: float, # part of the files and topics that is held out
@@ -131,6 +145,8 @@ def library_split(
     for parts in split.values():
         out = overlapping(parts["train"], heldout)
         parts["train"] = [t for i, t in enumerate(parts["train"]) if i not in out]
+    pieces = [piece for source in split["python:stdlib"]["heldout"] for piece in definitions(source)]
+    split["python:stdlib"]["heldout"] = sorted(dict.fromkeys(pieces), key=sha256_of)
     return split
 
 # %% ../../nbs/data/01_corpora.ipynb #5c98b26c
