@@ -285,7 +285,9 @@ def new_folder(
         except Exception as e:   # a writer of weights has an error of its own for a full disk
             if not isinstance(e, OSError) and type(e).__name__ != "SafetensorError": raise
             raise UserError(f"{final}: cannot be written: {getattr(e, 'strerror', None) or e}") from e
-        finally: shutil.rmtree(beside, ignore_errors=True)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+            with suppress(PermissionError): (final.parent/f".{final.name}.lock").unlink()   # Windows keeps an open file
 
 # %% ../nbs/00_files.ipynb #5ec8f037
 def cache_folder() -> Path: # made when missing

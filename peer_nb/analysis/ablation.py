@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .edits import (
-    check_edits, check_for_good, check_places, edits_page, parse_edits, save_edited, sweep)
+    check_edits, check_for_good, check_places, edits_page, facts_of_rows, parse_edits, save_edited, sweep)
 from .hooks import (
     Retrievals, attention_layers, chosen_layers, head_outputs, stream_retrievals, writing)
 from .impact import finished_effects, impact_page, impact_text, summarised
@@ -518,10 +518,10 @@ def run_swap(
     output: Path | None, # folder of the result
 ) -> int: # exit code
     "Exchange rows, and say whose answers are given"
-    folder = writable_folder(output or f"swap-{checkpoint.resolve().name}-{data.resolve().name}")
     model, tokenizer = load_model(checkpoint)
-    layer = layer if layer is not None else max(chosen_layers(model))
+    layer = max(chosen_layers(model, None if layer is None else [layer]))
     _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
+    folder = writable_folder(output or f"swap-{checkpoint.resolve().name}-{data.resolve().name}")
     found = swap_matrix(model.double(), encoded, layer, facts)
     about = dict(schema="peer-analyze swap 1", checkpoint=str(checkpoint), data=str(data))
     write_json(folder/"swap.json", about | found)
@@ -564,7 +564,6 @@ def run_intervene(
 ) -> int: # exit code
     "Edit, and say what changes and what else"
     if save is not None: refuse_full(save)
-    folder = writable_folder(output or f"intervene-{checkpoint.resolve().name}-{data.resolve().name}")
     model, tokenizer = load_model(checkpoint)
     default, aim, want = chain.get("layer"), chain.get("aim"), chain.get("want")
     edits = parse_edits(chain.get("edits"), max(chosen_layers(model)) if default is None else default)
@@ -572,7 +571,10 @@ def run_intervene(
     if save is not None: check_for_good(model, edits)
     _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
     check_places(edits, encoded)
-    found = sweep(copy.deepcopy(model).double(), encoded, edits, aim, wanted_tokens(want, encoded, tokenizer))
+    exact = copy.deepcopy(model).double()
+    if aim is None: aim = facts_of_rows(exact, encoded, edits)
+    folder = writable_folder(output or f"intervene-{checkpoint.resolve().name}-{data.resolve().name}")
+    found = sweep(exact, encoded, edits, aim, wanted_tokens(want, encoded, tokenizer))
     if save is not None: print(save_edited(model, tokenizer, edits, save, checkpoint))
     about = dict(schema="peer-analyze intervene 1", checkpoint=str(checkpoint), data=str(data), want=want)
     write_json(folder/"intervene.json", about | found)
