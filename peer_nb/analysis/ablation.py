@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .edits import (
-    check_edits, check_for_good, check_places, edits_page, facts_of_rows, parse_edits, save_edited, sweep)
+    check_aim, check_edits, check_for_good, check_places, edits_page, facts_of_rows, parse_edits, save_edited, sweep)
 from .hooks import (
     Retrievals, attention_layers, chosen_layers, head_outputs, stream_retrievals, writing)
 from .impact import finished_effects, impact_page, impact_text, summarised
@@ -573,6 +573,7 @@ def run_intervene(
     check_places(edits, encoded)
     exact = copy.deepcopy(model).double()
     if aim is None: aim = facts_of_rows(exact, encoded, edits)
+    check_aim(encoded, aim if isinstance(aim, list) else [aim])
     folder = writable_folder(output or f"intervene-{checkpoint.resolve().name}-{data.resolve().name}")
     found = sweep(exact, encoded, edits, aim, wanted_tokens(want, encoded, tokenizer))
     if save is not None: print(save_edited(model, tokenizer, edits, save, checkpoint))

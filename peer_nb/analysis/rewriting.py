@@ -204,11 +204,12 @@ def run_rewrite(
 ) -> int: # exit code
     "Rewrite, and say what changes and what else"
     if save is not None: refuse_full(save)
-    folder = writable_folder(output or f"rewrite-{checkpoint.resolve().name}-{data.resolve().name}")
     model, tokenizer = load_model(checkpoint)
     layer = layer if layer is not None else max(chosen_layers(model))
     _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
-    tokens = wanted_tokens(change["want"], encoded, tokenizer)
+    tokens, aim = wanted_tokens(change["want"], encoded, tokenizer), change["aim"]
+    check_aim(encoded, aim if isinstance(aim, (list, tuple)) else [aim])
+    folder = writable_folder(output or f"rewrite-{checkpoint.resolve().name}-{data.resolve().name}")
     found = rewriting_sweep(copy.deepcopy(model).double(), encoded, layer, **change | dict(want=tokens))
     if save is not None: print(save_rewritten(model, tokenizer, found, save, checkpoint))
     about = dict(schema="peer-analyze rewrite 1", checkpoint=str(checkpoint), data=str(data), want=change["want"])

@@ -41,7 +41,7 @@ def held_folder(
     try:
         with folder_lock(writable_folder(output), name=name): yield
     except UserError:
-        if new and not [p for p in output.glob("*") if p.name != name]: rmtree(output)
+        if new and not [p for p in output.rglob("*") if p.is_file() and p.name != name]: rmtree(output)
         raise
 
 # %% ../../nbs/analysis/39_routing_command.ipynb #9221cfcf

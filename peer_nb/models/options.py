@@ -188,7 +188,8 @@ class EngramConfig:
     table_size: Annotated[int, Allowed("a whole number, at least 2, the first prime", lambda x: x >= 2)] = 2_262_400
     embed_dim: Count = 1280 # width of all heads' rows together; divides evenly among them
     kernel_size: Count = 4 # places, ngram_size tokens apart, that the short convolution sees
-    seed: Index = 0 # of the hash's multipliers
+    # of the hash's multipliers
+    seed: Annotated[int, Allowed("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)] = 0
     # where the tables lie: with the model, or in the memory of the host, whose rows are copied over
     table_device: Literal["model", "cpu"] = "model"
 
