@@ -9,6 +9,7 @@ import ast
 import configparser
 import csv
 import html
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from base64 import b64decode, b64encode
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
@@ -224,9 +226,17 @@ def lighten(page: Path):
                 drawn = to_html(figure, include_plotlyjs=script, full_html=False, div_id=f"figure-{(figures := figures + 1)}")
                 data["text/html"] = drawn.splitlines(True)   # as Jupyter writes it
             if "text/markdown" in data: data.pop("text/plain", None)   # long, and may name folders
+            if "image/png" in data: data["image/png"] = few_colours("".join(data["image/png"]))
             kept.append(out)
         if "outputs" in cell: cell["outputs"] = kept
     page.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+
+
+def few_colours(png: str) -> str:
+    "A picture in base64 with a palette, where that is smaller"
+    from PIL import Image
+    Image.open(io.BytesIO(b64decode(png))).convert("RGB").quantize(64).save(small := io.BytesIO(), "PNG", optimize=True)
+    return min(png, b64encode(small.getvalue()).decode() + "\n", key=len)
 
 
 def browser() -> str | None:

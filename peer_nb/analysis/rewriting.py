@@ -205,7 +205,7 @@ def run_rewrite(
     "Rewrite, and say what changes and what else"
     if save is not None: refuse_full(save)
     model, tokenizer = load_model(checkpoint)
-    layer = layer if layer is not None else max(chosen_layers(model))
+    layer = max(chosen_layers(model, None if layer is None else [layer]))
     _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
     tokens, aim = wanted_tokens(change["want"], encoded, tokenizer), change["aim"]
     check_aim(encoded, aim if isinstance(aim, (list, tuple)) else [aim])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .consistency import document_pairs, pair_overlaps, relation_rows, text_overlaps
+from .hooks import chosen_layers
 from .information import head_information, head_keys, largest_p
 from .moved_routing import moved_rows
 from .routed_documents import Document, Tokens, document_tokens
@@ -235,6 +236,7 @@ def run_routing(
 ) -> dict[str, Any]: # the fields of a result of kind routing
     "Load, run what is not done, and forget the records"
     loaded = load_model(checkpoint)
+    chosen_layers(loaded[0], options.layers)
     options = replace(options, window=choose_window(loaded[0], options.window))
     texts = sha256_of([[d.id, d.text, d.answers] for d in documents])
     prints = [files_fingerprint(c) for c in (checkpoint, against) if c is not None]
