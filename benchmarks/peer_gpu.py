@@ -310,9 +310,9 @@ def measure_peer_pytorch(torch, repeats):
 
 def copy_speed(torch):
     "GB/s of a copy, read and write counted"
-    a, b = (torch.empty(4 << 30 if DEVICE == "cuda" else 64, dtype=torch.int8, device=DEVICE) for _ in range(2))
+    a, b = (torch.empty(4 << 30 if DEVICE == "cuda" else 1 << 20, dtype=torch.int8, device=DEVICE) for _ in range(2))
     taken = rounds(torch, {"copy": lambda: b.copy_(a)}, 20)["copy"]["ms"]
-    return round(2 * a.numel() / taken / 1e6, 1)
+    return float(f"{2 * a.numel() / taken / 1e6:.3g}")
 
 
 def check():
