@@ -24,8 +24,8 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['SEAL', 'UserError', 'write_atomic', 'half_characters', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl',
-           'write_jsonl', 'folder_lock', 'die_with_parent', 'at_home', 'writable_folder', 'is_there', 'refuse_full',
-           'new_folder', 'cache_folder', 'sha256_of', 'file_hash', 'seal_folder', 'damages']
+           'write_jsonl', 'folder_lock', 'die_with_parent', 'at_home', 'writable_folder', 'output_folder', 'is_there',
+           'refuse_full', 'new_folder', 'cache_folder', 'sha256_of', 'file_hash', 'seal_folder', 'damages']
 
 # %% ../nbs/00_files.ipynb #dc84e902
 class UserError(Exception):
@@ -230,10 +230,8 @@ def at_home(
     except RuntimeError as e: raise UserError(f"{str(path)!r}: {e}") from e
 
 # %% ../nbs/00_files.ipynb #bf864d49
-def writable_folder(
-    path: str | Path, # made with its parents when missing; ~ is the home folder
-) -> Path:
-    "A folder that can be written to, or a UserError and nothing made"
+def _made_writable(path: str | Path) -> tuple[Path, list[Path]]:
+    "A folder that can be written to, and which folders on the way to it were missing; or a UserError and nothing made"
     made = []
     try:
         folder = at_home(path)
@@ -247,7 +245,31 @@ def writable_folder(
     except (OSError, ValueError) as e:   # ValueError: a zero byte
         for part in reversed(made): part.rmdir()
         raise UserError(f"{str(path)!r}: not a folder that can be written to: {_reason(e)}") from e
-    return folder
+    return folder, made
+
+def writable_folder(
+    path: str | Path, # made with its parents when missing; ~ is the home folder
+) -> Path:
+    "A folder that can be written to, or a UserError and nothing made"
+    return _made_writable(path)[0]
+
+# %% ../nbs/00_files.ipynb #43e2b641
+@contextmanager
+def output_folder(
+    path: str | Path, # made with its parents when missing; ~ is the home folder
+    name: str = ".lock", # of the lock's file
+) -> Iterator[Path]: # the folder
+    "A folder for this process alone, of which nothing is left where a mistake ends the run with nothing in it"
+    folder, made = _made_writable(path)
+    with folder_lock(folder, name=name):
+        try: yield folder
+        except UserError:
+            own = {folder/name, folder/f"{name}.json"}
+            if made and not any(file.is_file() and file not in own for file in folder.rglob("*")):
+                shutil.rmtree(folder, ignore_errors=True)   # Windows keeps an open file
+                with suppress(OSError):   # a parent may have got other use meanwhile
+                    for part in reversed(made[:-1]): part.rmdir()
+            raise
 
 # %% ../nbs/00_files.ipynb #346d4183
 def is_there(
@@ -274,7 +296,7 @@ def new_folder(
     "Make a folder, whole or not at all; one writer at a time"
     final = at_home(final)
     beside = final.with_name(f".{final.name}.tmp")
-    with folder_lock(writable_folder(final.parent), name=f".{final.name}.lock"):
+    with output_folder(final.parent, f".{final.name}.lock"):
         refuse_full(final)
         shutil.rmtree(beside, ignore_errors=True)
         try:

@@ -254,7 +254,7 @@ def test_a_translator_that_is_damaged_or_between_other_models_answers_nothing(pa
     run = train_bridge(config(models, tmp_path/"run", "mistral", "llama"), progress=False).folder
     def said() -> str:
         capsys.readouterr()
-        assert main(["evaluate", str(run), "--items", "2"]) == 2
+        assert main(["evaluate", str(run), "--items", "2", "--output", str(tmp_path/"new"/"deep")]) == 2 and not (tmp_path/"new").exists()
         return capsys.readouterr().err
     file = run/"selected"/"model.safetensors"
     whole = file.read_bytes()

@@ -206,10 +206,11 @@ def test_every_command_refuses_what_one_refuses(folder, tmp_path, capsys, monkey
         scene = dict(activity_label="Counting", ctx_a="Somebody counts.", ctx_b="he", endings=[*"abcd"], label="0")
         write_hub_shape({"default": dict(train=[scene], validation=[scene]*4)}, tmp_path/"Rowan"/"hellaswag")
     if command == "recall": write_task("digit_lookup", tmp_path/"d", num_pairs=20, num_known=5, num_novel=5)
-    assert peer_eval(command, place, *words) == 2
+    output = tmp_path/"new"/"deep"
+    assert peer_eval(command, place, *words, "--output", output/"s.json" if command == "perplexity" else output) == 2
     said = capsys.readouterr().err
     assert said.count("error:") == 1 and SPOILT[how] in said and "Traceback" not in said
-    assert not (tmp_path/"ran").exists()
+    assert not (tmp_path/"ran").exists() and not (tmp_path/"new").exists()
 
 
 def test_a_tokenizer_with_gaps_is_judged_by_its_highest_token(model):

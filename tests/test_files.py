@@ -11,7 +11,7 @@ import pytest
 from children import in_child
 
 from peer_nb import files
-from peer_nb.files import UserError, append_jsonl, cache_folder, folder_lock, new_folder, read_json, read_jsonl, write_atomic, write_json
+from peer_nb.files import UserError, append_jsonl, cache_folder, folder_lock, new_folder, output_folder, read_json, read_jsonl, write_atomic, write_json
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills processes as POSIX does")
 
@@ -208,6 +208,43 @@ def test_a_home_that_cannot_be_written_to_says_what_to_set(monkeypatch):
     monkeypatch.setenv("HOME", "/proc/nohome")
     for name in ("PEER_NB_CACHE", "XDG_CACHE_HOME"): monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="PEER_NB_CACHE"): cache_folder()
+
+
+def begun(place: Path, error: type, *names: str) -> set[str]:
+    "What is left of a command that ends in an error after it has written some files: one in its folder, one beside it, one in a third"
+    with pytest.raises(error):
+        with output_folder(place/"a"/"b"/"c") as folder:
+            assert folder == place/"a"/"b"/"c" and (folder/".lock").exists()
+            for name in names:
+                (folder/name).parent.mkdir(exist_ok=True, parents=True)
+                (folder/name).touch()
+            raise error("as it goes")
+    return {path.relative_to(place).as_posix() for path in place.rglob("*") if not path.name.startswith(".lock")}
+
+
+@pytest.mark.parametrize("error, names, left", [
+    (UserError, (), set()), (UserError, ("d/e",), {"a", "a/b", "a/b/c", "a/b/c/d", "a/b/c/d/e"}), (UserError, ("../../x/y",), {"a", "a/x", "a/x/y"}),
+    (KeyboardInterrupt, (), {"a", "a/b", "a/b/c"}), (ValueError, (), {"a", "a/b", "a/b/c"})])
+def test_a_mistake_leaves_a_folder_only_with_something_in_it(tmp_path, error, names, left):
+    "Parents that others have come to use stay; so does what was there before"
+    assert begun(tmp_path, error, *names) == left
+    (tmp_path/"old"/"a"/"b").mkdir(parents=True)
+    assert begun(tmp_path/"old", error) == {"a", "a/b", *(() if error is UserError else ("a/b/c",))}
+
+
+def test_a_folder_that_another_process_took_first_stays(tmp_path, monkeypatch):
+    "Between making it and locking it"
+    def taken_first(path):
+        Path(path).mkdir()
+        holders.append(start(HOLDER, path))
+        assert holders[0].stdout.readline() == "held\n"
+        return Path(path), [Path(path)]
+    holders = []
+    monkeypatch.setattr(files, "_made_writable", taken_first)
+    with pytest.raises(UserError, match="in use by process"), output_folder(tmp_path/"a"): pass
+    assert (tmp_path/"a"/".lock.json").exists()
+    holders[0].kill()
+    holders[0].wait()
 
 
 def make_folder(final: Path) -> None:

@@ -235,7 +235,13 @@ TYPED = { # a mistake of a command line, and what is said; before the work where
     "an empty answer": (["intervene", "model", "q.jsonl", "--drop", "1", "--want", ""], "an empty answer can't be wanted"),
     "a position that no question has": (["intervene", "model", "q.jsonl", "--drop", "1", "--at", "999"], "no question has this position"),
     "edits that are not UTF-8": (["intervene", "model", "q.jsonl", "--edits", "latin.yaml"], "not a UTF-8 text file (byte 14)"),
-    "an aim that is no list": (["intervene", "model", "q.jsonl", "--edits", "aim.yaml"], "aim: [7] is no list of ids"),
+    "an aim that is no list": (["intervene", "model", "q.jsonl", "--edits", "aim.yaml"], "aim: 7 is no list of ids"),
+    "an aim that is text": (["intervene", "model", "q.jsonl", "--edits", "text.yaml"], "aim: 'q1' is no list of ids"),
+    "a fact that is none": (["rewrite", "model", "q.jsonl", "--aim", "nobody", "--want", "12", "--output", "new/deep"], "--aim nobody: no such question"),
+    "a window too long": (["attention", "model", "q.jsonl", "--window", "97", "--output", "new/deep"], "give --window 96 or less"),
+    "a text that is not there": (["usage", "model", "--files", "none.txt", "--output", "new/deep"], "none.txt"),
+    **{f"a layer that is none for {name}": ([name, "model", "q.jsonl", option, "7", *more, "--output", "new/deep"], "layer 7 is none of the memory layers") for name, option, *more in (
+        ("ablate", "--layers"), ("swap", "--layer"), ("routing", "--layers"), ("keys", "--layers"), ("intervene", "--layer", "--drop", "1"), ("rewrite", "--layer", "--aim", "q1", "--want", "12"), ("retrievals", "--layers"))},
     "one id for two questions": (["intervene", "model", "same.jsonl", "--drop", "1"], "the id a is there 2 times"),
     "an end that is no text": (["intervene", "model", "end.jsonl", "--drop", "1"], "line 1: end is 3, not text"),
     "half a character": (["intervene", "model", "half.jsonl", "--drop", "1"], "line 1 has half a character"),
@@ -257,7 +263,7 @@ def places(tmp_path_factory):
     (folder/"half.jsonl").write_text(json.dumps(dict(prompt="x \ud83d:", answer="y")) + "\n")
     (folder/"torn.jsonl").write_text('{"a": 1}\n{"b": 2')
     (folder/"latin.yaml").write_bytes(b"- {drop: 1} # \xff\n")
-    (folder/"aim.yaml").write_text("edits: [{drop: 1}]\naim: 7\n")
+    for name, aim in (("aim", "7"), ("text", "q1")): (folder/f"{name}.yaml").write_text(f"edits: [{{drop: 1}}]\naim: {aim}\n")
     (folder/"features.py").write_text("def fails(e): raise KeyError('z')\ndef words(e): return dict(a=['x']*len(e))\n")
     (folder/"run").mkdir()
     write_jsonl(folder/"run"/"metrics.jsonl", [dict(tokens=n, loss=9 - n) for n in range(1, 6)])
@@ -267,9 +273,10 @@ def places(tmp_path_factory):
 @pytest.mark.parametrize("words, said", TYPED.values(), ids=TYPED.keys())
 def test_what_cannot_be_meant_is_one_line_and_changes_nothing(words, said, places, monkeypatch, capsys):
     monkeypatch.chdir(places)
-    before = {path: path.read_bytes() for path in places.rglob("*") if path.is_file()}
+    def there(): return {path: path.read_bytes() if path.is_file() else None for path in places.rglob("*")}
+    before = there()
     assert said in refused(words, capsys)
-    assert {path: path.read_bytes() for path in before} == before
+    assert there() == before
 
 
 def test_brackets_in_brackets_take_no_minutes():

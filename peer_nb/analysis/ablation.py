@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .edits import (
-    check_aim, check_edits, check_for_good, check_places, edits_page, facts_of_rows, parse_edits, save_edited, sweep)
+    check_edits, check_for_good, edits_page, parse_edits, save_edited, sweep)
 from .hooks import (
     Retrievals, attention_layers, chosen_layers, head_outputs, stream_retrievals, writing)
 from .impact import finished_effects, impact_page, impact_text, summarised
@@ -32,7 +32,7 @@ from ..evaluation.loading import claim_answers, files_fingerprint, load_model
 from ..evaluation.recall import Encoded, Question, batches_of, check_fit, encode_questions, read_questions
 from ..evaluation.recall_command import trained_start
 from ..files import (
-    UserError, append_jsonl, folder_lock, half_characters, is_there, read_json, read_jsonl, refuse_full, sha256_of,
+    UserError, append_jsonl, half_characters, is_there, output_folder, read_json, read_jsonl, refuse_full, sha256_of,
     writable_folder, write_json)
 
 # %% auto #0
@@ -448,7 +448,7 @@ def run_ablation(
     settings = settings | dict(groups=[list(g) for g in groups])
     identity = dict(weights=files_fingerprint(checkpoint), questions=sha256_of(texts), **settings)
     about = dict(checkpoint=str(checkpoint), data=str(data), task=task, settings=settings, questions=len(encoded))
-    with folder_lock(writable_folder(folder)):
+    with output_folder(folder):
         claim_answers(folder/"run.json", identity, [folder/"effects.jsonl", folder/"examples.jsonl"], force)
         model = model.to(getattr(torch, settings["dtype"]))
         setting = setting_for(model, encoded, groups, settings)
@@ -518,17 +518,18 @@ def run_swap(
     output: Path | None, # folder of the result
 ) -> int: # exit code
     "Exchange rows, and say whose answers are given"
-    model, tokenizer = load_model(checkpoint)
-    layer = max(chosen_layers(model, None if layer is None else [layer]))
-    _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
-    folder = writable_folder(output or f"swap-{checkpoint.resolve().name}-{data.resolve().name}")
-    found = swap_matrix(model.double(), encoded, layer, facts)
-    about = dict(schema="peer-analyze swap 1", checkpoint=str(checkpoint), data=str(data))
-    write_json(folder/"swap.json", about | found)
+    with output_folder(output or f"swap-{checkpoint.resolve().name}-{data.resolve().name}") as folder:
+        model, tokenizer = load_model(checkpoint)
+        layer = max(chosen_layers(model, None if layer is None else [layer]))
+        _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
+        found = swap_matrix(model.double(), encoded, layer, facts)
+        about = dict(schema="peer-analyze swap 1", checkpoint=str(checkpoint), data=str(data))
+        write_json(folder/"swap.json", about | found)
+        page = swaps_page(folder/"index.html", found)
     for name in ("efficacy", "collateral"): print(f"{name}: {share_text(found[name])}")
     for name, number in found["agreement"].items(): print(f"agreement with {name}: {share_text(number, '.2f')}")
     print(", ".join(f"{name} answer {count}" for name, count in found["counts"].items()))
-    print(f"\n{swaps_page(folder/'index.html', found)}")
+    print(f"\n{page}")
     return 0
 
 # %% ../../nbs/analysis/14_ablation.ipynb #aa2ebb04
@@ -564,23 +565,21 @@ def run_intervene(
 ) -> int: # exit code
     "Edit, and say what changes and what else"
     if save is not None: refuse_full(save)
-    model, tokenizer = load_model(checkpoint)
     default, aim, want = chain.get("layer"), chain.get("aim"), chain.get("want")
-    edits = parse_edits(chain.get("edits"), max(chosen_layers(model)) if default is None else default)
-    check_edits(model, edits)
-    if save is not None: check_for_good(model, edits)
-    _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
-    check_places(edits, encoded)
-    exact = copy.deepcopy(model).double()
-    if aim is None: aim = facts_of_rows(exact, encoded, edits)
-    check_aim(encoded, aim if isinstance(aim, list) else [aim])
-    folder = writable_folder(output or f"intervene-{checkpoint.resolve().name}-{data.resolve().name}")
-    found = sweep(exact, encoded, edits, aim, wanted_tokens(want, encoded, tokenizer))
-    if save is not None: print(save_edited(model, tokenizer, edits, save, checkpoint))
-    about = dict(schema="peer-analyze intervene 1", checkpoint=str(checkpoint), data=str(data), want=want)
-    write_json(folder/"intervene.json", about | found)
+    with output_folder(output or f"intervene-{checkpoint.resolve().name}-{data.resolve().name}") as folder:
+        model, tokenizer = load_model(checkpoint)
+        edits = parse_edits(chain.get("edits"), max(chosen_layers(model)) if default is None else default)
+        check_edits(model, edits)
+        if save is not None: check_for_good(model, edits)
+        _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
+        tokens = wanted_tokens(want, encoded, tokenizer)
+        found = sweep(copy.deepcopy(model).double(), encoded, edits, aim, tokens)
+        if save is not None: print(save_edited(model, tokenizer, edits, save, checkpoint))
+        about = dict(schema="peer-analyze intervene 1", checkpoint=str(checkpoint), data=str(data), want=want)
+        write_json(folder/"intervene.json", about | found)
+        page = edits_page(folder/"index.html", found)
     for line in curve_lines(found["curve"]): print(line)
-    print(f"\n{edits_page(folder/'index.html', found)}")
+    print(f"\n{page}")
     return 0
 
 # %% ../../nbs/analysis/14_ablation.ipynb #76da04eb

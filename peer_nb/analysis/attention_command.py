@@ -16,7 +16,7 @@ from .interventions_command import Start
 from .pages import analysis_result
 from ..charts import SCALE, new_figure
 from ..cli import check_least
-from ..files import UserError, append_jsonl, folder_lock, read_jsonl, sha256_of, writable_folder
+from ..files import UserError, append_jsonl, output_folder, read_jsonl, sha256_of
 from ..files import write_atomic, write_json
 from ..formats import decimals, signed, text_table
 from ..page import charts_html, facts_html, figure_html, note_html, render, section_html, Shown, table_html
@@ -331,7 +331,7 @@ def attention(
     blocks = in_blocks(loaded[0], texts[0].ids[None, :16].to(loaded[0].device))
     identity = dict(weights=model_fingerprint(*loaded), seed=seed, texts=sha256_of([t.ids.tolist() for t in texts]))
     name = f"attention-{Path(checkpoint).resolve().name}-{Path(data).resolve().name}"
-    with folder_lock(writable_folder(output or name), name=".attention.lock") as folder:
+    with output_folder(output or name, ".attention.lock") as folder:
         claim_answers(folder/"attention_texts.json", identity, [folder/"attention_texts.jsonl"])
         lines, maps = score_texts(loaded[0], texts, folder, blocks, seed)
         result = heads_result([checkpoint, data], task, texts, lines, blocks, loaded[1], seed, short)

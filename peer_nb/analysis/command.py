@@ -34,7 +34,7 @@ from ..cli import check_least, make_main
 from ..config import Config, DatasetEntry, ModelConfig, config_from_dict, load_config, load_data_mixes
 from ..data.corpora import documents, eval_entries
 from ..data.reading import whole_text
-from ..files import UserError, folder_lock, read_json, sha256_of, writable_folder
+from ..files import UserError, output_folder, read_json, sha256_of, writable_folder
 
 if TYPE_CHECKING: from peer_nb.analysis.expert_usage import UsageRun
 
@@ -362,7 +362,7 @@ def measure(
     sources: list, # functions that give documents
     options: dict, # of `UsageRun`
     identity: str, # of what is counted
-    output: Path | None, # folder
+    folder: Path | None, # that is held
     about: dict, # model_type, data, part
     pairs: tuple[int, int], # rows, tokens
     threshold: float, # for hot rows
@@ -370,7 +370,7 @@ def measure(
     "Count, and write what was found"
     from peer_nb.analysis.expert_usage import UsageRun
     def texts(): return in_turn([source() for source in sources])
-    run, folder = UsageRun(*loaded, **options), None if output is None else writable_folder(output)
+    run = UsageRun(*loaded, **options)
     if folder is not None and load_state(folder, run, identity):
         say(f"going on after {run.documents:,} documents, {run.tokens:,} tokens")
     complete = count_texts(run, texts(), folder, identity)
@@ -415,8 +415,7 @@ def usage(
     if files and (config or mix): raise UserError("give --files, or --config or --mix, not both")
     check_least(1, max_tokens=max_tokens, batch_size=batch_size, window=window, pair_tokens=pair_tokens)
     check_least(0, pairs=pairs, threshold=threshold)
-    lock = folder_lock(writable_folder(output), name=".usage.lock") if output else nullcontext()
-    with lock:
+    with output_folder(output, ".usage.lock") if output else nullcontext() as folder:
         model, tokenizer = load_for_usage(checkpoint)
         own = checkpoint/"trainer_state"/"config.yaml"
         cfg = load_config(config or own) if config or own.is_file() else None
@@ -430,7 +429,7 @@ def usage(
         identity = sha256_of([options, _stamps(checkpoint, files or []), [asdict(e) for e in entries], part, fraction])
         data = list(files or [e.name for e in entries])
         about = dict(model_type="peer_mla", data=data, part="files" if files else part)
-        return measure(checkpoint, (model, tokenizer), sources, options, identity, output, about, (pairs, pair_tokens),
+        return measure(checkpoint, (model, tokenizer), sources, options, identity, folder, about, (pairs, pair_tokens),
                        model.config.peer_config["usage_threshold"] if threshold is None else threshold)
 
 # %% ../../nbs/analysis/40_command.ipynb #92b25a06

@@ -379,7 +379,7 @@ def check_aim(
     aim: Sequence[str], # ids
 ):
     "Refuse questions that are not there"
-    if isinstance(aim, str) or not all(isinstance(name, str) for name in aim):
+    if not isinstance(aim, (list, tuple)) or not all(isinstance(name, str) for name in aim):
         raise UserError(f"aim: {aim!r:.60} is no list of ids, such as [test_known/3]")
     unknown = sorted({*aim} - {e.question.id for e in encoded})
     if not unknown: return
@@ -397,15 +397,15 @@ def sweep(
     "Efficacy and collateral of a chain of edits, at each weight"
     check_edits(model, edits)
     check_places(edits, encoded)
-    check_aim(encoded, () if aim is None else aim if isinstance(aim, (list, tuple)) else [aim])
-    aim = facts_of_rows(model, encoded, edits) if aim is None else list(aim)
+    if aim is None: aim = facts_of_rows(model, encoded, edits)
+    check_aim(encoded, aim)
     weights = next((e.weight for e in edits if isinstance(e.weight, tuple)), (None,))
     before, curve = unedited(model, encoded), []
     for weight in weights:
         chain = [replace(e, weight=weight) if isinstance(e.weight, tuple) else e for e in edits]
         records = edit_effects(model, encoded, chain, aim, want, before)
         curve.append(dict(weight=weight, **judged(records, want is not None)))
-    return dict(lead="; ".join(map(str, edits)), swept="weight", edits=[asdict(e) for e in edits], aim=aim,
+    return dict(lead="; ".join(map(str, edits)), swept="weight", edits=[asdict(e) for e in edits], aim=list(aim),
                 known=len(records), curve=curve, answers=records)
 
 # %% ../../nbs/analysis/13_edits.ipynb #1022eaa4

@@ -24,7 +24,7 @@ from .hooks import Retrievals, chosen_layers
 from .interventions import AnswerBatch, answer_logprobs, answers_of, at_places, clean_pass
 from ..evaluation.loading import load_model
 from ..evaluation.recall import Encoded
-from ..files import UserError, refuse_full, writable_folder, write_json
+from ..files import UserError, output_folder, refuse_full, write_json
 from ..models.peer import MemoryLayer
 
 # %% auto #0
@@ -204,16 +204,16 @@ def run_rewrite(
 ) -> int: # exit code
     "Rewrite, and say what changes and what else"
     if save is not None: refuse_full(save)
-    model, tokenizer = load_model(checkpoint)
-    layer = max(chosen_layers(model, None if layer is None else [layer]))
-    _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
-    tokens, aim = wanted_tokens(change["want"], encoded, tokenizer), change["aim"]
-    check_aim(encoded, aim if isinstance(aim, (list, tuple)) else [aim])
-    folder = writable_folder(output or f"rewrite-{checkpoint.resolve().name}-{data.resolve().name}")
-    found = rewriting_sweep(copy.deepcopy(model).double(), encoded, layer, **change | dict(want=tokens))
-    if save is not None: print(save_rewritten(model, tokenizer, found, save, checkpoint))
-    about = dict(schema="peer-analyze rewrite 1", checkpoint=str(checkpoint), data=str(data), want=change["want"])
-    write_json(folder/"rewrite.json", about | found)
+    with output_folder(output or f"rewrite-{checkpoint.resolve().name}-{data.resolve().name}") as folder:
+        model, tokenizer = load_model(checkpoint)
+        layer = max(chosen_layers(model, None if layer is None else [layer]))
+        _, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked | dict(window=2))
+        tokens = wanted_tokens(change["want"], encoded, tokenizer)
+        found = rewriting_sweep(copy.deepcopy(model).double(), encoded, layer, **change | dict(want=tokens))
+        if save is not None: print(save_rewritten(model, tokenizer, found, save, checkpoint))
+        about = dict(schema="peer-analyze rewrite 1", checkpoint=str(checkpoint), data=str(data), want=change["want"])
+        write_json(folder/"rewrite.json", about | found)
+        page = edits_page(folder/"index.html", found)
     for line in curve_lines(found["curve"], "rows"): print(line)
-    print(f"\n{edits_page(folder/'index.html', found)}")
+    print(f"\n{page}")
     return 0

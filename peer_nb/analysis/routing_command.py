@@ -5,17 +5,15 @@
 # %% ../../nbs/analysis/39_routing_command.ipynb #d3378903
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 from ..cli import check_least
-from ..files import UserError, folder_lock, writable_folder
+from ..files import UserError, output_folder
 
 # %% auto #0
-__all__ = ['COMMANDS', 'check_memory', 'held_folder', 'drawn', 'written_result', 'routing', 'keys']
+__all__ = ['COMMANDS', 'check_memory', 'drawn', 'written_result', 'routing', 'keys']
 
 # %% ../../nbs/analysis/39_routing_command.ipynb #f163105e
 def check_memory(
@@ -29,20 +27,6 @@ def check_memory(
     if config.get("model_type") != "peer_mla":
         raise UserError(f"{checkpoint} is a {config.get('model_type')} model: it has no memory layers, so no token is "
                         "routed in it; peer-analyze attention and parameters work on it")
-
-# %% ../../nbs/analysis/39_routing_command.ipynb #d9afea43
-@contextmanager
-def held_folder(
-    output: Path, # made when missing
-    name: str, # of the lock's file
-) -> Iterator[None]:
-    "A folder for this process alone, of which nothing is left where a mistake ends the run with nothing in it"
-    new = not output.exists()
-    try:
-        with folder_lock(writable_folder(output), name=name): yield
-    except UserError:
-        if new and not [p for p in output.rglob("*") if p.is_file() and p.name != name]: rmtree(output)
-        raise
 
 # %% ../../nbs/analysis/39_routing_command.ipynb #9221cfcf
 def drawn(
@@ -96,18 +80,18 @@ def routing(
     check_least(1, limit=limit, window=window, pairs=pairs)
     check_least(19, permutations=permutations)
     check_least(0, seed=seed)
-    for folder in (checkpoint, against):
-        if folder is not None: check_memory(folder)
+    for model in (checkpoint, against):
+        if model is not None: check_memory(model)
     from peer_nb.analysis.routed_documents import read_documents
     from peer_nb.analysis.routing import RoutingOptions, forget_records, run_routing
     documents = read_documents(data, splits, limit)
     options = RoutingOptions(window, layers, permutations, pairs, seed)
-    output = output or Path(f"routing-{checkpoint.resolve().name}-{data.resolve().name}")
-    with held_folder(output, ".routing.lock"):
-        found = run_routing(checkpoint, documents, options, against, output, force)
+    name = f"routing-{checkpoint.resolve().name}-{data.resolve().name}"
+    with output_folder(output or name, ".routing.lock") as folder:
+        found = run_routing(checkpoint, documents, options, against, folder, force)
         both = [checkpoint] if against is None else [checkpoint, against]
-        written_result("routing", both, dict(model_type="peer_mla", data=[str(data)]) | found, output)
-        if not keep_records: forget_records(output)
+        written_result("routing", both, dict(model_type="peer_mla", data=[str(data)]) | found, folder)
+        if not keep_records: forget_records(folder)
     return 0
 
 # %% ../../nbs/analysis/39_routing_command.ipynb #a2728540
@@ -139,11 +123,11 @@ def keys(
     from peer_nb.analysis.routing import forget_records
     function, documents = features_from(features), read_documents(data, splits, limit)
     options = KeyOptions(window, layers, threshold, permutations, seed)
-    output = output or Path(f"keys-{checkpoint.resolve().name}-{data.resolve().name}")
-    with held_folder(output, ".keys.lock"):
-        found = run_keys(checkpoint, documents, options, function, output, force)
-        written_result("keys", [checkpoint], dict(model_type="peer_mla", data=[str(data)]) | found, output)
-        if not keep_records: forget_records(output)
+    name = f"keys-{checkpoint.resolve().name}-{data.resolve().name}"
+    with output_folder(output or name, ".keys.lock") as folder:
+        found = run_keys(checkpoint, documents, options, function, folder, force)
+        written_result("keys", [checkpoint], dict(model_type="peer_mla", data=[str(data)]) | found, folder)
+        if not keep_records: forget_records(folder)
     return 0
 
 # %% ../../nbs/analysis/39_routing_command.ipynb #ac0c7681

@@ -5,11 +5,12 @@
 # %% ../../nbs/bridge/15_evaluate_command.ipynb #d3128ddf
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cli import check_least
-from ..files import UserError, read_json, read_jsonl, sha256_of, writable_folder
+from ..files import UserError, output_folder, read_json, read_jsonl, sha256_of
 from ..formats import decimals, text_table
 
 if TYPE_CHECKING:   # torch takes seconds to import: not for --help
@@ -111,17 +112,17 @@ def evaluate_runs(
     check_least(1, items=items, batch=batch)
     if twice := [run for run in runs if [r.resolve() for r in runs].count(run.resolve()) > 1]:
         raise UserError(f"{twice[0]}: is given twice; a run that is counted twice makes an interval too narrow")
-    if output is not None: writable_folder(output)   # known before hours of answers
     lines, curves, kept, bridges = [], {}, {}, []
     name, batch = "inference" if inference else "evaluation", batch or (1 if inference else 64)
-    for run in runs:
-        bridge, own = ask_run(run, run/name, arms or [*ARMS], items, batch, step, force)
-        seed = bridge.cfg.train_config.seed
-        if seed in curves: raise UserError(f"{run}: seed {seed} is there twice; seeds of one bridge differ in the seed")
-        curves[seed], kept[seed], bridges = run_curve(run), kept_step(run), [*bridges, bridge]
-        lines += own
-    refuse_other_bridges(runs, bridges)
-    page = write_runs_page(writable_folder(output or runs[0]/name), lines, curves, kept, bridges[0], inference)
+    with output_folder(output, ".page.lock") if output else nullcontext(runs[0]/name) as folder:
+        for run in runs:
+            bridge, own = ask_run(run, run/name, arms or [*ARMS], items, batch, step, force)
+            seed = bridge.cfg.train_config.seed
+            if seed in curves: raise UserError(f"{run}: seed {seed} is there twice; seeds of one bridge differ in it")
+            curves[seed], kept[seed], bridges = run_curve(run), kept_step(run), [*bridges, bridge]
+            lines += own
+        refuse_other_bridges(runs, bridges)
+        page = write_runs_page(folder, lines, curves, kept, bridges[0], inference)
     print(terminal_table(arm_table(lines)))
     print(f"\n{page}")
     return 0

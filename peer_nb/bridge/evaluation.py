@@ -15,7 +15,7 @@ from .arms import ARMS, Reply, partners, possible_arms
 from .items import Item
 from .kv_bytes import cache_bytes
 from ..evaluation.loading import claim_answers
-from ..files import UserError, append_jsonl, folder_lock, read_jsonl, writable_folder
+from ..files import UserError, append_jsonl, output_folder, read_jsonl
 from ..progress import Progress
 from ..result_schema import FLAG, NUMBER, TEXT, WHOLE, fields
 from ..training.tracking import memory_in_use
@@ -113,9 +113,8 @@ def ask_arms(
     say: Callable[[str], None] | None = None, # takes lines of progress; None: they are printed
 ) -> list[dict[str, Any]]: # all lines, as SAMPLE_SCHEMA says
     "Ask every arm about every item that has no line yet"
-    folder = writable_folder(folder)
     arms = possible_arms([item for items in splits.values() for item in items], arms)
-    with folder_lock(folder):
+    with output_folder(folder) as folder:
         claim_answers(folder/"about.json", identity | dict(batch=batch), [folder/SAMPLES], force)
         done = {(line["arm"], line["id"]) for line in read_jsonl(folder/SAMPLES)}
         work = [pair for items in splits.values() for pair in batched(items, batch)]

@@ -22,7 +22,7 @@ from .items import Item, load_items
 from .losses import answer_nll, answered, bridge_losses, weight_at
 from ..config import Config, TrainConfig, diff_configs
 from ..evaluation.perplexity import autocast_for
-from ..files import UserError, folder_lock, read_json, read_jsonl, seal_folder, writable_folder, write_json
+from ..files import UserError, output_folder, read_json, read_jsonl, seal_folder, write_json
 from ..tasks.task import permutation
 from ..training.checkpoints import latest_checkpoint, load_checkpoint, publish_folder, remove_folder, rng_state
 from ..training.checkpoints import save_checkpoint, set_rng_state, weights_only, write_files
@@ -338,8 +338,8 @@ def train_bridge(
 ) -> BridgeResult:
     "Train a translator as a configuration says; continue where an earlier start was interrupted"
     start_log(cfg.train_config.log_level)
-    trainer, out = BridgeTrainer(cfg), writable_folder(cfg.train_config.output_dir)
-    with folder_lock(out), disk_errors(out): return trainer.run(resume, progress)
+    trainer = BridgeTrainer(cfg)
+    with output_folder(cfg.train_config.output_dir) as out, disk_errors(out): return trainer.run(resume, progress)
 
 # %% ../../nbs/bridge/12_training.ipynb #dddabd49
 @patch

@@ -16,7 +16,7 @@ from .loading import choose_window, claim_answers, load_model, model_fingerprint
 from .score_page import benchmark_page, metric_dot
 from .perplexity_command import perplexity
 from .recall_command import recall
-from ..files import folder_lock, writable_folder, write_json, write_jsonl
+from ..files import output_folder, write_json, write_jsonl
 from ..progress import Progress
 
 # %% auto #0
@@ -121,7 +121,7 @@ def benchmark(
     model, tokenizer = load_model(checkpoint)
     window = choose_window(model, window)
     options = dict(num_fewshot=fewshot, max_new_tokens=max_new_tokens, limit=limit)
-    with folder_lock(writable_folder(output)) as folder:
+    with output_folder(output) as folder:
         return _benchmark(model, tokenizer, loaded, folder, checkpoint, window, batch_size, options)
 
 # %% ../../nbs/evaluation/12_command.ipynb #b7bceba6

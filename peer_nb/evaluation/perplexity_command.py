@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,14 +20,13 @@ from ..data.reading import whole_text
 from .loading import choose_window, claim_answers, load_model, model_fingerprint
 from .score_page import perplexity_page
 from .perplexity import DocumentScore, TextScore, document_scores, heldout_texts, total_score
-from ..files import UserError, append_jsonl, folder_lock, is_there, read_json, read_jsonl, writable_folder
-from ..files import write_json
+from ..files import UserError, append_jsonl, at_home, is_there, output_folder, read_json, read_jsonl, write_json
 
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% auto #0
 __all__ = ['Sources', 'set_sources', 'config_sources', 'mix_sources', 'file_sources', 'named_sources', 'known_scores',
-           'score_sources', 'files_beside', 'is_scoring', 'check_output', 'claimed_output', 'scores_table',
+           'score_sources', 'files_beside', 'is_scoring', 'check_output', 'claim_record', 'scores_table',
            'show_progress', 'perplexity']
 
 # %% ../../nbs/evaluation/09_perplexity_command.ipynb #b96eacb0
@@ -178,24 +177,20 @@ def check_output(
     if output.suffix in (".html", ".jsonl"):
         raise UserError(f"--output {output}: is for the scores as JSON; page and documents are put beside it")
     *_, settings = beside = files_beside(output)
-    writable_folder(output.parent)
     there = [file for file in (output, *beside) if is_there(file)]
     if there and not is_scoring(*((output, {"kind", "texts"}) if output in there else (settings, {"model", "window"}))):
         raise UserError(f"{there[0]}: is there already, and no earlier peer-eval perplexity wrote it; "
                         "choose another --output")
 
 # %% ../../nbs/evaluation/09_perplexity_command.ipynb #9c0a0014
-@contextmanager
-def claimed_output(
+def claim_record(
     output: Path, # JSON file for the scores
     whose: dict,  # model and settings
-) -> Iterator[Path]: # JSON lines of documents
-    "Hold the files of a scoring for this process; those of another model or setting are begun anew"
-    check_output(output)
+) -> Path: # JSON lines of documents
+    "Where documents' scores are kept; those of another model or setting are begun anew"
     _, record, settings = files_beside(output)
-    with folder_lock(output.parent, name=f".{output.name}.lock"):
-        claim_answers(settings, whose, [record], force=read_json(settings) != whose)
-        yield record
+    claim_answers(settings, whose, [record], force=read_json(settings) != whose)
+    return record
 
 # %% ../../nbs/evaluation/09_perplexity_command.ipynb #f14469c5
 def scores_table(
@@ -237,12 +232,12 @@ def _perplexity(
     window = choose_window(model, window, sources.window)
     settings = dict(window=window, stride=stride or window, batch_size=batch_size or sources.batch_size)
     whose = dict(model=model_fingerprint(model, tokenizer), **settings, max_tokens=max_tokens) if output else {}
-    with claimed_output(output, whose) if output else nullcontext() as record:
-        result = score_sources(model, tokenizer, sources, **settings, resamples=resamples, record=record,
-                               progress=show_progress)
-        if output:
-            write_json(output, result | dict(model=checkpoint, settings=whose))
-            perplexity_page(result, files_beside(output)[0], checkpoint)
+    record = claim_record(output, whose) if output else None
+    result = score_sources(model, tokenizer, sources, **settings, resamples=resamples, record=record,
+                           progress=show_progress)
+    if output:
+        write_json(output, result | dict(model=checkpoint, settings=whose))
+        perplexity_page(result, files_beside(output)[0], checkpoint)
     if sys.stdout.isatty(): print()
     if result["texts"]: print(scores_table({name: TextScore(**s) for name, s in result["texts"].items()}))
     if "mix" in result: print(f"the mix, by weight: {result['mix']['bits_per_byte']:.4f} bits per byte")
@@ -275,8 +270,8 @@ def perplexity(
     """
     check_least(1, window=window, stride=stride, batch_size=batch_size, max_tokens=max_tokens)
     check_least(0, resamples=resamples)
-    if output: check_output(Path(output))
-    of_set = dict(split=split, subset=subset, text_field=text_field)
-    sources = named_sources(checkpoint, files, config, mix, dataset, max_tokens, **of_set)
-    return _perplexity(checkpoint, sources, window, stride, batch_size, max_tokens, resamples,
-                       Path(output) if output else None)
+    of_set, place = dict(split=split, subset=subset, text_field=text_field), at_home(output) if output else None
+    if place: check_output(place)
+    with output_folder(place.parent, f".{place.name}.lock") if place else nullcontext():
+        sources = named_sources(checkpoint, files, config, mix, dataset, max_tokens, **of_set)
+        return _perplexity(checkpoint, sources, window, stride, batch_size, max_tokens, resamples, place)

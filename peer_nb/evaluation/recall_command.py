@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,7 +24,7 @@ from .recall import Question, answer_batches, encode_questions, read_questions, 
 from .recall_page import (
     add_kinds, answer_pool, by_group, calibration, chances, count_kinds, recall_page, uncertain_text)
 from ..files import (
-    UserError, append_jsonl, folder_lock, read_json, read_jsonl, sha256_of, writable_folder, write_json)
+    UserError, append_jsonl, output_folder, read_json, read_jsonl, sha256_of, write_json)
 from ..processes import Processes, join_processes
 from ..progress import Progress
 from ..tasks.task import METRICS
@@ -216,8 +216,8 @@ def run_recall(
     force: bool, # forget earlier answers
 ) -> int: # exit code
     "Ask, keep, summarise"
-    folder = processes.decided(lambda: writable_folder(output))
-    with folder_lock(folder) if processes.main else nullcontext():
+    with ExitStack() as held:
+        folder = processes.decided(lambda: held.enter_context(output_folder(output)))
         answers = folder.glob("items-*.jsonl")
         processes.decided(lambda: claim_answers(folder/"run.json", asked.identity(checkpoint), answers, force))
         model, tokenizer = load_model(checkpoint)

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from ..evaluation.benchmarks import benchmark_metrics, run_benchmarks
 from ..evaluation.perplexity import DocumentScore, TextScore, evaluate_heldout
 from ..evaluation.task_recall import ask_tasks, check_tasks, recall_metrics
 from ..formats import clock, size_text
-from ..files import UserError, folder_lock, read_json, read_jsonl, writable_folder, write_json
+from ..files import UserError, output_folder, read_json, read_jsonl, writable_folder, write_json
 from ..pretrained import model_sizes
 from .adapters import add_adapters, export_merged, merge_adapters, write_model
 from .checkpoints import FREE, checkpoints, keep_weights, latest_checkpoint, load_checkpoint, rng_state
@@ -601,9 +601,9 @@ def train(
     start_log("critical" if place_of_rank()[0] else cfg.train_config.log_level)
     with steady_streams(), join_processes(cfg.train_config.parallel) as processes:
         trainer = Trainer(cfg, processes)
-        out = processes.from_main(writable_folder(cfg.train_config.output_dir) if processes.main else None)
-        lock = folder_lock(out) if processes.main else nullcontext()
-        with lock, disk_errors(out): return trainer.run(out, resume, progress, approximate)
+        with ExitStack() as held:
+            out = processes.decided(lambda: held.enter_context(output_folder(cfg.train_config.output_dir)))
+            with disk_errors(out): return trainer.run(out, resume, progress, approximate)
 
 # %% ../../nbs/training/11_loop.ipynb #f0c6cc4e
 @patch
