@@ -13,6 +13,7 @@ from scipy import stats
 from peer_nb.study.claims import read_claims
 from peer_nb.findings.verdicts import ALPHA, evaluate_claims, study_findings
 from peer_nb.running.estimates import detectable_effects, estimated_memory
+from peer_nb.running.seed_outlook import NoiseParts
 from peer_nb.study.plan import load_plan, make_plan, matching, run_id, save_plan
 from peer_nb.study.run import file_name
 from peer_nb.findings.study_page import match_sentences
@@ -76,7 +77,7 @@ def test_the_effect_that_the_plan_says_it_can_see_is_seen_in_four_studies_of_fiv
     work = write_study(tmp_path, {**STUDY, "seeds": [1, 2, 3], "axes": {"heads": {h: {"model_config.peer_config.num_heads": int(h)} for h in ("1", "4")}, "mix": {"x": {}, "y": {"train_config.learning_rate": 0.02}}}})
     study = load_study(work/"study.yaml")
     plan = make_plan(study, config_from_dict(json.loads(json.dumps(BASE))), fingerprint=lambda c: "text")
-    line = next(l for l in detectable_effects(plan, math.sqrt(2)) if l.strip().startswith("heads"))
+    line = next(l for l in detectable_effects(plan, NoiseParts(run=1.0)) if l.strip().startswith("heads"))
     effect = float(re.search(r"heads: ([\d.]+) alone", line)[1])
     found = supported(np.random.default_rng(1), 1000, (1, 2, 3), effect, claims_of()[:1])[:, 0].mean()
     assert abs(found - 0.8) < 3*math.sqrt(0.8*0.2/1000) + 0.005

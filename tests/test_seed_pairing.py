@@ -1,6 +1,5 @@
 "Who shares a seed: what a study file may say, what is planned of it, and that plans of before are what they were."
 import json
-import math
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from peer_nb.files import UserError
 from peer_nb.findings.effects import design_of
 from peer_nb.findings.verdicts import evaluate_claims
 from peer_nb.running.estimates import detectable_effects
+from peer_nb.running.seed_outlook import NoiseParts
 from peer_nb.study.plan import load_plan, make_plan, matching
 from peer_nb.study.study import load_study
 
@@ -58,7 +58,7 @@ def test_a_plan_says_what_blocks_and_distinct_seeds_can_see(tmp_path):
     "At the same sixteen runs; the numbers are those of the noncentral t"
     smallest = {}
     for pairing in ("common", "blocks", "distinct"):
-        lines = detectable_effects(planned(tmp_path/pairing, seeds=dict(pairing=pairing, values=[1, 2])), 0.012*math.sqrt(2))
+        lines = detectable_effects(planned(tmp_path/pairing, seeds=dict(pairing=pairing, values=[1, 2])), NoiseParts(run=0.012))
         smallest[pairing] = float(next(l for l in lines if "heads:" in l).split(": ")[1].split()[0])
     assert smallest["blocks"] < 0.025 < 0.09 < smallest["common"] and smallest["distinct"] <= smallest["blocks"]
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING: import numpy as np
 
 # %% auto #0
 __all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'estimated_memory',
-           'seed_grids', 'noise_parts', 'pair_spread', 'detectable_effects', 'difference', 'known_noise', 'Forecast',
-           'outlook', 'plan_row', 'plan_rows', 'match_rows', 'totals', 'residual_lines', 'seeds_text', 'plan_text']
+           'seed_grids', 'noise_parts', 'detectable_effects', 'difference', 'known_noise', 'Forecast', 'outlook',
+           'plan_row', 'plan_rows', 'match_rows', 'totals', 'residual_lines', 'seeds_text', 'plan_text']
 
 # %% ../../nbs/running/06_estimates.ipynb #ed0f3173
 @dataclass(frozen=True)
@@ -161,18 +161,10 @@ def noise_parts(
     said = f"from {len(grids)} earlier stud{'ies' if len(grids) > 1 else 'y'}"
     return NoiseParts(math.sqrt(squares/degrees), math.sqrt(max(0.0, moods/seeds)), said)
 
-def pair_spread(
-    runs: list[Finished], # earlier ones
-    metric: str, # a column
-) -> float | None: # None where no study had two seeds and two combinations
-    "Standard deviation, between seeds, of a difference of two runs"
-    parts = noise_parts(runs, metric)
-    return None if parts is None else math.sqrt(2)*parts.run
-
 # %% ../../nbs/running/06_estimates.ipynb #2fcc3cb5
 def detectable_effects(
     plan: Plan, # of a study
-    spread: float | None, # of a difference between seeds; None: not known
+    noise: NoiseParts | None, # of a run and of a seed; None: not known
 ) -> list[str]: # lines
     "The smallest effects that the seeds of a plan can show, by the model that will judge them"
     design = design_of([c.levels | {"seed": c.seed} for c in plan.cells], plan.axes)
@@ -180,12 +172,13 @@ def detectable_effects(
     if seeds < 2:
         return ["One seed: differences will be anecdotal, no effect of any size can be told from chance. Give `seeds: "
                 "[1, 2, 3]`."]
-    unit, noise = f"units of {plan.metric}", (spread or 1.0)/math.sqrt(2)
-    if not spread: unit = "standard deviations of a paired difference"
-    known = f" (a paired difference varies by {spread:.3g} between seeds in earlier studies)" if spread else ""
+    unit, known, own = "standard deviations of a paired difference", "", 1/math.sqrt(2)
+    if noise:
+        unit, own = f"units of {plan.metric}", noise.run
+        known = f" (a paired difference varies by {math.sqrt(2)*own:.3g} between seeds in earlier studies)"
     out = [f"{seeds} seeds, power 80 %: smallest effect that can be told from chance, in {unit}{known}"]
     for axis, (error, degrees) in axis_precision(plan, design).items():
-        show = lambda n: f"{smallest_found(noise*error, degrees, 0.05/n):.3g}"
+        show = lambda n: f"{smallest_found(own*error, degrees, 0.05/n):.3g}"
         pairs = max(1, min(sum(c.levels[axis] == l for c in plan.cells) for l in plan.axes[axis])//seeds)
         beside = f"{pairs} pair{'s' if pairs > 1 else ''} a seed"
         if design.variance == "runs": beside = f"{degrees:.3g} degrees of freedom"
@@ -226,7 +219,6 @@ class Forecast:
     "What is known about the runs of a plan before they start"
     rate: Rate | None = None # of the device
     reuse: dict[str, str] | None = None # cell id: where its result is
-    spread: float | None = None # of a difference between seeds
     slots: int = 1 # runs at once
     clock: str = "" # what the token counts rest on, where wall time is matched
     noise: NoiseParts | None = None # of a run and of a seed; None: not known
@@ -247,7 +239,7 @@ def outlook(
     if stated: rate = Rate(stated, stated, stated, rate.overhead if rate else 0.0, 0)
     parts = NoiseParts(noise, noise, "as stated; a seed's own mood is taken to be as large") if noise else None
     parts = parts or known_noise(plan, runs, others)
-    return Forecast(rate, reuse, parts and math.sqrt(2)*parts.run, slots, noise=parts)
+    return Forecast(rate, reuse, slots, noise=parts)
 
 # %% ../../nbs/running/06_estimates.ipynb #32bb30ce
 PLAN_COLUMNS = ("runs", "seeds", "total", "active", "tokens", "FLOPs", "time", "memory", "reuse",
@@ -337,7 +329,7 @@ def seeds_text(
     "What the seeds of a plan can show, of its arms at one setting each"
     arms, tuned = plan.arms(), plan.study.get("nuisance") or []
     said = [f"{a} ({len(plan.axes[a])} settings) is tuned: each arm is compared at its own best" for a in tuned]
-    return [*said, *rounds_outlook(arms), *detectable_effects(arms, seen.spread),
+    return [*said, *rounds_outlook(arms), *detectable_effects(arms, seen.noise),
             *seed_curve_lines(arms, seen.noise or NoiseParts())]
 
 # %% ../../nbs/running/06_estimates.ipynb #cddc27f0
