@@ -23,10 +23,10 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 
 from .files import UserError, sha256_of, write_atomic
-from .models.options import Allowed, Count, MLAConfig, ModelConfig, PeerConfig, RopeScaling, attention_problem
-from .models.options import engram_problem, moe_problem, taken_apart, ultramem_problem
-from .schema import Config, ConfigError, DatasetConfig, DatasetEntry, EvalConfig, LoraConfig, MappingText, Seed
-from .schema import Text, TrainConfig, WandbConfig
+from .models.options import Allowed, Count, MLAConfig, ModelConfig, PeerConfig, RopeScaling, Seed, Text
+from .models.options import attention_problem, engram_problem, moe_problem, taken_apart, ultramem_problem
+from .schema import Config, ConfigError, DatasetConfig, DatasetEntry, EvalConfig, LoraConfig, MappingText
+from .schema import TrainConfig, WandbConfig
 
 _all_ = ["UserError"]
 

@@ -9,16 +9,16 @@ import json
 import re
 import string
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from .files import UserError
-from .models.options import Allowed, Count, Index, ModelConfig, Decay, Positive
+from .models.options import Allowed, Count, Decay, Index, ModelConfig, NotNegative, Positive, Seed, Text
 
 # %% auto #0
-__all__ = ['Seed', 'NotNegative', 'Share', 'Part', 'Text', 'Tokenizer', 'Template', 'Levels', 'Initialization', 'Targets',
-           'ConfigError', 'MappingText', 'OptimizationConfig', 'TrainConfig', 'DatasetEntry', 'DatasetConfig',
-           'EvalConfig', 'WandbConfig', 'LoraConfig', 'BridgeSource', 'BridgeTarget', 'TranslatorConfig', 'BridgeLoss',
-           'BridgeLosses', 'BridgeData', 'BridgeEvaluation', 'BridgeConfig', 'is_number', 'Config']
+__all__ = ['Share', 'Part', 'Tokenizer', 'Template', 'Levels', 'Initialization', 'Targets', 'ConfigError', 'MappingText',
+           'OptimizationConfig', 'TrainConfig', 'DatasetEntry', 'DatasetConfig', 'EvalConfig', 'WandbConfig',
+           'LoraConfig', 'BridgeSource', 'BridgeTarget', 'TranslatorConfig', 'BridgeLoss', 'BridgeLosses', 'BridgeData',
+           'BridgeEvaluation', 'BridgeConfig', 'is_number', 'Config']
 
 # %% ../nbs/01_schema.ipynb #ba4356cc
 class ConfigError(UserError, ValueError):
@@ -34,11 +34,8 @@ class ConfigError(UserError, ValueError):
     def __str__(self) -> str: return ": ".join(part for part in (self.file, self.key, self.problem) if part)
 
 # %% ../nbs/01_schema.ipynb #70067f5c
-Seed = Annotated[int, Allowed("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)]
-NotNegative = Annotated[float, Allowed("a number, at least 0", lambda x: x >= 0)]
 Share = Annotated[float, Allowed("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 Part = Annotated[float, Allowed("a number above 0 and below 1", lambda x: 0 < x < 1)]
-Text = Annotated[str, Allowed("text, not empty", lambda x: bool(x.strip()))]
 
 class MappingText(str):
     "The kind of a key that takes a mapping or a list, kept as its JSON text, or text"

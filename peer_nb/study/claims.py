@@ -10,7 +10,8 @@ from typing import Any, Literal, get_type_hints
 
 from .places import chosen_levels
 from ..config import ConfigError, Text, convert
-from ..schema import NotNegative, is_number
+from ..models.options import NotNegative
+from ..schema import is_number
 
 # %% auto #0
 __all__ = ['LOSSES', 'Claim', 'claim_over', 'read_claims', 'better', 'claim_edits']

@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_type_hints
 from ..config import Config, ConfigError, Text, apply_overrides, config_from_dict, convert, parse_overrides
 from ..config import parse_yaml, read_yaml
 from ..files import UserError
-from ..schema import Allowed, Positive, Seed
+from ..models.options import Allowed, Positive, Seed
 from .places import placed, read_place
 from .study import Study, check_seeds, study_from_dict
 
