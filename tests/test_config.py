@@ -440,12 +440,12 @@ FROM_ONE = """rank window hidden_size num_hidden_layers num_attention_heads inte
     per_device_eval_batch_size gradient_accumulation_steps max_steps max_tokens steps_per_epoch logging_steps save_steps save_total_limit eval_steps
     max_seq_length eval_batch_size original_max_position_embeddings loss_chunk_size soft_tokens depth bottleneck heads max_new_tokens patience curve_items
     train_items validation_items test_items num_key_value_heads
-    n_routed_experts moe_intermediate_size n_group topk_group""".split()
+    n_routed_experts moe_intermediate_size n_group topk_group score_rank value_dim embed_dim kernel_size""".split()
 ABOVE_ZERO = """alpha routed_scaling_factor initializer_range layer_norm_eps usage_threshold rope_theta learning_rate adam_epsilon max_grad_norm table_max_grad_norm
     num_train_epochs weight beta_fast beta_slow mscale mscale_all_dim""".split()
 below, above = st.floats(max_value=-1e-9, allow_infinity=False), st.floats(min_value=1.001, allow_infinity=False)
 OUT_OF_RANGE = (
-    dict.fromkeys((*FROM_ONE, "score_rank", "value_dim", "embed_dim", "kernel_size"), st.integers(-2**63, 0)) | dict.fromkeys(ABOVE_ZERO, below | st.just(0)) |
+    dict.fromkeys(FROM_ONE, st.integers(-2**63, 0)) | dict.fromkeys(ABOVE_ZERO, below | st.just(0)) |
     dict.fromkeys(("weight_decay", "table_learning_rate", "table_weight_decay", "balance_coefficient", "bias_update_rate", "z_loss_coefficient"), below) | dict.fromkeys(("peer_start_layer", "num_workers", "pretrained_layer_step", "layer", "warm_up", "n_shared_experts"), st.integers(-2**63, -1)) |
     dict.fromkeys(("dropout", "adam_beta1", "adam_beta2"), below | above | st.just(1)) |
     dict(factor=st.floats(max_value=0.999, allow_infinity=False), lora_plus_ratio=st.floats(max_value=0.999, allow_infinity=False), repetition_penalty=st.floats(max_value=0.999, allow_infinity=False), ngram_size=st.integers(-2**63, 1), table_size=st.integers(-2**63, 1), held_out_pairs=below | above | st.sampled_from([0, 1]), warmup_ratio=below | above, heldout_fraction=below | above | st.sampled_from([0, 1]), seed=st.integers(-2**63, -1) | st.integers(2**32, 2**63 - 1),
