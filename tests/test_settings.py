@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from peer_nb.findings.settings import edge_of, recommendation, settings_of
+from peer_nb.findings.own_best import edge_of
+from peer_nb.findings.settings import recommendation, settings_of
 from peer_nb.running.command import main as peer_ablate
 
 AXES = dict(rank=["4", "16"], learning_rate=["low", "high"])
@@ -53,7 +54,7 @@ def test_a_best_rate_at_the_end_of_those_tried_is_said():
     ends = found({"4": .06, "16": .0001, "8": .005})
     assert {s.name: s.edge for s in ends} == {"4": "largest", "16": "smallest", "8": ""}
     assert "The smallest learning rate that was tried is best for 16 and the largest learning rate that was tried is best for 4: one beyond" in recommendation(ends, "new/loss")
-    assert [edge_of("low", ["low", "high"]), edge_of("1", ["1"])] == ["", ""]
+    assert [edge_of("low", ["low", "high"]), edge_of("1", ["1"])] == ["first", ""]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@
 # %% ../../nbs/findings/02_own_best.ipynb #30a8f6b5
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from ..study.run import FINISHED
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['ArmLedger', 'at_edge', 'chooses', 'arm_ledger', 'OwnBest', 'own_best', 'ledger_warnings', 'ledger_rows']
+__all__ = ['ArmLedger', 'edge_of', 'chooses', 'arm_ledger', 'OwnBest', 'own_best', 'ledger_warnings', 'ledger_rows']
 
 # %% ../../nbs/findings/02_own_best.ipynb #2d4d2a97
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ class ArmLedger:
     def name(self) -> str: return ", ".join(self.arm.values())
 
 # %% ../../nbs/findings/02_own_best.ipynb #3d6bf904
-def at_edge(
+def edge_of(
     level: str, # that was chosen
-    levels: list[str], # of the axis, as the study has them
-) -> bool:
-    "Whether a better setting may lie beyond those that were tried, by size where levels are numbers, else by order"
-    try: ordered = sorted(levels, key=float)
-    except ValueError: ordered = levels
-    return level in (ordered[0], ordered[-1])
+    levels: Iterable[str], # that were tried, in the order of the study
+) -> str: # smallest or largest, first or last where levels are no numbers; nothing: one between others, or the only one
+    "At which end of those that were tried a setting lies, beyond which a better one may be"
+    try: ordered, ends = sorted(levels, key=float), ("smallest", "largest")
+    except ValueError: ordered, ends = [*levels], ("first", "last")
+    return dict(zip((ordered[0], ordered[-1]), ends)).get(level, "") if len(ordered) > 1 else ""
 
 # %% ../../nbs/findings/02_own_best.ipynb #3c644d93
 def chooses(
@@ -75,9 +76,9 @@ def arm_ledger(
     if not means: return ArmLedger(arm, {}, None, None, 0, planned, waiting)
     first, *rest = sorted(means, key=lambda setting: sign*means[setting])
     best = dict(zip(tuned, first))
-    # a setting that failed is no edge
-    seen = {axis: {setting[n] for setting in means} for n, axis in enumerate(tuned)}
-    edges = [a for a, level in best.items() if at_edge(level, [l for l in plan.axes[a] if l in seen[a]])]
+    seen = {axis: {setting[n] for setting in means} for n, axis in enumerate(tuned)}   # one that failed is no edge
+    tried = {axis: [level for level in plan.axes[axis] if level in seen[axis]] for axis in tuned}
+    edges = [axis for axis in tuned if len(tried[axis]) == 1 or edge_of(best[axis], tried[axis])]
     return ArmLedger(arm, best, means[first], abs(means[rest[0]] - means[first]) if rest else None, len(means), planned,
                  waiting, edges)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .effects import usable_runs
+from .own_best import chooses, edge_of
 from ..formats import duration, number, size_text
 from ..stats import Comparison, compare, holm
 from ..study.tables import Table, table
@@ -17,19 +18,8 @@ from ..study.tables import Table, table
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['NUISANCE', 'COSTS', 'edge_of', 'Candidate', 'chosen_on', 'mean_of', 'settings_of', 'against_best', 'beyond',
-           'recommendation', 'cost_text', 'settings_table', 'costs_table']
-
-# %% ../../nbs/findings/09_settings.ipynb #69f5f2c4
-def edge_of(
-    rate: str, # that was chosen
-    tried: Iterable[str], # all rates
-) -> str: # smallest, largest, or nothing: a rate between others, the only one, or names that are no numbers
-    "Whether a better rate may lie beyond those that were tried"
-    try: numbers = sorted({float(name) for name in tried})
-    except ValueError: return ""
-    return {numbers[0]: "smallest", numbers[-1]: "largest"}.get(float(rate), "") if len(numbers) > 1 else ""
-
+__all__ = ['NUISANCE', 'COSTS', 'Candidate', 'mean_of', 'settings_of', 'against_best', 'beyond', 'recommendation', 'cost_text',
+           'settings_table', 'costs_table']
 
 # %% ../../nbs/findings/09_settings.ipynb #d0a5283e
 NUISANCE = "learning_rate"
@@ -44,7 +34,7 @@ class Candidate:
     seeds: dict[int, float] # seed: value of the metric
     costs: dict[str, float] = field(default_factory=dict) # means over the seeds
     other: dict[str, float] = field(default_factory=dict) # means of other metrics, such as docs/forgetting
-    edge: str = "" # smallest or largest, where its rate is that of those that were tried
+    edge: str = "" # smallest or largest, first or last, where its rate is that of those that were tried
     against: Comparison | None = None # minus the best setting, seed by seed; None: it is the best
     p: float | None = None # of that, after Holm
 
@@ -56,15 +46,6 @@ class Candidate:
     def sure(self) -> bool:
         "Whether it is surely worse than the best"
         return self.p is not None and self.p < 0.05
-
-# %% ../../nbs/findings/09_settings.ipynb #32e7c163
-def chosen_on(
-    metric: str, # that is reported
-    columns: Iterable[str], # of the table
-) -> str:
-    "The metric by which a learning rate is chosen: one on other text, where there is one"
-    other = metric.replace("_reported", "_chosen")
-    return other if other in columns else metric
 
 # %% ../../nbs/findings/09_settings.ipynb #eb49ab30
 def mean_of(
@@ -84,7 +65,7 @@ def settings_of(
 ) -> list[Candidate]: # the best first; settings without a finished run are left out
     "Every setting at its own best learning rate"
     done, names, out = usable_runs(rows, metric), [a for a in axes if a != NUISANCE], []
-    by = chosen_on(metric, rows.columns)
+    by = chooses(metric, rows.columns)
     others = [c for c in rows if "/" in c and ":" not in c and c != metric and c not in COSTS.values()]
     for levels, runs in done.groupby(names, sort=False) if names else [((), done)]:
         rates = {rate: own for rate, own in runs.groupby(NUISANCE, sort=False)} if NUISANCE in axes else {"": runs}
@@ -112,8 +93,10 @@ def beyond(
     settings: list[Candidate], # of `settings_of`
 ) -> str: # a sentence, or nothing
     "Settings whose best rate is the last that was tried"
-    ends = {side: [s.name for s in settings if s.edge == side] for side in ("smallest", "largest")}
-    named = [f"{side} learning rate that was tried is best for {', '.join(own)}" for side, own in ends.items() if own]
+    ends = {}
+    for s in settings: ends.setdefault(s.edge, []).append(s.name)
+    named = [f"{side} learning rate that was tried is best for {', '.join(ends[side])}"
+             for side in ("smallest", "largest", "first", "last") if side in ends]
     return f" The {' and the '.join(named)}: one beyond it may be better." if named else ""
 
 
