@@ -273,10 +273,9 @@ def places(tmp_path_factory):
 @pytest.mark.parametrize("words, said", TYPED.values(), ids=TYPED.keys())
 def test_what_cannot_be_meant_is_one_line_and_changes_nothing(words, said, places, monkeypatch, capsys):
     monkeypatch.chdir(places)
-    def there(): return {path: path.read_bytes() if path.is_file() else None for path in places.rglob("*")}
-    before = there()
+    before = {path: path.read_bytes() for path in places.rglob("*") if path.is_file()}
     assert said in refused(words, capsys)
-    assert there() == before
+    assert {path: path.read_bytes() for path in before} == before and not (places/"new").exists()
 
 
 def test_brackets_in_brackets_take_no_minutes():

@@ -301,6 +301,7 @@ def run_keys(
 ) -> dict[str, Any]: # the fields of a result of kind keys
     "Load, and run what is not done"
     loaded = load_model(checkpoint)
+    chosen_layers(loaded[0], options.layers)
     window = choose_window(loaded[0], options.window)
     texts = sha256_of([[d.id, d.text, d.answers] for d in documents])
     parts = list((folder/"records").glob("part-*.parquet"))
