@@ -2,13 +2,16 @@
 import json
 from collections import Counter
 from functools import partial
+from itertools import product
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from peer_nb.config import config_from_dict
 from peer_nb.files import UserError, read_json
+from peer_nb.findings.effects import interactions, whole_rounds
 from peer_nb.findings.results import load_runs
 from peer_nb.findings.rounds import next_round
 from peer_nb.findings.simulated_studies import World, grown_studies
@@ -203,3 +206,18 @@ def test_the_whole_grid_of_studies_that_grow(design, pairing, most, spending):
 def test_a_clear_effect_takes_60_percent_of_the_runs(pairing, spending):
     found = grown_studies(np.random.default_rng(4), 5000, World("full 2×2×2", 8, pairing, effect=.024), Looks(2, 8, spending))
     assert found["runs"] <= .6 and found["found"] > .99
+
+
+def test_an_interaction_that_is_looked_at_each_round_pays_for_it():
+    "100 studies of nothing, stopped by whoever likes the interaction: at most 5 % have one, where its plain p has one in more; a round that is not over counts for no combination"
+    rng, looks, axes, found = np.random.default_rng(8), Looks(2, 6), {"x": ["0", "1"], "z": ["0", "1"]}, []
+    for _ in range(100):
+        rows = [dict(run=f"{x}{z}{s}", x=x, z=z, seed=4*s + n, state="DONE", loss=rng.normal()) for s in range(6) for n, (x, z) in enumerate(product("01", "01"))]
+        both = [[interactions(pd.DataFrame(rows[:4*n]), axes, "loss", how)[0]["p"] for n in range(2, 7)] for how in (looks, None)]
+        found.append([min(p) <= .05 for p in both])
+    counted, plain = np.mean(found, 0)
+    assert counted <= .05 + 3*(.05*.95/100)**.5 < plain, (counted, plain)
+    rows[-1]["state"] = "RUNNING"
+    assert whole_rounds(rows, axes, looks) == (rows[:20], 5) and whole_rounds(rows[:4], axes, looks) == (rows[:4], 0)
+    rows[-1]["state"] = "FAILED"
+    assert whole_rounds(rows, axes, looks)[1] == 6 and whole_rounds(rows[:-4] + rows[-3:], axes, looks)[1] == 5
