@@ -19,7 +19,7 @@ from .figures import interaction_figure, interval_figure, loss_figure, peak_figu
 from .figures import static_costs, static_effects, static_intervals, static_losses, static_usage
 from .figures import usage_figure, usages
 from .own_best import OwnBest, ledger_rows, ledger_warnings, own_best
-from .results import StudyRuns, metric_names
+from .results import StudyRuns, full_runs, metric_names
 from .summary import ANECDOTAL, best_run, done_words, effect_sentence, rounds_sentence
 from .summary import wall_time_rows, wall_time_sentence
 from .verdicts import Finding, judged_effects, study_findings
@@ -82,7 +82,7 @@ def compared(
     plan: Plan, # of the study
 ) -> str: # one sentence
     "What the study compares"
-    seeds = sorted({c.seed for c in plan.cells})
+    seeds = sorted({c.seed for c in plan.full().cells})
     axes = " × ".join(f"{len(levels)} levels of {axis}" for axis, levels in plan.axes.items())
     repeated = f"{len(seeds)} seeds" if len(seeds) > 1 else f"one seed ({seeds[0]})"
     how = {"blocks": ", each for a balanced block of combinations", "distinct": ", one for each run"}
@@ -145,6 +145,7 @@ def top_part(
     plan: Plan, # of the study
     effects: dict[str, pd.DataFrame], # metric -> its judged_effects
     every: pd.DataFrame | None = None, # all runs, where only each arm's best are compared
+    whole: Plan | None = None, # of all runs, then
 ) -> str: # HTML
     "What was compared, the few numbers, one sentence for each axis, and all effects in one figure"
     sentences = {m: [effect_sentence(axis, e) for axis in plan.axes] for m, e in effects.items()}
@@ -155,7 +156,7 @@ def top_part(
     anecdotal = ANECDOTAL if rows.seed.nunique() == 1 else ""
     return render(TOP, plan=plan, compared=compared(plan),
                   facts=facts(rows if every is None else every, plan), found=found, anecdotal=anecdotal,
-                  forests=forests, rounds=rounds_sentence(plan))
+                  forests=forests, rounds=rounds_sentence(whole or plan))
 
 # %% ../../nbs/findings/08_study_page.ipynb #549f0e9e
 def arm_text(
@@ -770,8 +771,8 @@ def study_page(
     plan, rows = runs.plan, runs.rows
     findings, effects = page_effects(runs)
     best = own_best(rows, plan)
-    body = top_part(best.rows, best.plan, effects, rows) + claims_part(findings) + ledger_part(best)
-    body += matched_part(plan) + clock_part(rows, plan)
+    body = top_part(best.rows, best.plan, effects, rows, plan) + claims_part(findings) + ledger_part(best)
+    body += matched_part(plan.full()) + clock_part(rows, plan)
     if effects: body += effects_part(best.rows, best.plan, effects) + more_parts(best.rows, best.plan)
     body += experts_part(runs)
     body += runs_part(rows, plan, curves(runs))
@@ -815,9 +816,10 @@ def write_figures(
     for shown, effects in page_effects(runs)[1].items():
         _metric_figures(target, best.plan, best.rows, shown, effects, draw)
     if metric in rows:
-        _write_static(target, "cost", static_costs(rows, plan, metric, direction))
+        _write_static(target, "cost", static_costs(full_runs(rows), plan, metric, direction))
         for cost, what in COSTS.items():
-            draw(f"cost-{cost}", f"{metric} against {what}", cost_figure(rows, plan, cost, metric, direction))
+            figure = cost_figure(full_runs(rows), plan, cost, metric, direction)
+            draw(f"cost-{cost}", f"{metric} against {what}", figure)
     if used := usages(runs): _write_static(target, "usage", static_usage(used, plan))
     for axis in plan.axes:
         _write_static(target, f"loss-{file_name(axis)}", static_losses(read, plan, axis))
