@@ -16,7 +16,7 @@ from ..study.run import FINISHED
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['Standing', 'ArmLedger', 'at_edge', 'chooses', 'arm_ledger', 'standings', 'kept', 'share_text', 'rounds_text',
+__all__ = ['Standing', 'ArmLedger', 'at_edge', 'chooses', 'arm_ledger', 'standings', 'kept', 'budget_text', 'rounds_text',
            'halved_ledger', 'OwnBest', 'own_best', 'ledger_warnings', 'ledger_rows']
 
 # %% ../../nbs/findings/02_own_best.ipynb #2d4d2a97
@@ -108,7 +108,7 @@ def kept(
     return good[:(len(standing) + 1)//2]
 
 # %% ../../nbs/findings/02_own_best.ipynb #6a9835e5
-def share_text(share: float) -> str: # such as 1/4
+def budget_text(share: float) -> str: # such as 1/4
     "A share of the tokens in words"
     return "in full" if share == 1 else f"at 1/{round(1/share)}"
 
@@ -116,13 +116,13 @@ def rounds_text(
     shares: list[float], # of the tokens, of each run
 ) -> str: # such as 6 runs at 1/4 of the tokens, 4 at 1/2, 6 in full
     "How many runs had how much"
-    (first, *more) = [(shares.count(share), share_text(share)) for share in sorted({*shares})]
+    (first, *more) = [(shares.count(share), budget_text(share)) for share in sorted({*shares})]
     return ", ".join([f"{first[0]} runs {first[1]} of the tokens", *(f"{n} {said}" for n, said in more)])
 
 def _told(share: float, standing: Standing) -> str:
     "One round in words"
     def one(setting, value): return f"{' '.join(setting)} ({'–' if value is None else decimals(value)})"
-    return f"{share_text(share)}: {', '.join(one(*item) for item in standing.items())}"
+    return f"{budget_text(share)}: {', '.join(one(*item) for item in standing.items())}"
 
 # %% ../../nbs/findings/02_own_best.ipynb #d7a53a2f
 def halved_ledger(
@@ -207,5 +207,5 @@ def ledger_rows(
     def told(value): return "–" if value is None else decimals(value)
     return [{"arm": t.name, "settings tried": f"{t.settings} of {t.planned}" + ", runs to come"*t.waiting,
              "best": ", ".join(f"{a} {l}" for a, l in t.best.items()) or "–", best.chosen_on: told(t.value),
-             "next best is worse by": told(t.next_best), **({"tried with parts of the tokens": t.tried} if t.tried else {})}
+             "next best is worse by": told(t.next_best)} | ({"tried with parts of the tokens": t.tried} if t.tried else {})
             for t in best.ledger]

@@ -10,7 +10,7 @@ from typing import Any
 from ..files import read_json, write_json
 from ..formats import decimals
 from .effects import in_arm, table_rows
-from .own_best import chooses, kept, share_text, standings
+from .own_best import chooses, kept, budget_text, standings
 from .results import StudyRuns
 from .verdicts import Finding, study_findings
 from ..schema import is_number
@@ -88,7 +88,7 @@ def _call_settings(runs: StudyRuns) -> list[str]:
     out = [f"{len(cells)} more run{'s'[:len(cells) != 1]} with the settings that are left:"]
     for arm, entry in why.items():
         lost = ", ".join(one(*item) for item in entry["dropped"].items())
-        out.append(f"  {arm}: {', '.join(entry['kept'])}; dropped {share_text(entry['share'])} of the tokens: {lost}")
+        out.append(f"  {arm}: {', '.join(entry['kept'])}; dropped {budget_text(entry['share'])} of the tokens: {lost}")
     return out
 
 # %% ../../nbs/findings/14_rounds.ipynb #f8c61a8e

@@ -419,7 +419,8 @@ def effects_part(
     variance = variance_sentence(rows, plan)
     beside = BESIDE[design_of(table_rows(rows), plan.axes).variance]
     trends = {m: [trend_text(t) for t in trend_rows(rows, plan.axes, m, plan.looks)] for m in effects}
-    return render(EFFECTS, trends=trends, looks=looks_sentence(rows, plan), plan=plan, metrics=list(effects), charts=charts, variance=variance,
+    return render(EFFECTS, trends=trends, plan=plan, metrics=list(effects), charts=charts, variance=variance,
+                  looks=looks_sentence(rows, plan),
                   beside=beside, noise={m: noise_sentence(rows, m, e) for m, e in effects.items()},
                   effects={m: effect_rows(e) for m, e in effects.items()})
 

@@ -339,10 +339,10 @@ def halving_outlook(
     if not plan.halves: return []
     will, grid = plan.likely().cells, plan.full().cells
     def tokens(cells): return short_number(sum(c.tokens for c in cells))
-    return [f"settings are halved: {rounds_text([c.share for c in will])}; short runs have a seed that no full run has, "
-            "and a schedule of their own, and only full runs are compared",
-            f"  {len(will)} runs and {tokens(will)} tokens are to be expected, fewer where runs fail; the whole grid has "
-            f"{len(grid)} runs and {tokens(grid)} tokens"]
+    return [f"settings are halved: {rounds_text([c.share for c in will])}; short runs have a seed that no full run "
+            "has, and a schedule of their own, and only full runs are compared",
+            f"  {len(will)} runs and {tokens(will)} tokens are to be expected, fewer where runs fail; the whole grid "
+            f"has {len(grid)} runs and {tokens(grid)} tokens"]
 
 # %% ../../nbs/running/06_estimates.ipynb #dfe90b27
 def seeds_text(

@@ -104,11 +104,6 @@ class Plan:
         return Looks(**self.study["rounds"]) if self.study.get("rounds") else None
 
     @property
-    def halves(self) -> bool: return self.study.get("nuisance_search") == "halving"
-    @property
-    def in_rounds(self) -> bool: return self.halves or self.looks is not None
-
-    @property
     def axes(self) -> dict[str, list[str]]: # axis: levels
         "The axes with their levels in order, the reference first"
         return {a: list(levels) for a, levels in self.study["axes"].items()}
@@ -124,6 +119,17 @@ class Plan:
     def start(self) -> Config: # checked
         "The configuration that every cell starts from: the base and what is shared"
         return apply_overrides(config_from_dict(self.base, "the plan's base"), self.shared)
+
+# %% ../../nbs/study/06_plan.ipynb #81183e3a
+@patch(as_prop=True)
+def halves(self: Plan) -> bool:
+    "Whether settings are tried in short runs first"
+    return self.study.get("nuisance_search") == "halving"
+
+@patch(as_prop=True)
+def in_rounds(self: Plan) -> bool:
+    "Whether some of its cells are run only if they are called for"
+    return self.halves or self.looks is not None
 
 # %% ../../nbs/study/06_plan.ipynb #b0187239
 @patch
