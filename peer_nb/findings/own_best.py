@@ -207,5 +207,6 @@ def ledger_rows(
     def told(value): return "–" if value is None else decimals(value)
     return [{"arm": t.name, "settings tried": f"{t.settings} of {t.planned}" + ", runs to come"*t.waiting,
              "best": ", ".join(f"{a} {l}" for a, l in t.best.items()) or "–", best.chosen_on: told(t.value),
-             "next best is worse by": told(t.next_best)} | ({"tried with parts of the tokens": t.tried} if t.tried else {})
+             "next best is worse by": told(t.next_best)}
+            | ({"tried with parts of the tokens": t.tried} if t.tried else {})
             for t in best.ledger]

@@ -448,8 +448,7 @@ def make_plan(
         if why := dropped(levels, study.constraints): plan.left_out[named(levels)] = why; continue
         try:
             full = planner.cells(levels, seeds_of_block(values, block))
-            short = [cell for share in shares if full for cell in planner.cells(levels, [own_seed], share)]
-            plan.cells += short + full
+            plan.cells += full + [c for share in shares if full for c in planner.cells(levels, [own_seed], share)]
         except ConfigError as e:
             if left_out is None: raise UserError(f"{at(where, 'axes')}: {named(levels)}: {e}") from e
             plan.left_out[named(levels)] = str(e)
