@@ -99,6 +99,7 @@ def standings(
         out[share] = {s: means.get(s) for s in dict.fromkeys(tuple(r[axis] for axis in tuned) for r in own)}
     return out
 
+# %% ../../nbs/findings/02_own_best.ipynb #516597b6
 def kept(
     standing: Standing, # of one round
     sign: int, # 1: less is better
@@ -112,17 +113,18 @@ def budget_text(share: float) -> str: # such as 1/4
     "A share of the tokens in words"
     return "in full" if share == 1 else f"at 1/{round(1/share)}"
 
+def _told(share: float, standing: Standing) -> str:
+    "One round in words"
+    def one(setting, value): return f"{' '.join(setting)} ({'–' if value is None else decimals(value)})"
+    return f"{budget_text(share)}: {', '.join(one(*item) for item in standing.items())}"
+
+# %% ../../nbs/findings/02_own_best.ipynb #420b2c1b
 def rounds_text(
     shares: list[float], # of the tokens, of each run
 ) -> str: # such as 6 runs at 1/4 of the tokens, 4 at 1/2, 6 in full
     "How many runs had how much"
     (first, *more) = [(shares.count(share), budget_text(share)) for share in sorted({*shares})]
     return ", ".join([f"{first[0]} runs {first[1]} of the tokens", *(f"{n} {said}" for n, said in more)])
-
-def _told(share: float, standing: Standing) -> str:
-    "One round in words"
-    def one(setting, value): return f"{' '.join(setting)} ({'–' if value is None else decimals(value)})"
-    return f"{budget_text(share)}: {', '.join(one(*item) for item in standing.items())}"
 
 # %% ../../nbs/findings/02_own_best.ipynb #d7a53a2f
 def halved_ledger(
