@@ -153,7 +153,7 @@ def top_part(
     known = {m: len(e) > 0 and e["low"].notna().any() for m, e in effects.items()}
     forests = {m: figure_html(interval_figure(e, interactions(rows, plan.axes, m, plan.looks))) if known[m] else ""
                for m, e in effects.items()}
-    anecdotal = ANECDOTAL if rows.seed.nunique() == 1 else ""
+    anecdotal = ANECDOTAL if full_runs(rows).seed.nunique() == 1 else ""
     return render(TOP, plan=plan, compared=compared(plan),
                   facts=facts(rows if every is None else every, plan), found=found, anecdotal=anecdotal,
                   forests=forests, rounds=rounds_sentence(whole or plan))

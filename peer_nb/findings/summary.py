@@ -137,4 +137,4 @@ def summary_lines(
     lines += filter(None, (effect_sentence(axis, effects) for axis in best.plan.axes))
     lines += ledger_warnings(best)
     if clock := wall_time_sentence(rows, plan): lines.append(clock[0])
-    return lines + _failures(rows) + [ANECDOTAL]*(rows.seed.nunique() == 1)
+    return lines + _failures(rows) + [ANECDOTAL]*(full_runs(rows).seed.nunique() == 1)
