@@ -145,7 +145,7 @@ def run_row(
     measured = {k: training.get(k) for k in ("tokens", "seconds", "tokens_per_second", "peak_memory_bytes")}
     return {"run": cell.id, **cell.levels, "seed": cell.seed, "state": run.state, "flops": cell.flops, **measured,
             "parameters": count.get("total"), "active_parameters": count.get("active"),
-            "token_share": cell.share, "budget_seconds": wall, "budget_missed": missed,
+            **({"token_share": cell.share} if plan.halves else {}), "budget_seconds": wall, "budget_missed": missed,
             "run_seconds": run.status.seconds,
             **(metric_columns(run) if result.metrics else {}), **_provenance(run, result, cell, plan)}
 
