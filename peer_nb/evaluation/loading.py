@@ -24,8 +24,8 @@ if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerB
 
 # %% auto #0
 __all__ = ['in_folder', 'no_progress_bars', 'read_parts', 'adapted_base', 'read_adapted', 'check_numbers', 'check_weights',
-           'check_finite', 'check_tokenizer', 'document_start', 'longest_context', 'choose_window', 'load_model',
-           'load_to_train', 'model_fingerprint', 'claim_answers', 'files_fingerprint']
+           'check_finite', 'check_canonical', 'check_tokenizer', 'document_start', 'longest_context', 'choose_window',
+           'load_model', 'load_to_train', 'model_fingerprint', 'claim_answers', 'files_fingerprint']
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0008
 def in_folder(
@@ -137,6 +137,25 @@ def check_finite(
     if not torch.as_tensor(numbers).isfinite().all():
         raise UserError("the model's log-likelihoods are not finite (nan or infinity): no score can be made of them")
 
+# %% ../../nbs/evaluation/00_loading.ipynb #2328f873
+def check_canonical(
+    model: nn.Module, # a causal language model
+    tokenizer: PreTrainedTokenizerBase, # said to be its own
+) -> None:
+    "Refuse n-grams that don't know which tokens are the same word, or know it of another tokenizer"
+    held = dict(model.named_buffers()).get("model.canonical_ids")
+    if held is None: return
+    from peer_nb.models.engram import canonical_map
+    where = "engram_config.layers: n-grams need the number of the word that each token stands for"
+    if held[-1] < 0:
+        raise UserError(f"{where}, and model.canonical_ids is empty: peer-train fills it, and in Python "
+                        "model.get_decoder().take_tokens(tokenizer), before the model is saved")
+    try: numbers, pad = canonical_map(tokenizer, model.config.vocab_size)
+    except ValueError as error: raise UserError(f"{where}: {error}") from error
+    if held.tolist() != [*numbers, pad]:
+        raise UserError(f"{where}, and model.canonical_ids is of another tokenizer than the one beside the model; give "
+                        "the tokenizer that the model was trained with")
+
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0018
 def check_tokenizer(
     model: nn.Module, # a causal language model
@@ -150,6 +169,7 @@ def check_tokenizer(
     known = set(tokenizer(printable, add_special_tokens=False, verbose=False)["input_ids"])
     if not known - set(tokenizer.all_special_ids):
         raise UserError("there is no tokenizer that knows any text: its files are missing, or empty")
+    check_canonical(model, tokenizer)
 
 # %% ../../nbs/evaluation/00_loading.ipynb #e0d067dd
 def document_start(
