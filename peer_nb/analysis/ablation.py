@@ -42,10 +42,10 @@ from ..models.moe import MixtureOfExperts
 # %% auto #0
 __all__ = ['FIELDS', 'MOST_ROWS', 'DONORS', 'jsonl_questions', 'text_questions', 'asked_of', 'fitting_questions', 'records_of',
            'slot_ranks', 'keys_until_loss', 'randomly_routed', 'layer_answers', 'HeadOutputs', 'heads_of_data',
-           'all_parts', 'answers_without', 'part_records', 'without_rows', 'ngram_pairs', 'ngram_effects', 'Job',
-           'losses_of', 'append_all', 'example_lines', 'run_batches', 'layer_groups', 'finish_ablation', 'check_kinds',
-           'chosen_ngrams', 'run_ablation', 'setting_for', 'refuse_others_file', 'run_retrievals', 'run_swap',
-           'wanted_tokens', 'curve_lines', 'run_intervene', 'memory_effects', 'fact_metrics']
+           'all_parts', 'answers_without', 'part_records', 'without_rows', 'rows_read', 'ngram_pairs', 'ngram_effects',
+           'Job', 'losses_of', 'append_all', 'example_lines', 'run_batches', 'layer_groups', 'finish_ablation',
+           'check_kinds', 'chosen_ngrams', 'run_ablation', 'setting_for', 'refuse_others_file', 'run_retrievals',
+           'run_swap', 'wanted_tokens', 'curve_lines', 'run_intervene', 'memory_effects', 'fact_metrics']
 
 # %% ../../nbs/analysis/14_ablation.ipynb #2d263b4f
 def jsonl_questions(
@@ -319,25 +319,32 @@ def without_rows(
     rows: Tensor, # [batch] the row of the table that each row of the batch does without
 ) -> Iterator[None]:
     "A context in which rows of n-grams are zero"
-    def change(table, given, out):                                             # [batch, T, heads], [batch, T, heads, c]
-        return out.masked_fill((given[0] == rows.to(out.device)[:, None, None])[..., None], 0)
+    def change(_, given, out): return out.masked_fill((given[0] == rows.to(out.device)[:, None, None])[..., None], 0)
     handle = layer.table.register_forward_hook(change)
     try: yield
     finally: handle.remove()
 
 # %% ../../nbs/analysis/14_ablation.ipynb #954d020a
+def rows_read(
+    model: nn.Module, # in evaluation mode
+    ids: Tensor, # [B, T]
+    layer: Engram, # of the model
+) -> Tensor: # [tokens, heads], on the tokens' device
+    "The rows of n-grams that tokens read"
+    seen = []
+    handle = layer.table.register_forward_hook(lambda table, given, out: seen.append(given[0]))
+    try: model.get_decoder()(input_ids=ids, use_cache=False)
+    finally: handle.remove()
+    return seen[0].flatten(0, 1).to(ids.device)
+
+# %% ../../nbs/analysis/14_ablation.ipynb #92269bdf
 def ngram_pairs(
     model: nn.Module, # in evaluation mode
     answers: AnswerBatch, # a batch
     layer: Engram, # of the model
 ) -> Pairs: # of examples and rows of the table
     "Which rows each example reads, where it matters"
-    seen = []
-    handle = layer.table.register_forward_hook(lambda table, given, out: seen.append(given[0]))
-    try: model.get_decoder()(input_ids=answers.ids, use_cache=False)
-    finally: handle.remove()
-    rows = seen[0].flatten(0, 1).to(answers.ids.device)                        # [tokens, heads]
-    kept = answers.reaching.flatten()
+    rows, kept = rows_read(model, answers.ids, layer), answers.reaching.flatten()
     token = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows)
     return pairs_of(token[kept].flatten(), rows[kept].flatten(), answers.ids.shape[1])
 
@@ -519,7 +526,8 @@ def check_kinds(
     if settings["mode"] != "drop" and {*settings["what"]} == {"n-grams"}:
         raise UserError(f"--mode {settings['mode']}: is for keys; rows of n-grams are left out by drop: their gate has "
                         "no weights to share")
-    if {*settings["what"]} - {"layers", "n-grams"}: rest_of(model.get_decoder(), min(n for group in groups for n in group))
+    first = min((n for group in groups for n in group), default=0)
+    if {*settings["what"]} - {"layers", "n-grams"}: rest_of(model.get_decoder(), first)
 
 # %% ../../nbs/analysis/14_ablation.ipynb #bac64575
 def chosen_ngrams(

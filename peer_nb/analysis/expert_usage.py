@@ -42,6 +42,7 @@ def numbered_layers(
         found[numbers[0] if numbers else len(found)] = module
     return found
 
+# %% ../../nbs/analysis/03_expert_usage.ipynb #3828546a
 def memory_layers(
     model: nn.Module, # any
 ) -> dict[int, MemoryLayer]: # by position among the model's layers
@@ -55,11 +56,13 @@ def routed_layers(
     "Memories and mixtures of experts"
     return numbered_layers(model, MemoryLayer, MixtureOfExperts)
 
+# %% ../../nbs/analysis/03_expert_usage.ipynb #f5769b08
 def counted_layers(
     model: nn.Module, # any
 ) -> dict[int | str, nn.Module]: # number -> memory or mixture of experts; "1 n-grams" -> n-grams before layer 1
     "All layers of a model that choose rows, experts or n-grams for a token"
-    return routed_layers(model) | {f"{number} n-grams": layer for number, layer in numbered_layers(model, Engram).items()}
+    ngrams = numbered_layers(model, Engram)
+    return routed_layers(model) | {f"{number} n-grams": layer for number, layer in ngrams.items()}
 
 # %% ../../nbs/analysis/03_expert_usage.ipynb #42032445
 def load_statistics(
@@ -70,6 +73,7 @@ def load_statistics(
     return dict(max_violation=float(np.max(uses)) / mean - 1 if np.sum(uses) else 0.0, unused=int((uses == 0).sum()),
                 times=(np.asarray(uses) / mean).tolist())
 
+# %% ../../nbs/analysis/03_expert_usage.ipynb #eab95390
 def extra_usage(
     layer: nn.Module, # of `counted_layers`
     uses: np.ndarray, # [rows]

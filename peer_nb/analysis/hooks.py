@@ -102,7 +102,8 @@ def others_work(
     if numbered_layers(model, MixtureOfExperts):
         return (" but mixtures of experts, whose rows are experts: peer-analyze usage, ablate and retrievals work on "
                 "them")
-    return " but n-grams: peer-analyze usage and ablate --what n-grams work on them" * bool(numbered_layers(model, Engram))
+    if not numbered_layers(model, Engram): return ""
+    return " but n-grams: peer-analyze usage and ablate --what n-grams work on them"
 
 # %% ../../nbs/analysis/08_hooks.ipynb #f51c046e
 def chosen_layers(
@@ -112,7 +113,8 @@ def chosen_layers(
 ) -> dict[int, MemoryLayer]: # number -> layer, or mixture of experts
     "The memory layers that are meant"
     layers, numbers = (routed_layers if experts else memory_layers)(model), None if numbers is None else list(numbers)
-    if not layers and numbers != []: raise UserError(f"the model ({type(model).__name__}) has no memory layers{others_work(model)}")
+    if not layers and numbers != []:
+        raise UserError(f"the model ({type(model).__name__}) has no memory layers{others_work(model)}")
     for number in numbers or ():
         if number not in layers:
             raise UserError(f"layer {number} is none of the memory layers: {', '.join(map(str, layers))}")
