@@ -195,7 +195,8 @@ def ledger_warnings(
         if entry.settings < most and not entry.waiting:
             out.append(f"{entry.name} was tried at {entry.settings} settings, others at {most}: it had fewer chances")
     for entry in best.ledger:
-        if not entry.best and not entry.waiting: out.append(f"{entry.name}: every setting that was tried has failed")
+        if not entry.best and not entry.waiting:
+            out.append(f"{entry.name}: no setting that was tried has a {best.chosen_on}, so none is compared")
     if best.ledger and best.chosen_on == best.plan.metric and not best.ledger[0].tried:
         out.append(f"settings are chosen by {best.chosen_on}, which is also what is reported: the best of several "
                    "is flattered by chance, alike in all arms only if they were tried equally often")
