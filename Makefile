@@ -54,11 +54,12 @@ test: $(VENV)/dev ## all that CI checks: sync, notebooks, pytest, docs, wheel
 	@$(ALONE) $(MAKE) --no-print-directory test-alone
 
 test-alone: $(VENV)/dev
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2 $(PAGE_FLAGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --durations=8 --deselect tests/test_sync.py $(TEST_FLAGS)
 
 test-full: export TEST_FLAGS += --slow
-test-full: test ## the same with the long campaigns
+test-full: export PAGE_FLAGS = --flags slow
+test-full: test ## the same with the long campaigns, and the cells of pages that train for minutes
 
 renumber: $(VENV)/dev ## number the pages of each room in reading order, follow with links and sidebar
 	$(BIN)/python tests/house.py

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -91,11 +91,13 @@ def added_noise(
     a: Comparison, # whose mean stands
     b: Comparison, # the same difference, unsure for another reason
 ) -> Comparison: # a as it is where b has no error
-    "A mean that is unsure for two reasons: variances add up, degrees of freedom by Satterthwaite"
+    "A mean that is unsure for two reasons: variances add up, by Satterthwaite, and neither reason alone is surer"
     if not a.error or not b.error: return a
     parts = [(c.error**2, c.degrees) for c in (a, b)]
     both = sum(square for square, _ in parts)
-    return from_error(a.mean, math.sqrt(both), both**2/sum(square**2/d for square, d in parts), a.n, a.null, sd=a.sd)
+    ways = [(math.sqrt(both), both**2/sum(square**2/d for square, d in parts)), *((c.error, c.degrees) for c in (a, b))]
+    found = [from_error(a.mean, error, degrees, a.n, a.null, sd=a.sd) for error, degrees in ways]
+    return replace(max(found, key=lambda c: c.high - c.low), p=max(c.p for c in found))
 
 # %% ../nbs/08_stats.ipynb #62bd0d48
 def holm(

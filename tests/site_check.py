@@ -48,9 +48,9 @@ def processed(folder: Path) -> Path:
     shutil.copytree(ROOT/"peer_nb", folder/"peer_nb", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("settings.ini", "_quarto.yml"): shutil.copy(ROOT/name, folder)
     (folder/"nbs"/"_quarto.yml").symlink_to("../_quarto.yml")
-    script = "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(force=True, n_workers=2)"
-    (folder/"process.py").write_text(script)
-    done = subprocess.run([sys.executable, "process.py"], cwd=folder, capture_output=True, text=True)
+    # at the interpreter's end each of two hundred shells would collect garbage: two minutes for nothing
+    script = "import os; from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0); os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f"nbdev could not process the notebooks:\n{done.stderr}")
     return folder/"_proc"
 
@@ -133,6 +133,7 @@ def published(text: str, name: str, to: Path, here: set[str], study: Path) -> st
 
 def publish(study: Path, to: Path = ROOT/"nbs"/"example"):
     "A study's page and the report of its best run, as pages of the site"
+    from peer_nb.study.run import file_name
     plan = json.loads((study/"plan.json").read_text())["plan"]
     with open(study/"ablation_results.csv", newline="") as file: rows = [row for row in csv.DictReader(file) if row[plan["metric"]]]
     kept = (min if plan["direction"] == "minimize" else max)(rows, key=lambda row: float(row[plan["metric"]]))["run"]
@@ -140,6 +141,7 @@ def publish(study: Path, to: Path = ROOT/"nbs"/"example"):
     for name in ("index.html", f"runs/{kept}/report.html"):
         (to/name).parent.mkdir(parents=True, exist_ok=True)
         (to/name).write_text(published((study/name).read_text(), name, to, {"../../index.html", f"runs/{kept}/report.html"}, study))
+    if to == ROOT/"nbs"/"example": shutil.copy(study/"visualizations"/f"intervals-{file_name(plan['metric'])}.svg", to/"effects.svg")   # on the front page
 
 
 def publish_page(page: Path, to: Path):
@@ -193,7 +195,7 @@ def readme(index: Path) -> str:
     text = "\n\n".join(p.strip("\n") for p in parts) + "\n"
     text = text.replace("\n```\n\n```python\n", "\n\n")   # neighbouring cells read as one block
     text = re.sub(r"(\[[^\]]*\]\([^)]*\))\{\.btn[^}]*\}", r"**\1**", text)   # buttons of the site
-    text = text.replace("](example/", f"]({site_address()}/example/")   # a page that GitHub would show as source
+    text = re.sub(r"\]\((example/[^)]*\.html)", rf"]({site_address()}/\1", text)   # a page that GitHub would show as source
     return re.sub(r"(\]\(|src=\")(?!https?:|#|nbs/|\.\./)([\w./-]+\.(?:png|svg|ipynb))", r"\1nbs/\2", text)
 
 

@@ -301,6 +301,7 @@ def start(checkpoint: Path, items: Path, output: Path, *words: str) -> subproces
                              "--output", str(output), "--batch-size", "1", "--window", "320", "--limit", "8", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_interrupted_run_keeps_what_it_has_and_continues(checkpoint, items, tmp_path):
     out = tmp_path/"out"
     process = start(checkpoint, items, out)

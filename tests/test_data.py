@@ -288,6 +288,7 @@ def resumed_and_expected(files, configurations, cuts, monkeypatch, count=6, step
     return [json.loads(line) for line in done.stdout.splitlines()], expected
 
 
+@pytest.mark.slow
 def test_resume_in_a_new_process_is_bit_identical(cache, files, monkeypatch):
     "Every configuration, at its beginning and at two cuts of a seeded draw"
     draw = np.random.default_rng(7)

@@ -221,6 +221,7 @@ def test_a_study_goes_on_after_its_page_has_changed_but_not_its_layers(tmp_path)
     assert code == 2 and "Traceback" not in out and "the package's source changed" in out, out
 
 
+@pytest.mark.slow
 def test_a_signal_while_there_is_nothing_to_save(tmp_path):
     "SIGUSR1 while the notebook imports: PREEMPTED at once, with the notebook as far as it was, and taken up again"
     work = fake_study(tmp_path, seeds=[1], axes={"heads": {"four": {}}})

@@ -11,7 +11,7 @@ from scipy import stats
 
 from peer_nb.factorial import balanced_blocks, chance_to_find, factor_columns, precision, smallest_found, weights
 from peer_nb.findings.effects import design_of, effect, results_of
-from peer_nb.stats import added_noise, from_error
+from peer_nb.stats import added_noise, compare
 
 # four designs with effects, errors, p and intervals as statsmodels 0.15 gives them (ols with Sum coding, two-way interactions, C(seed))
 ORACLE = json.loads((Path(__file__).parent/"factorial_oracle.json").read_text())
@@ -72,16 +72,56 @@ def test_power_is_that_of_the_noncentral_t():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
-def test_crossed_seeds_and_items_cover_what_they_promise():
-    "Differences of 3 seeds on 12 documents, both drawn anew in every study: 95 % intervals hold the truth at least as often"
-    rng, held, narrow = np.random.default_rng(2), 0, 0
-    for _ in range(1500):
-        d = 0.3 + rng.normal(0, 1, (3, 1)) + rng.normal(0, 1.5, (1, 12)) + rng.normal(0, 1, (3, 12))
-        by_seed, by_item = d.mean(1), d.mean(0)
-        seeds = from_error(d.mean(), by_seed.std(ddof=1)/3**.5, 2, 3)
-        both = added_noise(seeds, from_error(d.mean(), by_item.std(ddof=1)/12**.5, 11, 12))
-        held, narrow = held + (both.low <= 0.3 <= both.high), narrow + (seeds.low <= 0.3 <= seeds.high)
-    assert held/1500 > 0.935 and narrow < held
+def crossed(rng, studies, seeds, items, ratio, rest, heavy=False):
+    "Studies whose truth is 0 [studies, seeds, items]; ratio: what seeds do to the mean, in what items do to it (variances); and that error"
+    def draw(*shape): return rng.standard_t(3, shape)/3**.5 if heavy else rng.standard_normal(shape)
+    mood = (ratio*seeds/items)**.5
+    return mood*draw(studies, seeds, 1) + draw(studies, 1, items) + rest*draw(studies, seeds, items), (mood**2/seeds + 1/items + rest**2/seeds/items)**.5
+
+
+def over_both(d): return added_noise(compare(d.mean(1)), compare(d.mean(0)))
+
+
+def test_two_sources_are_those_of_a_mixed_model():
+    "Against statsmodels 0.15's MixedLM (REML, crossed): a standard error of 0.348707; the sum counts the noise of single answers twice, and without one of them it is the same"
+    rng = np.random.default_rng(5)
+    d = 0.3 + rng.normal(0, .6, (5, 1)) + rng.normal(0, 1, (1, 30)) + rng.normal(0, 1, (5, 30))
+    rest = d - d.mean(1, keepdims=True) - d.mean(0, keepdims=True) + d.mean()
+    once = (rest**2).sum()/(4*29)/(5*30)
+    both = np.hypot(compare(d.mean(1)).error, compare(d.mean(0)).error)
+    assert abs((both**2 - once)**.5 - 0.348707) < 1e-5 and 0.348707 < both < 0.36
+
+
+def test_an_answer_over_both_is_never_surer_than_over_one():
+    "Interval and p, where seeds, items or both move the mean; at 5 % they say the same"
+    rng = np.random.default_rng(6)
+    for ratio in (0, .1, 1, 10):
+        for d in crossed(rng, 50, 2, 20, ratio, .5)[0]:
+            a, b, both = compare(d.mean(1)), compare(d.mean(0)), over_both(d)
+            assert both.low <= min(a.low, b.low) + 1e-12 and both.high >= max(a.high, b.high) - 1e-12 and both.p >= max(a.p, b.p) - 1e-12
+            assert (both.p < .05) == (not both.low <= 0 <= both.high)
+
+
+def coverage(rng, studies, *world):
+    "Shares of studies whose interval holds the truth, and that say SUPPORTED of nothing"
+    found = [over_both(d) for d in crossed(rng, studies, *world)[0]]
+    return np.mean([c.low <= 0 <= c.high for c in found]), np.mean([c.low > 0 for c in found])
+
+
+@pytest.mark.parametrize("seeds, ratio", [(2, 10), (3, 1), (5, 3)])
+def test_crossed_seeds_and_items_cover_what_they_promise(seeds, ratio):
+    "2,000 studies on 50 documents, both drawn anew in each; at 2 seeds a joined error alone would hold the truth in 87 %"
+    held, false = coverage(np.random.default_rng([seeds, ratio]), 2000, seeds, 50, ratio, .5)
+    assert held >= .93 and false <= .05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds, items", [(2, 20), (2, 100), (3, 20), (3, 100), (5, 50)])
+def test_the_grid_of_crossed_seeds_and_items(seeds, items):
+    "4,000 studies a world: which noise is larger, how large that of single answers is, and heavy tails"
+    worlds = [(ratio, rest, heavy) for ratio in (0, .1, .3, 1, 3, 10, 100) for rest in (0, .5, 3) for heavy in (False, True) if ratio or rest]
+    found = {world: coverage(np.random.default_rng([seeds, items, n]), 4000, seeds, items, *world) for n, world in enumerate(worlds)}
+    assert min(held for held, _ in found.values()) >= .93 and max(false for _, false in found.values()) <= .05, found
 
 
 def test_precision_needs_no_run():

@@ -53,6 +53,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_layers_into_a_sharded_model(tmp_path):
     "Two processes hold half of each tensor; what was loaded, gathered, is the source's, and only the memory gets gradients"
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peer_nb.analysis.ablation import heads_of_data, part_records
+from peer_nb.analysis.ablation import heads_of_data, ngram_effects, part_records
 from peer_nb.analysis.command import main
 from peer_nb.analysis.interventions import MODES, answers_of, clean_pass, effects_of, random_keys, setting_of
 from peer_nb.analysis.swaps import swap_matrix, swap_rows
@@ -18,6 +18,7 @@ from peer_nb.files import UserError
 from peer_nb.models.causal_lm import PeerMLAConfig, PeerMLAForCausalLM
 from peer_nb.models.product_keys import SCORES
 
+torch.set_num_threads(1)
 TEXTS = [("7:", "31"), ("12:", "4"), ("905:", "77"), ("3:", "9"), ("44:", "123"), ("8:", "8")]
 
 
@@ -28,7 +29,9 @@ def small(**options) -> PeerMLAForCausalLM:
     sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, vocab_size=260, max_position_embeddings=64, peer_start_layer=1, initializer_range=.4)
     attention = dict(q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=4, v_head_dim=8, qk_nope_head_dim=4)
     model = PeerMLAForCausalLM(PeerMLAConfig(**sizes, mla_config=attention, peer_config=peer, **options))
-    for layer in (model.model.layers[n].memory for n in (1, 2)):
+    for layer in model.model.layers[1:]:
+        if layer.routed: torch.nn.init.normal_(layer.mlp.gate.e_score_correction_bias, std=.1)
+    for layer in (layer.memory for layer in model.model.layers if hasattr(layer, "memory")):
         for name in layer.table_names: torch.nn.init.normal_(getattr(layer, name).weight)
     return model.double().eval()
 
@@ -125,14 +128,14 @@ def fast(model, encoded, number, mode, setting, room=40):
     return after, exact, computed
 
 
-def compare(model, encoded, modes, numbers=(1, 2)) -> int: # pairs that needed no computation
+def compare(model, encoded, modes, numbers=(1, 2), without=naive) -> int: # pairs that needed no computation
     setting = setting_of(model, [answers_of(encoded)], seed=3)
     missed = 0
     for number in numbers:
         for mode in modes:
             after, exact, computed = fast(model, encoded, number, mode, setting)
             for key in range(after.shape[1]):
-                truth = naive(model, encoded, number, mode, key, setting)
+                truth = without(model, encoded, number, mode, key, setting)
                 worst = max(abs(a - t) for a, (t, _) in zip(after[:, key].tolist(), truth))
                 assert worst <= 1e-9, f"layer {number}, {mode}, key {key}: {worst}"
                 assert exact[:, key].tolist() == [e for _, e in truth]
@@ -152,6 +155,59 @@ def test_a_memory_beside_a_feed_forward(encoded):
     compare(model, encoded, ["drop", "mean", "resample"])
     setting = setting_of(model, [answers_of(encoded)])
     with pytest.raises(UserError, match="no sum over its sub-keys"): fast(model, encoded, 1, "refill", setting)
+
+
+EXPERTS = dict(n_routed_experts=16, num_experts_per_tok=3, moe_intermediate_size=6, n_group=4, topk_group=2, routed_scaling_factor=1.5)
+
+
+@torch.no_grad()
+def without_expert(model, encoded, number, mode, key, setting) -> list[tuple[float, bool]]:
+    "One whole evaluation of a model in which an expert's matrix is zero, another's, or its weight goes to the others or to a mean"
+    layer = model.model.layers[number].mlp
+    tables, gate = list(layer.experts.parameters()), layer.gate.forward
+    before = [t.clone() for t in tables]
+    def renormed(x):
+        weights, index, *others = gate(x)
+        left = weights * (index != key)
+        return left * weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True), index, *others
+    def by_mean(layer, x, weights, index):
+        gone = (weights * (index == key)).sum(-1, keepdim=True)
+        return layer.experts(x, weights * (index != key), index) + gone * setting.mean[number]
+    if mode == "drop": tables[1][key] = 0
+    elif mode == "resample":
+        for t in tables: t[key] = t[setting.stand_ins(number)[key]]
+    elif mode == "renorm": layer.gate.forward = renormed
+    else: layer.reader = by_mean
+    try: return asked(model, encoded)
+    finally:
+        for t, was in zip(tables, before): t.copy_(was)
+        vars(layer.gate).pop("forward", None)
+        layer.reader = None
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_an_expert_left_out_is_a_model_without_it(shared, encoded):
+    model = small(memory_kind="moe", moe_config=EXPERTS | dict(n_shared_experts=shared))
+    missed = compare(model, encoded, ["drop", "renorm", "mean", "resample"] if shared else ["drop", "renorm"], without=without_expert)
+    assert missed > 0                                                                 # experts that no token of an example chose
+    for what, mode in (("keys", "refill"), ("keys", "random-key"), ("sub-keys", "drop")):
+        with pytest.raises(UserError, match="no sum over its sub-keys" if what == "keys" else "has no sub-keys"): list(effects_of(model, clean_pass(model, answers_of(encoded)), [1], what, mode))
+
+
+def test_parts_of_a_mixture_are_left_out(encoded):
+    "All routed experts, their matrices exchanged, a router of random directions; heads: one, which is the whole"
+    model = small(memory_kind="moe", moe_config=EXPERTS)
+    clean, names = clean_pass(model, answers_of(encoded)), [e.question.id for e in encoded]
+    found = {(r["layer"], r["key"], r["id"]): r["delta_logprob"] for r in part_records(model, clean, names, [1, 2], "layers", 0)}
+    before = [t.clone() for t in model.model.layers[1].mlp.experts.parameters()]
+    torch.nn.init.zeros_(model.model.layers[1].mlp.experts.down_proj)
+    whole = [a - b for (a, _), b in zip(asked(model, encoded), clean.logprob.sum(-1).tolist())]
+    with torch.no_grad():
+        for t, was in zip(model.model.layers[1].mlp.experts.parameters(), before): t.copy_(was)
+    assert max(abs(found[1, "whole", name] - want) for name, want in zip(names, whole)) < 1e-9
+    head, = effects_of(model, clean, [1], "heads")
+    assert max(abs(float(l) - b - found[1, "whole", names[e]]) for e, l, b in zip(head.example.tolist(), head.logprob, clean.logprob.sum(-1).tolist())) < 1e-9
+    assert all(found[1, part, name] != 0 for part in ("values", "keys") for name in names)
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "relu"])
@@ -355,3 +411,64 @@ def test_a_swap_matrix_is_that_of_models_whose_tables_were_changed(kind, encoded
         now = model.generate(torch.tensor([places[a["id"]].context]), attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 3:].tolist()
         swap_rows(memory, a["row"], b["row"])
         assert cell["own_places"] == [s == t for s, t in zip(now, places[a["id"]].answer)] and cell["partner_places"] == [s == t for s, t in zip(now, places[b["id"]].answer)]
+
+
+NGRAMS = dict(layers=[0, 2], num_heads=2, table_size=7, embed_dim=8)
+
+
+def with_ngrams(tokenizer, **options):
+    model = small(engram_config=NGRAMS, **options)
+    model.get_decoder().take_tokens(tokenizer)
+    for n in (0, 2):
+        torch.nn.init.normal_(model.model.layers[n].engram.conv)
+        torch.nn.init.normal_(model.model.layers[n].engram.table.weight)
+    return model
+
+
+@torch.no_grad()
+def test_a_row_of_ngrams_left_out_is_a_table_without_it(encoded):
+    model = with_ngrams(load_tokenizer(DatasetConfig(tokenizer_name="bytes")), use_peer=False)
+    clean = clean_pass(model, answers_of(encoded), [])
+    for number in (0, 2):
+        table = model.model.layers[number].engram.table.weight
+        before, after = table.clone(), clean.logprob.sum(-1)[:, None].repeat(1, len(table))
+        for part in ngram_effects(model, clean, number, room=50):
+            after[part.example, part.unit] = part.logprob
+            assert (part.weight >= 1).all() and (part.position < clean.answers.ids.shape[1]).all()
+        for row in range(len(table)):
+            table[row] = 0
+            assert max(abs(a - t) for a, (t, _) in zip(after[:, row].tolist(), asked(model, encoded))) <= 1e-9, (number, row)
+            table.copy_(before)
+    silent = part_records(model, clean, [e.question.id for e in encoded], [], "layers", 0)
+    model.model.layers[0].engram.forward = lambda h, *others: torch.zeros_like(h)
+    assert [r["delta_logprob"] for r in silent if r["layer"] == 0] == pytest.approx([a - b for (a, _), b in zip(asked(model, encoded), clean.logprob.sum(-1).tolist())], abs=1e-9)
+
+
+def saved(model, folder):
+    model.float().save_pretrained(folder)
+    load_tokenizer(DatasetConfig(tokenizer_name="bytes")).save_pretrained(folder)
+    return folder
+
+
+def test_commands_about_experts_and_ngrams(tmp_path, monkeypatch, capsys):
+    "What works, works; what has no meaning is said in a line, before anything is written"
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath("asked.jsonl").write_text("".join(json.dumps(dict(prompt=prompt, answer=answer)) + "\n" for prompt, answer in TEXTS[:2]))
+    tokenizer = load_tokenizer(DatasetConfig(tokenizer_name="bytes"))
+    saved(small(memory_kind="moe", moe_config=EXPERTS), tmp_path/"moe")
+    saved(with_ngrams(tokenizer, use_peer=False), tmp_path/"ngrams")
+    saved(with_ngrams(tokenizer), tmp_path/"both")
+    saved(small(memory_kind="ultramem"), tmp_path/"ultramem")
+    for words, said in [("ablate moe asked.jsonl --what keys layers positions --output a", "layer 1: "), ("ablate moe asked.jsonl --mode renorm --output b", "layer 2: "),
+                        ("ablate ngrams asked.jsonl --what n-grams layers --output c", "layer 0 n-grams: "), ("retrievals moe asked.jsonl", " retrievals: "),
+                        ("ablate both asked.jsonl --layers 2 --output d", "layer 2: "), ("ablate ultramem asked.jsonl --mode mean --output e", "layer 1: ")]:
+        assert main(words.split()) == 0 and said in capsys.readouterr().out, words
+    there = {p.name for p in tmp_path.iterdir()}
+    for words, said in [("ablate moe asked.jsonl --what sub-keys", "has no sub-keys"), ("ablate moe asked.jsonl --mode refill", "drop, renorm, mean, resample"), ("ablate ultramem asked.jsonl --mode zero-key", "drop, renorm, mean, resample"),
+                        ("swap moe asked.jsonl", "whose rows are experts: peer-analyze usage, ablate"), ("intervene moe asked.jsonl --drop 1", "whose rows are experts"), ("ablate ngrams asked.jsonl", "ablate --what n-grams"),
+                        ("ablate moe asked.jsonl --what n-grams", "looks no n-grams up"), ("ablate ngrams asked.jsonl --what n-grams --layers 1", "before layers 0, 2 only"), ("swap ngrams asked.jsonl", "but n-grams"),
+                        ("ablate ngrams asked.jsonl --what n-grams --mode renorm", "no weights to share"), ("ablate both asked.jsonl", "--what layers runs the whole model")]:
+        assert main(words.split()) == 2, words
+        error = capsys.readouterr().err.strip()
+        assert said in error and "\n" not in error, error
+    assert {p.name for p in tmp_path.iterdir()} == there

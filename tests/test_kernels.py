@@ -407,8 +407,8 @@ def test_benchmarks_check_themselves(script, says):
     assert done.returncode == 0 and says in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("script,parts", [("mla_gpu", []), ("peer_gpu", ["--no-compile", "--only", "headline", "update", "step"]),
-                                          pytest.param("peer_gpu", [], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script,parts", [("mla_gpu", []), ("peer_gpu", [])])
 def test_every_branch_of_a_benchmark_runs(script, parts):
     "At tiny sizes on the processor, so that a machine with a GPU is not spent on a mistake"
     kept = sorted((ROOT/"benchmarks").glob("*_gpu.json"))

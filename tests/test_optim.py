@@ -59,6 +59,7 @@ for kind in KINDS:
 """
 
 
+@pytest.mark.slow
 def test_resume_in_a_new_process_is_bit_identical(tmp_path):
     "Six steps, against three and, in another process, three more: dense, sparse and consumed tables"
     ends = {}

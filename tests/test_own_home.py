@@ -32,7 +32,7 @@ NAMED = {"PEER_NB_REGISTER": ".cache/peer_nb/studies", "PEER_NB_CACHE": ".cache/
 def files(folder: Path) -> dict[Path, bytes]: return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("way, named", [("the person", {}), ("the person", NAMED), ("own_home.py", NAMED), ("pytest", NAMED), ("pytest -n 2", {})])
+@pytest.mark.parametrize("way, named", [("the person", {}), ("the person", NAMED), ("own_home.py", NAMED), pytest.param("pytest", NAMED, marks=pytest.mark.slow), ("pytest -n 2", {})])
 def test_a_persons_study_is_found_by_the_person_alone(tmp_path, way, named):
     "A marker study stands in the register of a made-up person, whose folders follow from the home or are named by variables"
     home, study = tmp_path/"person", tmp_path/"out"/"marker"

@@ -295,7 +295,7 @@ def test_torchrun_finds_what_one_process_finds(place, tmp_path):
     same_answers(tmp_path/"one", tmp_path/"two")
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_second_start_asks_what_is_left(place, tmp_path, stop):
     "Stopped in the middle by Ctrl-C or kill -9"
     folder = tmp_path/"out"

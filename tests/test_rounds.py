@@ -1,13 +1,17 @@
 "Seeds that are added until claims are decided: the levels of the looks, which runs are called for, and a study that is stopped between them."
 import json
 from collections import Counter
+from functools import partial
+from itertools import product
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from peer_nb.config import config_from_dict
 from peer_nb.files import UserError, read_json
+from peer_nb.findings.effects import interactions, whole_rounds
 from peer_nb.findings.results import load_runs
 from peer_nb.findings.rounds import next_round
 from peer_nb.findings.simulated_studies import World, grown_studies
@@ -30,6 +34,9 @@ CLAIMS = [dict(name="two heads are worse", a={"heads": "two"}, b={"heads": "four
 ROUNDS = dict(seeds=dict(first=2, most=6), axes=AXES, claims=CLAIMS)
 # what a level adds: two heads are far off, one head hardly
 TRUTH, NOISE = {"four": 0.0, "two": 1.0, "one": 0.03}, 0.02
+
+
+RUN_CELLS = runner.run_cells
 
 
 class Instant:
@@ -58,17 +65,25 @@ class Instant:
 @pytest.fixture
 def lab(tmp_path, monkeypatch, capsys):
     "A function that starts or continues such a study: exit code, what was said, folder, the launcher"
-    def go(*words, name="a", study=ROUNDS, **how):
-        made = []
+    def go(*words, name="a", study=ROUNDS, at=None, **how):
+        made, here = [], at or tmp_path
         monkeypatch.setattr(runner, "launcher_for", lambda folder, *_: made.append(Instant(folder, **how)) or made[-1])
         monkeypatch.setattr("peer_nb.findings.study_page.write_report", lambda runs: runs.folder/"index.html")
-        work = tmp_path/name
+        monkeypatch.setattr(runner, "run_cells", partial(RUN_CELLS, pause=0.0))   # nobody waits for runs that are done at once
+        work = here/name
         if not (work/"study.yaml").exists(): write_study(work, {**STUDY, **study})
         asked = words if "--resume" in words else ["--study", work/"study.yaml", "--gpus", 0, "--fresh", *words]
         code, out, err = call(capsys, *asked, "--output-dir", work/"out")
         folders = [*(work/"out").glob("tiny-*")]
         return code, out + err, folders[0] if folders else None, made[0] if made else None
     return go
+
+
+@pytest.fixture
+def whole(lab, tmp_path_factory, shared={}):
+    "The same study, run to its end once for all tests that only read it"
+    if not shared: shared["study"] = lab(at=tmp_path_factory.mktemp("whole"))
+    return shared["study"]
 
 
 def test_levels_are_what_walks_of_noise_show():
@@ -93,9 +108,9 @@ def test_a_chance_at_the_end_is_none_or_all():
     assert chance_to_decide(3.0, 1.0, 50, 1.0, .05) == pytest.approx(1) and chance_to_decide(1.0, 1.0, 50, 1.0, .05) == pytest.approx(0)
 
 
-def test_a_study_stops_when_it_is_decided(lab):
+def test_a_study_stops_when_it_is_decided(whole):
     "The clear claim is decided early and its arm is not run on; the other goes on, to the end or until it is hopeless"
-    code, out, folder, made = lab()
+    code, out, folder, made = whole
     runs = load_runs(folder)
     clear, small = study_findings(runs)
     seeds = Counter(c.levels["heads"] for c in runs.plan.cells)
@@ -112,11 +127,10 @@ def test_a_study_stops_when_it_is_decided(lab):
     assert again.rounds == Looks(2, 6) and again.seeds == load_plan(folder).study["seeds"]
 
 
-def test_it_goes_on_from_wherever_it_was_stopped(lab):
+def test_it_goes_on_from_wherever_it_was_stopped(lab, whole):
     "Interrupted after each number of runs, in a round and between two, and continued: the same runs, each once, and the same verdicts"
-    whole = lab(name="whole")
     told = [(f.status, f.said) for f in study_findings(load_runs(whole[2]))]
-    for left in (4, 6, 9):
+    for left in (4, 9):
         code, out, folder, first = lab(name=f"cut{left}", left=left)
         assert code == 130 and "stopped" in out and len(first.made) == left
         code, out, _, second = lab("--resume", name=f"cut{left}")
@@ -131,8 +145,7 @@ def test_an_arm_that_fails_is_given_up_and_names_itself(lab):
     assert Counter(c.levels["heads"] for c in load_runs(folder).plan.cells)["two"] == 2 < len(made.made)/3
 
 
-def test_one_lost_run_delays_and_is_told(lab):
-    whole = lab(name="whole")
+def test_one_lost_run_delays_and_is_told(lab, whole):
     lost = next(c.id for c in load_plan(whole[2]).cells if c.levels["heads"] == "two")
     code, _, folder, _ = lab(broken=(lost,))
     clear = study_findings(load_runs(folder))[0]
@@ -167,16 +180,14 @@ def test_seeds_of_the_command_line_contradict_rounds(lab):
     assert code == 2 and "leave out --seeds" in out and folder is None
 
 
-LOOKS = Looks(2, 8)
-
-@pytest.mark.parametrize("pairing", ("common", "blocks"))
-def test_a_sample_of_studies_that_grow(pairing):
-    "300 studies of nothing with three claims: SUPPORTED within three standard errors of 5 %; and twice the noise with blocks in 60 % of the runs"
-    rng = np.random.default_rng(3)
-    nothing = grown_studies(rng, 300, World("full 2×2×2", 8, pairing, .5), LOOKS, 3)
-    clear = grown_studies(rng, 300, World("full 2×2×2", 8, pairing, effect=.024), LOOKS)
+@pytest.mark.parametrize("pairing, spending, share", [("common", "obrien_fleming", .7), ("common", "pocock", .6), ("blocks", "obrien_fleming", .6)])
+def test_a_sample_of_studies_that_grow(pairing, spending, share):
+    "300 studies of nothing with three claims: SUPPORTED within three standard errors of 5 %; and twice the noise in 60 % of the runs, but for common seeds and little at early looks"
+    rng, looks = np.random.default_rng(3), Looks(2, 8, spending)
+    nothing = grown_studies(rng, 300, World("full 2×2×2", 8, pairing, .5), looks, 3)
+    clear = grown_studies(rng, 300, World("full 2×2×2", 8, pairing, effect=.024), looks)
     assert nothing["false"] <= .05 + 3*(.05*.95/300)**.5 and clear["found"] > .95
-    assert clear["runs"] <= (.6 if pairing == "blocks" else .7)
+    assert clear["runs"] <= share
 
 
 @pytest.mark.slow
@@ -191,6 +202,22 @@ def test_the_whole_grid_of_studies_that_grow(design, pairing, most, spending):
 
 
 @pytest.mark.slow
-def test_a_clear_effect_with_blocks_takes_60_percent_of_the_runs():
-    found = grown_studies(np.random.default_rng(4), 5000, World("full 2×2×2", 8, "blocks", effect=.024), LOOKS)
+@pytest.mark.parametrize("pairing, spending", [("blocks", "obrien_fleming"), ("distinct", "obrien_fleming"), ("common", "pocock")])
+def test_a_clear_effect_takes_60_percent_of_the_runs(pairing, spending):
+    found = grown_studies(np.random.default_rng(4), 5000, World("full 2×2×2", 8, pairing, effect=.024), Looks(2, 8, spending))
     assert found["runs"] <= .6 and found["found"] > .99
+
+
+def test_an_interaction_that_is_looked_at_each_round_pays_for_it():
+    "100 studies of nothing, stopped by whoever likes the interaction: at most 5 % have one, where its plain p has one in more; a round that is not over counts for no combination"
+    rng, looks, axes, found = np.random.default_rng(8), Looks(2, 6), {"x": ["0", "1"], "z": ["0", "1"]}, []
+    for _ in range(100):
+        rows = [dict(run=f"{x}{z}{s}", x=x, z=z, seed=4*s + n, state="DONE", loss=rng.normal()) for s in range(6) for n, (x, z) in enumerate(product("01", "01"))]
+        both = [[interactions(pd.DataFrame(rows[:4*n]), axes, "loss", how)[0]["p"] for n in range(2, 7)] for how in (looks, None)]
+        found.append([min(p) <= .05 for p in both])
+    counted, plain = np.mean(found, 0)
+    assert counted <= .05 + 3*(.05*.95/100)**.5 < plain, (counted, plain)
+    rows[-1]["state"] = "RUNNING"
+    assert whole_rounds(rows, axes, looks) == (rows[:20], 5) and whole_rounds(rows[:4], axes, looks) == (rows[:4], 0)
+    rows[-1]["state"] = "FAILED"
+    assert whole_rounds(rows, axes, looks)[1] == 6 and whole_rounds(rows[:-4] + rows[-3:], axes, looks)[1] == 5

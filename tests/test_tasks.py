@@ -119,7 +119,7 @@ for step in range(100):
 """
 
 
-@pytest.mark.parametrize("replacing", [False, True])
+@pytest.mark.parametrize("replacing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_death_at_every_step_leaves_whole_data(replacing, tmp_path):
     "The process dies before each file system call in turn; what can be found is whole, and the next start succeeds"
     done = child(CRASH, tmp_path, replacing)
@@ -135,6 +135,7 @@ def test_death_at_every_step_leaves_whole_data(replacing, tmp_path):
         assert whole(step/"data")
 
 
+@pytest.mark.slow
 def test_kill_while_writing(tmp_path):
     "kill -9 at several moments of a larger set"
     for i, moment in enumerate((.3, .6, .9, 1.2)):

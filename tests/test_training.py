@@ -127,6 +127,9 @@ VARIANTS = {   # what a resume could spoil, beside what `config` has
     "bfloat16, varlen packs, 2 workers": {"train_config.bf16": True, "dataset_config.packing": "varlen", "dataset_config.num_workers": 2},
     "mixture of experts, loads of which move a bias": {"model_config.memory_kind": "moe", "model_config.moe_config": dict(n_routed_experts=6, num_experts_per_tok=2,
         moe_intermediate_size=16, bias_update_rate=0.01), "model_config.peer_config.log_freq": 9, "train_config.gradient_checkpointing": True, "train_config.save_steps": 5},
+    "UltraMem beside a feed-forward": {"model_config.memory_kind": "ultramem", "model_config.peer_config.query_norm": None, "model_config.peer_config.log_freq": 9, "train_config.save_steps": 5},
+    "n-grams, different ones of which are counted": {"model_config.use_peer": False, "model_config.engram_config": dict(layers=[0, 1], num_heads=2, table_size=50, embed_dim=16),
+        "model_config.peer_config.log_freq": 9, "train_config.save_steps": 5},
     "float8, shared memory": {"train_config.fp8": True, "model_config.share_memory": True},
 }
 

@@ -58,6 +58,7 @@ def test_every_command_has_help(clean, tmp_path):
         assert done.returncode == 0 and "--" in done.stdout, f"{command}: {done.stderr}"
 
 
+@pytest.mark.slow
 def test_a_study_runs_outside_the_checkout(clean, tmp_path):
     "One tiny cell, with the template out of the wheel"
     text = (ROOT/"configs"/"demo.yaml").read_text()

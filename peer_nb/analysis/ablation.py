@@ -9,6 +9,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 
 from .edits import (
     check_edits, check_for_good, edits_page, parse_edits, save_edited, sweep)
+from .expert_usage import numbered_layers, routed_layers
 from .hooks import (
-    Retrievals, attention_layers, chosen_layers, head_outputs, stream_retrievals, writing)
+    Retrievals, attention_layers, chosen_layers, head_outputs, module_hooks, stream_retrievals, writing)
 from .impact import finished_effects, impact_page, impact_text, summarised
 from .interventions import (
-    EDITS_KEYS, SPAN, Clean, Places, Setting, answer_logprobs, answers_of, at_places, clean_pass, code_of,
-    drop, effects_of, resumed, setting_of)
+    EDITS_KEYS, SPAN, UNITS, AnswerBatch, Clean, Effects, Pairs, Places, Setting, answer_logprobs, answers_of,
+    at_places, check_layer, clean_pass, code_of, drop, effects_of, in_parts, pairs_of, rest_of, resumed, setting_of)
 from .swaps import share_text, swap_matrix, swaps_page
 from ..data.reading import whole_text
 from ..evaluation.loading import claim_answers, files_fingerprint, load_model
@@ -34,12 +36,15 @@ from ..evaluation.recall_command import trained_start
 from ..files import (
     UserError, append_jsonl, half_characters, is_there, output_folder, read_json, read_jsonl, refuse_full, sha256_of,
     writable_folder, write_json)
+from ..models.engram import Engram
+from ..models.moe import MixtureOfExperts
 
 # %% auto #0
 __all__ = ['FIELDS', 'MOST_ROWS', 'DONORS', 'jsonl_questions', 'text_questions', 'asked_of', 'fitting_questions', 'records_of',
-           'slot_ranks', 'keys_until_loss', 'layer_answers', 'HeadOutputs', 'heads_of_data', 'all_parts',
-           'answers_without', 'part_records', 'Job', 'losses_of', 'append_all', 'example_lines', 'run_batches',
-           'layer_groups', 'finish_ablation', 'run_ablation', 'setting_for', 'refuse_others_file', 'run_retrievals',
+           'slot_ranks', 'keys_until_loss', 'randomly_routed', 'layer_answers', 'HeadOutputs', 'heads_of_data',
+           'all_parts', 'answers_without', 'part_records', 'without_rows', 'rows_read', 'ngram_pairs', 'ngram_effects',
+           'Job', 'losses_of', 'append_all', 'example_lines', 'run_batches', 'layer_groups', 'finish_ablation',
+           'check_kinds', 'chosen_ngrams', 'run_ablation', 'setting_for', 'refuse_others_file', 'run_retrievals',
            'run_swap', 'wanted_tokens', 'curve_lines', 'run_intervene', 'memory_effects', 'fact_metrics']
 
 # %% ../../nbs/analysis/14_ablation.ipynb #2d263b4f
@@ -169,6 +174,17 @@ def keys_until_loss(
     found[alive.cpu()] = -1
     return found
 
+# %% ../../nbs/analysis/14_ablation.ipynb #4bfea564
+def randomly_routed(
+    r: Retrievals, # of a mixture of experts
+    rng: torch.Generator, # draws the router's weights
+) -> tuple[Tensor, Tensor]: # weights and experts, both [tokens, 1, k]
+    "Where tokens go by a router of random directions, as long as its own"
+    gate, own = copy.copy(r.layer.gate), r.layer.gate.weight
+    random = torch.randn(own.shape, generator=rng, dtype=torch.float64).to(own) * own.std()
+    gate._parameters = gate._parameters | {"weight": nn.Parameter(random)}
+    return tuple(t[:, None] for t in gate(r.x)[:2])
+
 # %% ../../nbs/analysis/14_ablation.ipynb #de474eff
 def layer_answers(
     r: Retrievals, # of a batch
@@ -181,6 +197,7 @@ def layer_answers(
     if part == "values":
         other = torch.randperm(r.layer.num_experts, generator=rng).to(r.index.device)
         return r.read(index=other[r.index])
+    if isinstance(r.layer, MixtureOfExperts): return r.read(*randomly_routed(r, rng))
     twin, own = copy.copy(r.layer), r.layer.sub_keys
     random = torch.randn(own.shape, generator=rng, dtype=torch.float64).to(own) * own.std()
     twin._parameters = r.layer._parameters | {"sub_keys": nn.Parameter(random)}
@@ -252,6 +269,8 @@ def all_parts(
         for n in layers:
             for part in ("whole", "values", "keys"):
                 yield n, part, writing(model, {n: lambda r, part=part: layer_answers(r, part, seed)})
+        for n, layer in numbered_layers(model, Engram).items():
+            yield n, "n-grams", module_hooks({f"n-grams before layer {n}": (layer, "output", torch.zeros_like)})
         return
     for n in attention_layers(model):
         other = instead(n)
@@ -293,6 +312,64 @@ def part_records(
             found.append(dict(zip(FIELDS, (name, what, layer, part, None, None, d, b, e))))
     return found
 
+# %% ../../nbs/analysis/14_ablation.ipynb #9f5ac7d2
+@contextmanager
+def without_rows(
+    layer: Engram, # of a model
+    rows: Tensor, # [batch] the row of the table that each row of the batch does without
+) -> Iterator[None]:
+    "A context in which rows of n-grams are zero"
+    def change(_, given, out): return out.masked_fill((given[0] == rows.to(out.device)[:, None, None])[..., None], 0)
+    handle = layer.table.register_forward_hook(change)
+    try: yield
+    finally: handle.remove()
+
+# %% ../../nbs/analysis/14_ablation.ipynb #954d020a
+def rows_read(
+    model: nn.Module, # in evaluation mode
+    ids: Tensor, # [B, T]
+    layer: Engram, # of the model
+) -> Tensor: # [tokens, heads], on the tokens' device
+    "The rows of n-grams that tokens read"
+    seen = []
+    handle = layer.table.register_forward_hook(lambda table, given, out: seen.append(given[0]))
+    try: model.get_decoder()(input_ids=ids, use_cache=False)
+    finally: handle.remove()
+    return seen[0].flatten(0, 1).to(ids.device)
+
+# %% ../../nbs/analysis/14_ablation.ipynb #92269bdf
+def ngram_pairs(
+    model: nn.Module, # in evaluation mode
+    answers: AnswerBatch, # a batch
+    layer: Engram, # of the model
+) -> Pairs: # of examples and rows of the table
+    "Which rows each example reads, where it matters"
+    rows, kept = rows_read(model, answers.ids, layer), answers.reaching.flatten()
+    token = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows)
+    return pairs_of(token[kept].flatten(), rows[kept].flatten(), answers.ids.shape[1])
+
+# %% ../../nbs/analysis/14_ablation.ipynb #3426ee0b
+@torch.no_grad()
+def ngram_effects(
+    model: nn.Module, # in evaluation mode
+    clean: Clean, # a batch as the model answers it
+    number: int, # of a layer with n-grams
+    room: int = 16384, # tokens that are run at a time
+) -> Iterator[Effects]: # every pair that is not listed has no effect: exactly none
+    "What each row of n-grams does to each answer of a batch"
+    a, layer = clean.answers, numbered_layers(model, Engram)[number]
+    pairs, length = ngram_pairs(model, a, layer), a.ids.shape[1]
+    for some, places in in_parts(pairs, room, length):
+        unit, example = pairs.unit[some], pairs.example[some]
+        owner, token = pairs.owner[places] - some.start, pairs.token[places]
+        with without_rows(layer, unit):
+            hidden = model.get_decoder()(input_ids=a.ids[example], use_cache=False).last_hidden_state
+        target, real = a.target[example], a.real[example]
+        logprob, right = answer_logprobs(model, at_places(hidden, a.place[example]), target, real)
+        first = unit.new_full((len(unit),), length).scatter_reduce(0, owner, token % length, "amin")
+        uses = torch.bincount(owner, minlength=len(unit)).double()
+        yield Effects(number, example, unit, first, uses, logprob.double().sum(-1), right.all(-1))
+
 # %% ../../nbs/analysis/14_ablation.ipynb #40756b52
 @dataclass
 class Job:
@@ -304,6 +381,7 @@ class Job:
     setting: Setting # what modes know
     folder: Path # of the results
     heads: HeadOutputs = field(default_factory=HeadOutputs) # what stands in for heads of attention
+    ngrams: list[int] = field(default_factory=list) # layers whose n-grams are left out
 
     @property
     def layers(self) -> list[int]: return [n for group in self.groups for n in group]
@@ -330,6 +408,11 @@ def effects(self: Job,
 ) -> Iterator[dict]: # lines of effects.jsonl
     "All effects on a batch"
     for what in self.what:
+        if what == "n-grams":
+            for number in self.ngrams:
+                for part in ngram_effects(self.model, clean, number):
+                    yield from records_of(names, clean, part, "keys", f"{number} n-grams")
+            continue
         if what in ("layers", "heads"):
             yield from part_records(self.model, clean, names, self.layers, what, self.setting.seed, self.heads)
         if what != "layers": yield from self.unit_effects(clean, names, what)
@@ -412,8 +495,8 @@ def layer_groups(
     mode: str, # how keys are left out
 ) -> list[tuple[int, ...]]:
     "Layers by themselves, or all together where they share a table and none was named"
-    layers = chosen_layers(model, wanted)
-    tables = {id(getattr(layer, layer.table_names[-1])) for layer in layers.values()}
+    layers = chosen_layers(model, wanted, experts=True)
+    tables = {id(getattr(layer, layer.table_names[-1]) if layer.table_names else layer) for layer in layers.values()}
     joint = wanted is None and len(layers) > 1 and len(tables) == 1 and mode not in EDITS_KEYS
     return [tuple(layers)] if joint else [(n,) for n in layers]
 
@@ -430,6 +513,34 @@ def finish_ablation(
     impact_page(folder/"index.html", result, records, examples)
     print(impact_text(result))
 
+# %% ../../nbs/analysis/14_ablation.ipynb #bf58356f
+def check_kinds(
+    model: nn.Module, # with memory layers
+    groups: list[tuple[int, ...]], # of layers
+    settings: dict, # what and mode
+):
+    "Refuse what has no meaning in these layers, before anything is written"
+    for number, layer in chosen_layers(model, [n for group in groups for n in group], experts=True).items():
+        for what in settings["what"]:
+            if what in UNITS: check_layer(layer, what, settings["mode"] if what in ("keys", "sub-keys") else "drop")
+    if settings["mode"] != "drop" and {*settings["what"]} == {"n-grams"}:
+        raise UserError(f"--mode {settings['mode']}: is for keys; rows of n-grams are left out by drop: their gate has "
+                        "no weights to share")
+    first = min((n for group in groups for n in group), default=0)
+    if {*settings["what"]} - {"layers", "n-grams"}: rest_of(model.get_decoder(), first)
+
+# %% ../../nbs/analysis/14_ablation.ipynb #bac64575
+def chosen_ngrams(
+    model: nn.Module, # with n-grams
+    wanted: list[int] | None, # layers; None: all with n-grams
+) -> list[int]: # layers
+    "Layers whose n-grams are left out"
+    there = list(numbered_layers(model, Engram))
+    found = [n for n in there if wanted is None or n in wanted]
+    if not there: raise UserError("--what n-grams: the model looks no n-grams up (engram_config.layers is empty)")
+    if not found: raise UserError(f"--layers: n-grams are looked up before layers {', '.join(map(str, there))} only")
+    return found
+
 # %% ../../nbs/analysis/14_ablation.ipynb #442ea4b9
 def run_ablation(
     checkpoint: Path, # folder of a model with memory layers
@@ -442,7 +553,10 @@ def run_ablation(
 ) -> int: # exit code
     "Load, ablate, summarise"
     model, tokenizer = load_model(checkpoint)
-    groups = layer_groups(model, layers, settings["mode"])
+    alone = {*settings["what"]} <= {"n-grams", "layers"} and numbered_layers(model, Engram)   # no memory is needed
+    groups = [] if alone and not routed_layers(model) else layer_groups(model, layers, settings["mode"])
+    ngrams = chosen_ngrams(model, layers) if "n-grams" in settings["what"] else []
+    check_kinds(model, groups, settings)
     task, encoded = fitting_questions(checkpoint, (model, tokenizer), data, asked)
     texts = [[e.question.id, e.context, e.answer] for e in encoded]
     settings = settings | dict(groups=[list(g) for g in groups])
@@ -454,7 +568,7 @@ def run_ablation(
         setting = setting_for(model, encoded, groups, settings)
         head_mode = settings["head_mode"] if "heads" in settings["what"] else "zero"
         heads = heads_of_data(model, encoded, head_mode, settings["batch_tokens"], settings["seed"])
-        job = Job(model, groups, settings["what"], settings["mode"], setting, folder, heads)
+        job = Job(model, groups, settings["what"], settings["mode"], setting, folder, heads, ngrams)
         try: run_batches(job, encoded, settings["batch_tokens"])
         finally: finish_ablation(folder, about)
     print(f"\n{folder/'index.html'}")
@@ -498,7 +612,7 @@ def run_retrievals(
     "Write down what memory layers retrieve for the questions of a data set and their answers"
     refuse_others_file(output)
     model, tokenizer = load_model(checkpoint)
-    chosen_layers(model, layers)
+    chosen_layers(model, layers, experts=True)
     if asked["start"] == "auto": asked = asked | dict(start=trained_start(checkpoint))
     _, encoded = asked_of(data, tokenizer, **asked)
     check_fit(model, tokenizer, encoded)

@@ -301,8 +301,8 @@ def check_for_usage(
     if opened.config is None:
         raise UserError(f"{checkpoint}: usage needs a whole checkpoint folder, with its tokenizer")
     if opened.model_type != "peer_mla":
-        raise UserError(f"{checkpoint} is a {opened.model_type} model: it has no memory layers, so there is no expert "
-                        "usage to measure. peer-analyze parameters and checkpoint work on it")
+        raise UserError(f"{checkpoint} is a {opened.model_type} model: it has no memory layers, experts or n-grams "
+                        "of ours, so there is no usage to measure. peer-analyze parameters and checkpoint work on it")
     if wrong := misfits(opened):
         raise UserError(f"{checkpoint}: the weights do not fit config.json: {'; '.join(wrong[:3])}")
 
@@ -349,11 +349,12 @@ def usage_text(
     result: dict, # of kind usage
 ) -> str: # for a terminal
     "The statistics of each layer, in lines"
-    from peer_nb.analysis.drawings import USAGE_COLUMNS, usage_rows
+    from peer_nb.analysis.drawings import USAGE_COLUMNS, load_lines, usage_rows
     rows = [USAGE_COLUMNS] + [{k: number(v) for k, v in row.items()} for row in usage_rows(result)]
     widths = {k: max(len(row[k]) for row in rows) for k in USAGE_COLUMNS}
     lines = ["  ".join(f"{row[k]:>{widths[k]}}" for k in USAGE_COLUMNS) for row in rows]
-    return "\n".join(lines + hottest_text(result))
+    loads = load_lines(result)
+    return "\n".join(lines + ([""] + loads if loads else []) + hottest_text(result))
 
 # %% ../../nbs/analysis/40_command.ipynb #b90c50f5
 def measure(

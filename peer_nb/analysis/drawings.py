@@ -23,9 +23,9 @@ if TYPE_CHECKING: import plotly.graph_objects as go
 __all__ = ['MEMORY_PARTS', 'LAYER_COLUMNS', 'USAGE_COLUMNS', 'DRAW', 'result_heading', 'components_figure', 'layers_figure',
            'memory_figure', 'memory_html', 'draw_parameters', 'checks', 'sizes_html', 'layers_html', 'bytes_html',
            'curves_figure', 'histogram_figure', 'heads_figure', 'classes_figure', 'hot_figure', 'pairs_figure',
-           'usage_row', 'usage_rows', 'draw_usage', 'shared_html', 'usage_overview', 'classes_html', 'pairs_html',
-           'usage_details', 'natural', 'tensors_figure', 'row_norms_figure', 'norms_html', 'draw_checkpoint',
-           'unmatched', 'draw_compare']
+           'usage_row', 'usage_rows', 'draw_usage', 'shared_html', 'load_lines', 'usage_overview', 'classes_html',
+           'pairs_html', 'usage_details', 'natural', 'tensors_figure', 'row_norms_figure', 'norms_html',
+           'draw_checkpoint', 'unmatched', 'draw_compare']
 
 # %% ../../nbs/analysis/07_drawings.ipynb #26beaa8c
 def result_heading(
@@ -219,10 +219,11 @@ def heads_figure(
 ) -> go.Figure: # heat map
     "One number of every layer and head"
     layers = result["layers"]
-    values = [[head[key] for head in layer["heads"]] for layer in layers]
+    most = max(len(layer["heads"]) for layer in layers)
+    values = [[head[key] for head in layer["heads"]] + [None]*(most - len(layer["heads"])) for layer in layers]
     figure = new_figure("head", "layer", height=130 + 34*len(layers))
     figure.add_heatmap(
-        z=values, x=[str(h) for h in range(len(values[0]))], y=[str(layer["layer"]) for layer in layers],
+        z=values, x=[str(h) for h in range(most)], y=[str(layer["layer"]) for layer in layers],
         colorscale=SCALE, texttemplate=f"%{{z:{form}}}", textfont=dict(size=11),
         hovertemplate=f"layer %{{y}}, head %{{x}}: %{{z:{form}}}<extra></extra>",
         colorbar=dict(thickness=10, outlinewidth=0), xgap=1, ygap=1)
@@ -323,7 +324,8 @@ def draw_usage(
     text = f"{result['part']}: {', '.join(result['data'])}"
     lead = (f"Retrievals of {result['tokens']:,} tokens ({text}), windows of {result['window']:,}. Unevenness is in "
             "nats, 0 for even use; “if even” is what as many retrievals at random would give.")
-    table = table_html(usage_rows(result), USAGE_COLUMNS)
+    table, loads = table_html(usage_rows(result), USAGE_COLUMNS), load_lines(result)
+    if loads: table += note_html(loads)
     return (result_heading(result, "Expert usage", lead) + facts_html(facts) + table + shared_html(result)
             + usage_overview(result) + usage_details(result))
 
@@ -336,6 +338,21 @@ def shared_html(
     found = result["shared_table"]["by_weight"]
     return note_html([f"All layers read one table: together they use {found['used']:.2%} of it, unevenness "
                       f"{found['unevenness']:.3f}."])
+
+# %% ../../nbs/analysis/07_drawings.ipynb #1aa805a9
+def load_lines(
+    result: dict, # of kind usage
+) -> list[str]: # one per mixture of experts, one per length of n-grams
+    "Load of experts and collisions of n-grams"
+    found = []
+    for layer in result["layers"]:
+        if load := layer.get("load"):
+            found.append(f"experts of layer {layer['layer']}: MaxVio {load['max_violation']:.3f}, {load['unused']} of "
+                         f"{layer['rows']} unused; times the mean load: {', '.join(f'{t:.2f}' for t in load['times'])}")
+        for n in layer.get("ngrams", ()):
+            found.append(f"layer {layer['layer']} of {n['tokens']} tokens: {n['ngrams']:,} different, "
+                         f"{n['shared']:.1%} share their row with another ({n['by_chance']:.1%} by chance)")
+    return found
 
 # %% ../../nbs/analysis/07_drawings.ipynb #3b6ec65e
 def usage_overview(

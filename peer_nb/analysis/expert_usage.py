@@ -20,37 +20,83 @@ from .usage_statistics import TOKEN_TYPES, chance_unevenness, divergence, hot_ro
 from .usage_statistics import usage_histogram, usage_statistics, vocabulary_types
 from ..evaluation.loading import document_start
 from ..files import UserError
+from ..models.engram import Engram, add_ngrams, ngram_collisions
+from ..models.moe import MixtureOfExperts
 from ..models.peer import MemoryLayer
 
 # %% auto #0
-__all__ = ['POSITIONS', 'memory_layers', 'usage_summary', 'Labels', 'LayerCounter', 'counting', 'document_windows',
-           'padded_batch', 'UsageRun', 'PairCounter', 'class_rows', 'position_names', 'layer_result']
+__all__ = ['POSITIONS', 'numbered_layers', 'memory_layers', 'routed_layers', 'counted_layers', 'load_statistics', 'extra_usage',
+           'usage_summary', 'Labels', 'counted_shape', 'LayerCounter', 'counting', 'document_windows', 'padded_batch',
+           'UsageRun', 'PairCounter', 'class_rows', 'position_names', 'layer_result']
 
 # %% ../../nbs/analysis/03_expert_usage.ipynb #f5906fa6
-def memory_layers(
+def numbered_layers(
     model: nn.Module, # any
-) -> dict[int, MemoryLayer]: # by position among the model's layers
-    "The memory layers of a model"
+    *kinds: type, # of modules
+) -> dict[int, nn.Module]: # by position among the model's layers
+    "Modules of some kinds"
     found = {}
     for name, module in model.named_modules():
-        if not isinstance(module, MemoryLayer): continue
+        if not isinstance(module, kinds): continue
         numbers = [int(part) for part in name.split(".") if part.isdigit()]
         found[numbers[0] if numbers else len(found)] = module
     return found
 
+# %% ../../nbs/analysis/03_expert_usage.ipynb #3828546a
+def memory_layers(
+    model: nn.Module, # any
+) -> dict[int, MemoryLayer]: # by position among the model's layers
+    "The memory layers of a model"
+    return numbered_layers(model, MemoryLayer)
+
+# %% ../../nbs/analysis/03_expert_usage.ipynb #a6f9c318
+def routed_layers(
+    model: nn.Module, # any
+) -> dict[int, nn.Module]: # by position among the model's layers
+    "Memories and mixtures of experts"
+    return numbered_layers(model, MemoryLayer, MixtureOfExperts)
+
+# %% ../../nbs/analysis/03_expert_usage.ipynb #f5769b08
+def counted_layers(
+    model: nn.Module, # any
+) -> dict[int | str, nn.Module]: # number -> memory or mixture of experts; "1 n-grams" -> n-grams before layer 1
+    "All layers of a model that choose rows, experts or n-grams for a token"
+    ngrams = numbered_layers(model, Engram)
+    return routed_layers(model) | {f"{number} n-grams": layer for number, layer in ngrams.items()}
+
+# %% ../../nbs/analysis/03_expert_usage.ipynb #42032445
+def load_statistics(
+    uses: np.ndarray, # [experts] how often each was chosen
+) -> dict: # max_violation (Wang et al. 2024), unused, of each expert times its equal share
+    "The load of a mixture of experts"
+    mean = max(float(np.mean(uses)), 1e-300)
+    return dict(max_violation=float(np.max(uses)) / mean - 1 if np.sum(uses) else 0.0, unused=int((uses == 0).sum()),
+                times=(np.asarray(uses) / mean).tolist())
+
+# %% ../../nbs/analysis/03_expert_usage.ipynb #eab95390
+def extra_usage(
+    layer: nn.Module, # of `counted_layers`
+    uses: np.ndarray, # [rows]
+    seen: list[Tensor], # the different n-grams
+) -> dict: # load of experts, n-grams with their collisions; empty for memories
+    "What only some kinds of layers have"
+    if isinstance(layer, MixtureOfExperts): return dict(load=load_statistics(uses))
+    return dict(ngrams=ngram_collisions(layer, seen)) if isinstance(layer, Engram) else {}
+
 # %% ../../nbs/analysis/03_expert_usage.ipynb #062acc31
 def usage_summary(
-    model: nn.Module, # whose memory layers collect their usage
+    model: nn.Module, # whose layers collect their usage
     threshold: float = 5.0, # a row is hot beyond so many times the equal share
 ) -> dict: # layers: {"3": statistics, hot_rows, histogram, tokens}; used, unevenness, hot: over all layers
     "Statistics of what the layers have collected, for metrics, trackers and reports"
     layers = {}
-    for number, layer in memory_layers(model).items():
+    for number, layer in counted_layers(model).items():
         collected = layer.usage
         if collected is None: continue
         uses = collected.uses().numpy()
         layers[str(number)] = dict(tokens=collected.tokens, **usage_statistics(uses, threshold),
-                                   hot_rows=hot_rows(uses, threshold), histogram=usage_histogram(uses))
+                                   hot_rows=hot_rows(uses, threshold), histogram=usage_histogram(uses),
+                                   **extra_usage(layer, uses, getattr(collected, "seen", [])))
     def mean(key): return float(np.mean([layer[key] for layer in layers.values()])) if layers else None
     hot = sum(layer["hot"] for layer in layers.values())
     return dict(layers=layers, used=mean("used"), unevenness=mean("unevenness"), hot=hot, threshold=threshold)
@@ -64,20 +110,29 @@ class Labels:
     keep: Tensor | None = None # [tokens] True for tokens that count; None: all
     classes: dict[str, Tensor] | None = None # name -> [tokens] number of a class
 
+# %% ../../nbs/analysis/03_expert_usage.ipynb #e049ce9c
+def counted_shape(
+    layer: nn.Module, # of `counted_layers`
+) -> tuple[int, int, list[int], torch.device]: # rows, heads, sub-keys of each dimension, where indices are
+    "What a counter must hold; all heads of n-grams are one, since no row belongs to two of them"
+    if isinstance(layer, Engram): return int(layer.primes.sum()), 1, [], layer.primes.device
+    device = layer.gate.weight.device if isinstance(layer, MixtureOfExperts) else layer.keys.device
+    return layer.num_experts, layer.num_heads, layer.sizes, device
+
 # %% ../../nbs/analysis/03_expert_usage.ipynb #c7f30cfd
 class LayerCounter:
     "Everything that is counted about one layer's retrievals"
     def __init__(self,
-        layer: MemoryLayer, # gives sizes and device
+        layer: nn.Module, # of `counted_layers`; gives sizes and device
         labels: Labels, # shared by all layers; the runner changes it from batch to batch
         classes: dict[str, int], # name -> how many classes
     ):
-        n, heads, device = layer.num_experts, layer.num_heads, layer.keys.device
-        self.sizes, self.labels = layer.sizes, labels
+        n, heads, sizes, device = counted_shape(layer)
+        self.layer, self.sizes, self.labels, self.seen = layer, sizes, labels, []
         def zeros(*shape, dtype): return torch.zeros(*shape, dtype=dtype, device=device)
         self.counts, self.weights = zeros(heads, n, dtype=torch.int32), zeros(n, dtype=torch.float64)
         self.used = {name: zeros(n, dtype=torch.uint8) for name in classes}
-        self.sub_keys = {name: zeros(m, heads, sum(layer.sizes), dtype=torch.int64) for name, m in classes.items()}
+        self.sub_keys = {name: zeros(m, heads, sum(sizes), dtype=torch.int64) for name, m in classes.items()}
         # of each class: tokens, sum of their entropies, sum of their top weights
         self.sums = {name: zeros(m, 3, dtype=torch.float64) for name, m in classes.items()}
         self.tokens = self.repeated = 0
@@ -87,12 +142,15 @@ class LayerCounter:
         weights: Tensor, # [tokens, heads, k]
         index: Tensor, # [tokens, heads, k] row numbers
         mask: Tensor | None = None, # what the layer was told; the labels say it better
+        mixed: Tensor | None = None, # [tokens, orders] n-grams, from a layer that looks them up
     ):
         "Count what one batch retrieved"
         classes, keep = self.labels.classes or {}, self.labels.keep
         if keep is not None:
             weights, index, classes = weights[keep], index[keep], {name: c[keep] for name, c in classes.items()}
-        weights = weights.double()
+            if mixed is not None: mixed = mixed[keep]
+        if mixed is not None: self.seen = add_ngrams(self.seen, mixed)
+        weights = weights.double().abs()                    # UltraMem's scores may be negative
         self.add_rows(weights, index)
         for name, number in classes.items(): self.add_class(name, number, weights, index)
 
@@ -137,7 +195,7 @@ def add_class(self: LayerCounter,
 # %% ../../nbs/analysis/03_expert_usage.ipynb #f11252d7
 @contextmanager
 def counting(
-    layers: dict[int, MemoryLayer], # of the model
+    layers: dict[int | str, nn.Module], # of `counted_layers`
     counters: dict, # layer -> object with `add`
 ) -> Iterator[None]:
     "Let the layers report to these counters"
@@ -189,10 +247,10 @@ class UsageRun:
         batch_size: int = 8, # windows per forward pass
         max_tokens: int | None = None, # stop after so many; None: all text
     ):
-        self.layers = memory_layers(model)
+        self.layers = counted_layers(model)
         if not self.layers:
-            raise UserError(f"the model ({type(model).__name__}) has no memory layers, so there is no expert usage to "
-                            "measure; parameters and checkpoint work on any model")
+            raise UserError(f"the model ({type(model).__name__}) has no memory layers, experts or n-grams, so there is "
+                            "no usage to measure; parameters and checkpoint work on any model")
         vocabulary = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > vocabulary:
             raise UserError(f"the tokenizer has {len(tokenizer):,} tokens, the model's embedding only {vocabulary:,} "
@@ -279,6 +337,7 @@ def arrays(self: UsageRun) -> dict[str, np.ndarray]: # what `numpy.savez` writes
     for number, c in self.counters.items():
         state[f"{number}.scalars"] = np.array([c.tokens, c.repeated])
         state |= {f"{number}.{name}": tensor.cpu().numpy() for name, tensor in c.tensors().items()}
+        state |= {f"{number}.ngrams.{n}": seen.cpu().numpy() for n, seen in enumerate(c.seen)}
     return state
 
 # %% ../../nbs/analysis/03_expert_usage.ipynb #119ed5db
@@ -291,18 +350,20 @@ def restore(self: UsageRun,
     for number, c in self.counters.items():
         c.tokens, c.repeated = map(int, state[f"{number}.scalars"])
         for name, tensor in c.tensors().items(): tensor.copy_(torch.from_numpy(state[f"{number}.{name}"]))
+        orders = range(sum(name.startswith(f"{number}.ngrams.") for name in state))
+        c.seen = [torch.from_numpy(state[f"{number}.ngrams.{n}"]).to(c.weights.device) for n in orders]
 
 # %% ../../nbs/analysis/03_expert_usage.ipynb #71541687
 class PairCounter:
     "How often some rows of a layer are retrieved for the same token"
     def __init__(self,
-        layer: MemoryLayer, # gives size and device
+        layer: nn.Module, # gives size and device
         labels: Labels, # shared by all layers
         rows: list[int], # which rows
     ):
         self.rows, self.labels, self.tokens = rows, labels, 0
-        device, n = layer.keys.device, len(rows)
-        self.place = torch.full((layer.num_experts,), n, dtype=torch.int32, device=device)   # n: not among them
+        (total, *_, device), n = counted_shape(layer), len(rows)
+        self.place = torch.full((total,), n, dtype=torch.int32, device=device)               # n: not among them
         chosen = torch.tensor(rows, dtype=torch.long, device=device)
         self.place[chosen] = torch.arange(n, dtype=torch.int32, device=device)
         self.pairs = torch.zeros(n, n, dtype=torch.int64, device=device)
@@ -311,7 +372,7 @@ class PairCounter:
     def add(self,
         weights: Tensor, # [tokens, heads, k]
         index: Tensor, # [tokens, heads, k]
-        mask: Tensor | None = None, # the labels say it better
+        *others, # the labels say it better than the mask; n-grams
     ):
         "Count the pairs of one batch"
         if self.labels.keep is not None: index = index[self.labels.keep]
@@ -348,7 +409,7 @@ def class_rows(
         if not tokens: continue
         own, rest = sub_keys[number], total - sub_keys[number]
         apart = [divergence(own[:, a:b], rest[:, a:b]) for a, b in zip(edges, edges[1:])]
-        apart = None if np.isnan(apart).any() else float(np.mean(apart)) # nan: no other class occurred
+        apart = float(np.mean(apart)) if apart and not np.isnan(apart).any() else None # nan: no other class occurred
         rows.append({"name": names[number], "tokens": int(tokens), "used": float((used >> number & 1).mean()),
                      "entropy": float(entropy / tokens), "top_weight": float(top / tokens), "divergence": apart})
     return rows
@@ -379,7 +440,8 @@ def layer_result(
             "heads": [usage_statistics(head, threshold) for head in counts], "curve": share_curve(total),
             "histogram": usage_histogram(total), "hot_rows": hot_rows(weights, threshold),
             "types": class_rows(counter, "types", list(TOKEN_TYPES)),
-            "positions": class_rows(counter, "positions", position_names(window))}
+            "positions": class_rows(counter, "positions", position_names(window)),
+            **extra_usage(counter.layer, total, counter.seen)}
 
 # %% ../../nbs/analysis/03_expert_usage.ipynb #29cb166e
 @patch

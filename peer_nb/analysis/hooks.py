@@ -18,14 +18,17 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .expert_usage import memory_layers
+from .expert_usage import memory_layers, numbered_layers, routed_layers
 from ..files import UserError
+from ..models.engram import Engram
 from ..models.kernels.ops import sub_key_rows
+from ..models.moe import MixtureOfExperts
 from ..models.peer import MemoryLayer
 
 # %% auto #0
-__all__ = ['Retrievals', 'refuse_coupled', 'chosen_layers', 'refuse_silent', 'readers', 'reading', 'rows_of_tokens', 'writing',
-           'module_hooks', 'attention_layers', 'head_outputs', 'retrieval_columns', 'side_by_side', 'stream_retrievals']
+__all__ = ['Retrievals', 'refuse_coupled', 'others_work', 'chosen_layers', 'refuse_silent', 'readers', 'reading',
+           'rows_of_tokens', 'writing', 'module_hooks', 'attention_layers', 'head_outputs', 'retrieval_columns',
+           'side_by_side', 'stream_retrievals']
 
 # %% ../../nbs/analysis/08_hooks.ipynb #14825821
 @dataclass
@@ -63,7 +66,7 @@ def refuse_coupled(
     if layer.additive: return
     kind = type(layer).__name__
     raise UserError(f"{what}: a row's score in {kind} is no sum over its sub-keys, so this has no exact answer there; "
-                    "what changes weights or values alone (drop, renorm, mean) is exact")
+                    "what changes weights or values alone (drop, renorm, mean, resample) is exact")
 
 # %% ../../nbs/analysis/08_hooks.ipynb #a03a076b
 @patch(as_prop=True)
@@ -86,18 +89,32 @@ def preactivations(self: Retrievals) -> Tensor | None: # [tokens, heads, k, neur
 
 # %% ../../nbs/analysis/08_hooks.ipynb #b0b28de2
 @patch(as_prop=True)
-def value_norms(self: Retrievals) -> Tensor: # [tokens, heads, k]
-    "Lengths of the vectors that the retrieved rows write"
+def value_norms(self: Retrievals) -> Tensor | None: # [tokens, heads, k]
+    "Lengths of the vectors that the retrieved rows write; None for experts, which write a different one each time"
+    if not self.layer.table_names: return None
     return getattr(self.layer, self.layer.table_names[-1])(self.index).norm(dim=-1)
+
+# %% ../../nbs/analysis/08_hooks.ipynb #88b1dadb
+def others_work(
+    model: nn.Module, # without memory layers
+) -> str: # in words; empty where there is nothing else
+    "What can be asked of layers whose rows are experts, or n-grams"
+    if numbered_layers(model, MixtureOfExperts):
+        return (" but mixtures of experts, whose rows are experts: peer-analyze usage, ablate and retrievals work on "
+                "them")
+    if not numbered_layers(model, Engram): return ""
+    return " but n-grams: peer-analyze usage and ablate --what n-grams work on them"
 
 # %% ../../nbs/analysis/08_hooks.ipynb #f51c046e
 def chosen_layers(
     model: nn.Module, # any
-    numbers: Iterable[int] | None = None, # of memory layers; None: all
-) -> dict[int, MemoryLayer]: # number -> layer
+    numbers: Iterable[int] | None = None, # of layers; None: all
+    experts: bool = False, # mixtures of experts, too: an expert is a row
+) -> dict[int, MemoryLayer]: # number -> layer, or mixture of experts
     "The memory layers that are meant"
-    layers = memory_layers(model)
-    if not layers: raise UserError(f"the model ({type(model).__name__}) has no memory layers")
+    layers, numbers = (routed_layers if experts else memory_layers)(model), None if numbers is None else list(numbers)
+    if not layers and numbers != []:
+        raise UserError(f"the model ({type(model).__name__}) has no memory layers{others_work(model)}")
     for number in numbers or ():
         if number not in layers:
             raise UserError(f"layer {number} is none of the memory layers: {', '.join(map(str, layers))}")
@@ -148,7 +165,7 @@ def reading(
     def answer(r):
         r.out, seen[r.number] = r.read(), r
         return r.out
-    with readers(chosen_layers(model, numbers), answer): yield seen
+    with readers(chosen_layers(model, numbers, experts=True), answer): yield seen
 
 # %% ../../nbs/analysis/08_hooks.ipynb #20428a60
 def rows_of_tokens(
@@ -165,7 +182,7 @@ def writing(
     answers: dict[int, Callable[[Retrievals], Tensor]], # layer -> what speaks in its place; gives [tokens, d]
 ):
     "A context in which functions answer for memory layers"
-    return readers(chosen_layers(model, answers), lambda r: answers[r.number](r).to(r.x.dtype))
+    return readers(chosen_layers(model, answers, experts=True), lambda r: answers[r.number](r).to(r.x.dtype))
 
 # %% ../../nbs/analysis/08_hooks.ipynb #dcee0970
 @contextmanager
@@ -224,7 +241,8 @@ def retrieval_columns(
     places = torch.unravel_index(kept.nonzero()[:, 0], sizes)
     columns = dict(zip(("example", "position", "head", "rank"), places), layer=torch.full_like(places[0], r.number))
     pieces = r.similarities.unbind(-1) if r.layer.additive else []             # without, the weight is the score
-    numbers = dict(key=r.index, weight=r.weights, score=sum(pieces) if pieces else r.weights, value_norm=r.value_norms)
+    numbers = dict(key=r.index, weight=r.weights, score=sum(pieces) if pieces else r.weights)
+    if (norms := r.value_norms) is not None: numbers["value_norm"] = norms
     numbers |= {f"similarity_{d}": piece for d, piece in enumerate(pieces)}
     if r.preactivations is not None:
         numbers |= {f"preactivation_{n}": a for n, a in enumerate(r.preactivations.unbind(-1))}

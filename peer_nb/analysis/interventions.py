@@ -24,12 +24,13 @@ from ..models.peer import MemoryLayer
 from ..models.product_keys import SCORES, product_top_k
 
 # %% auto #0
-__all__ = ['UNITS', 'SPAN', 'KEY_BLOCK', 'MODES', 'EDITS_KEYS', 'KEYS_ONLY', 'AnswerBatch', 'answers_of', 'answer_logprobs',
-           'Clean', 'at_places', 'answered_to', 'clean_pass', 'positions_of', 'heads_of', 'Pairs', 'code_of',
-           'pairs_of', 'Places', 'drop', 'renorm', 'ranked', 'weigh', 'others', 'rerouted', 'refill', 'Setting',
-           'speak_mean', 'speak_other', 'setting_of', 'keys_of', 'random_keys', 'with_score', 'zero_key', 'random_key',
-           'check_mode', 'entering', 'slots_in', 'rest_of', 'tokens_again', 'past_of', 'run_again', 'changed_states',
-           'resumed', 'Effects', 'in_parts', 'batch_pairs', 'leaving_out', 'part_effects', 'effects_of', 'first_order']
+__all__ = ['UNITS', 'SPAN', 'KEY_BLOCK', 'MODES', 'EDITS_KEYS', 'KEYS_ONLY', 'ROUTED_ONLY', 'AnswerBatch', 'answers_of',
+           'answer_logprobs', 'Clean', 'at_places', 'answered_to', 'clean_pass', 'positions_of', 'heads_of', 'Pairs',
+           'code_of', 'pairs_of', 'Places', 'drop', 'renorm', 'ranked', 'weigh', 'others', 'rerouted', 'refill',
+           'Setting', 'speak_mean', 'speak_other', 'setting_of', 'keys_of', 'random_keys', 'with_score', 'zero_key',
+           'random_key', 'check_layer', 'check_mode', 'entering', 'slots_in', 'rest_of', 'tokens_again', 'past_of',
+           'run_again', 'changed_states', 'resumed', 'Effects', 'in_parts', 'batch_pairs', 'leaving_out',
+           'part_effects', 'effects_of', 'first_order']
 
 # %% ../../nbs/analysis/10_interventions.ipynb #60e6bbbe
 @dataclass
@@ -101,8 +102,9 @@ def answered_to(
     block: nn.Module, # of the decoder, with a memory
     h: Tensor, # [B, T, d] the stream after its attention
 ) -> Tensor: # [B, T, d]
-    "What a memory's answer is added to: the stream, and the feed-forward beside the memory where there is one"
-    return h + block.mlp(block.post_attention_layernorm(h)) if hasattr(block, "mlp") else h
+    "What a memory's answer is added to: the stream, and the feed-forward or shared experts beside it"
+    beside = block.mlp.shared_experts if block.routed else getattr(block, "mlp", None)
+    return h if beside is None else h + beside(block.post_attention_layernorm(h))
 
 # %% ../../nbs/analysis/10_interventions.ipynb #06b7b843
 def clean_pass(
@@ -112,7 +114,7 @@ def clean_pass(
     gradients: bool = False, # keep what a backward pass needs
 ) -> Clean:
     "Ask as usual, and remember"
-    layers, decoder, residual = chosen_layers(model, numbers), model.get_decoder(), {}
+    layers, decoder, residual = chosen_layers(model, numbers, experts=True), model.get_decoder(), {}
     def keep(number): return lambda h: residual.setdefault(number, h)
     norms = {n: decoder.layers[n].post_attention_layernorm for n in layers}
     hooks = {f"layer {n}": (norm, "input", keep(n)) for n, norm in norms.items()}
@@ -303,7 +305,7 @@ def setting_of(
     seed: int = 0, # of all that is random
 ) -> Setting:
     "One pass over the data, to know what rows say on average and which are retrieved"
-    layers, setting = chosen_layers(model, numbers), Setting(seed)
+    layers, setting = chosen_layers(model, numbers, experts=True), Setting(seed)
     tokens = dict.fromkeys(layers, 0)
     for answers in batches:
         for number, r in clean_pass(model, answers, layers).layers.items():
@@ -379,6 +381,18 @@ MODES: dict[str, Callable[[Places], Tensor]] = {
 EDITS_KEYS = ("zero-key", "random-key") # modes in which a row may come in
 KEYS_ONLY = ("refill", "resample", *EDITS_KEYS) # modes for a row, not for a group of them
 
+ROUTED_ONLY = ("refill", *EDITS_KEYS) # modes that ask for the next best row
+
+def check_layer(
+    layer: nn.Module, # a memory, or a mixture of experts
+    what: str, # kind of unit
+    mode: str, # way of leaving it out
+):
+    "Refuse what has no meaning in a kind of layer"
+    if what == "sub-keys" and len(layer.sizes) < 2:
+        raise UserError(f"sub-keys: {type(layer).__name__} has no sub-keys; keys, positions and layers can be left out")
+    if mode in ROUTED_ONLY: refuse_coupled(layer, f"mode {mode}")
+
 def check_mode(
     what: str, # kind of unit
     mode: str, # way of leaving it out
@@ -430,7 +444,7 @@ def rest_of(
     "What comes after a layer, as a decoder of its own that shares all modules"
     if any(hasattr(layer, "engram") for layer in decoder.layers[number + 1:]):
         raise UserError(f"layers after {number} look n-grams up (engram_config.layers) and cannot be run again from "
-                        "hidden states alone")
+                        "hidden states alone; peer-analyze ablate --what layers runs the whole model")
     rest = copy.copy(decoder)
     rest._modules = decoder._modules | {"layers": decoder.layers[number + 1:]}
     rest.lend_tables = lambda: None   # the whole model has lent them; their holder may lie before
@@ -647,6 +661,7 @@ def effects_of(
     length = a.ids.shape[1]
     for i, number in enumerate(numbers):
         r, reach = clean.layers[number], (a.predicting if number == last else a.reaching).flatten()
+        check_layer(r.layer, what, mode)
         units = UNITS[what](r, length)
         for pairs in batch_pairs(r, reach, length, what, mode, setting, skip):
             for some, places in in_parts(pairs, room, 1 if number == last else length):

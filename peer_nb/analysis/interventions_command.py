@@ -47,7 +47,7 @@ def check_questions(
 def ablate(
     checkpoint: Path, # folder of a model with memory layers
     data: Path, # folder of peer-data, .jsonl with prompt and answer, or a text
-    what: list[Literal["keys", "sub-keys", "layers", "heads", "positions"]] | None = None, # default: keys
+    what: list[Literal["keys", "sub-keys", "layers", "heads", "positions", "n-grams"]] | None = None, # default: keys
     all: bool = False, # keys, layers, heads and positions
     # how a key is left out
     mode: Literal["drop", "renorm", "refill", "mean", "resample", "zero-key", "random-key"] = "drop",

@@ -15,9 +15,16 @@ from ..page import write_page
 from ..result_schema import FLAG, NUMBER, TEXT, WHOLE, fields, keyed, many, maybe
 
 # %% auto #0
-__all__ = ['ANY', 'STATISTICS', 'HOT', 'CLASSES', 'LAYER_USE', 'ROW_NORMS', 'TENSOR', 'CHANGE', 'STEP', 'SCHEMAS', 'KNOWN',
-           'ROW_CLASS', 'RELATED', 'MOVED', 'READ', 'BY_CHANCE', 'NEAR', 'BUCKET', 'BUSY', 'ALONE', 'LAYER_KEYS',
-           'CORRELATION', 'schema_of', 'analysis_result', 'read_analysis', 'write_analysis']
+__all__ = ['WHICH', 'NGRAMS', 'LOAD', 'ANY', 'STATISTICS', 'HOT', 'CLASSES', 'LAYER_USE', 'ROW_NORMS', 'TENSOR', 'CHANGE', 'STEP',
+           'SCHEMAS', 'KNOWN', 'ROW_CLASS', 'RELATED', 'MOVED', 'READ', 'BY_CHANCE', 'NEAR', 'BUCKET', 'BUSY', 'ALONE',
+           'LAYER_KEYS', 'CORRELATION', 'schema_of', 'analysis_result', 'read_analysis', 'write_analysis']
+
+# %% ../../nbs/analysis/06_pages.ipynb #6d38f072
+WHICH = {"type": ["integer", "string"]} # number of a layer, or "1 n-grams"
+NGRAMS = fields(tokens=WHOLE, ngrams=WHOLE, rows=NUMBER, shared=NUMBER, by_chance=NUMBER)
+
+# %% ../../nbs/analysis/06_pages.ipynb #50cfe7bf
+LOAD = fields(max_violation=NUMBER, unused=WHOLE, times=many(NUMBER)) # of a mixture of experts
 
 # %% ../../nbs/analysis/06_pages.ipynb #2e796349
 ANY = {"type": "object"}
@@ -28,10 +35,11 @@ HOT = many(fields(row=WHOLE, times=NUMBER))
 CLASSES = many(fields(
     name=TEXT, tokens=WHOLE, used=NUMBER, entropy=NUMBER, top_weight=NUMBER, divergence=maybe(NUMBER)))
 LAYER_USE = fields(
-    layer=WHOLE, tokens=WHOLE, rows=WHOLE, retrieved_per_token=NUMBER, repeated=NUMBER, by_weight=STATISTICS,
+    layer=WHICH, tokens=WHOLE, rows=WHOLE, retrieved_per_token=NUMBER, repeated=NUMBER, by_weight=STATISTICS,
     by_count=STATISTICS, heads=many(STATISTICS), curve=fields(rows=many(NUMBER), uses=many(NUMBER)),
     histogram=fields(unused=WHOLE, edges=many(NUMBER), rows=many(WHOLE)), hot_rows=HOT, types=CLASSES,
-    positions=CLASSES, optional=dict(pairs=fields(rows=many(WHOLE), tokens=WHOLE, counts=many(many(WHOLE)))))
+    positions=CLASSES, optional=dict(
+        pairs=fields(rows=many(WHOLE), tokens=WHOLE, counts=many(many(WHOLE))), ngrams=many(NGRAMS), load=LOAD))
 
 # %% ../../nbs/analysis/06_pages.ipynb #1bd51b19
 ROW_NORMS = fields(

@@ -23,9 +23,10 @@ from ..pretrained import LIMITS, content_hash, pretrained_folder
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['in_folder', 'no_progress_bars', 'read_parts', 'adapted_base', 'read_adapted', 'check_numbers', 'check_weights',
-           'check_finite', 'check_tokenizer', 'document_start', 'longest_context', 'choose_window', 'load_model',
-           'load_to_train', 'model_fingerprint', 'claim_answers', 'files_fingerprint']
+__all__ = ['WORDS', 'in_folder', 'no_progress_bars', 'read_parts', 'adapted_base', 'read_adapted', 'check_numbers',
+           'check_weights', 'check_finite', 'other_words', 'check_canonical', 'check_tokenizer', 'document_start',
+           'longest_context', 'choose_window', 'load_model', 'load_to_train', 'model_fingerprint', 'claim_answers',
+           'files_fingerprint']
 
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0008
 def in_folder(
@@ -137,6 +138,36 @@ def check_finite(
     if not torch.as_tensor(numbers).isfinite().all():
         raise UserError("the model's log-likelihoods are not finite (nan or infinity): no score can be made of them")
 
+# %% ../../nbs/evaluation/00_loading.ipynb #2328f873
+WORDS = "engram_config.layers: n-grams need the number of the word that each token stands for" # how a refusal begins
+
+# %% ../../nbs/evaluation/00_loading.ipynb #f8afa4ed
+def other_words(
+    held: list[int], # of the model: a number for each token, and one more
+    tokenizer: PreTrainedTokenizerBase, # said to be its own
+    vocab_size: int, # of the model
+) -> str: # what is wrong; empty where nothing is
+    "Whether the tokenizer's words are the model's"
+    from peer_nb.models.engram import canonical_map
+    try: numbers, pad = canonical_map(tokenizer, vocab_size)
+    except ValueError as error: return f": {error}"
+    if held == [*numbers, pad]: return ""
+    return (", and model.canonical_ids is of another tokenizer than the one beside the model; give the tokenizer that "
+            "the model was trained with")
+
+# %% ../../nbs/evaluation/00_loading.ipynb #78e78fe9
+def check_canonical(
+    model: nn.Module, # a causal language model
+    tokenizer: PreTrainedTokenizerBase, # said to be its own
+) -> None:
+    "Refuse n-grams that don't know which tokens are the same word, or know it of another tokenizer"
+    held = dict(model.named_buffers()).get("model.canonical_ids")
+    if held is None: return
+    if held[-1] < 0:
+        raise UserError(f"{WORDS}, and model.canonical_ids is empty: peer-train fills it, and in Python "
+                        "model.get_decoder().take_tokens(tokenizer), before the model is saved")
+    if problem := other_words(held.tolist(), tokenizer, model.config.vocab_size): raise UserError(f"{WORDS}{problem}")
+
 # %% ../../nbs/evaluation/00_loading.ipynb #1d0a0018
 def check_tokenizer(
     model: nn.Module, # a causal language model
@@ -150,6 +181,7 @@ def check_tokenizer(
     known = set(tokenizer(printable, add_special_tokens=False, verbose=False)["input_ids"])
     if not known - set(tokenizer.all_special_ids):
         raise UserError("there is no tokenizer that knows any text: its files are missing, or empty")
+    check_canonical(model, tokenizer)
 
 # %% ../../nbs/evaluation/00_loading.ipynb #e0d067dd
 def document_start(

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..factorial import factor_columns, weights
-from .effects import Design, design_of, results_of, table_rows
+from .effects import Design, at_look, design_of, results_of, table_rows, whole_rounds
+from ..sequential import Looks
 from ..stats import Comparison, compare, from_error
 
 if TYPE_CHECKING:
@@ -107,10 +108,19 @@ def trend_rows(
     rows: pd.DataFrame, # of a study's runs
     axes: dict[str, list[str]], # axis: levels
     metric: str, # a column
+    looks: Looks | None = None, # where seeds are added until claims are decided
 ) -> list[Trend]: # of those axes that have one
     "The trends of a metric"
     records = table_rows(rows)
-    return [found for axis in axes if (found := trend(records, axes, axis, metric))]
+    if looks: records, seeds = whole_rounds(records, axes, looks)
+    found = [one for axis in axes if (one := trend(records, axes, axis, metric))]
+    return [_at_look(one, looks, seeds) for one in found] if looks else found
+
+def _at_look(found: Trend, looks: Looks, seeds: int) -> Trend:
+    "A trend whose intervals and p count all looks"
+    parts = {name: one and at_look(one, looks, seeds)
+             for name in ("doubling", "bend", "exponent") for one in [getattr(found, name)]}
+    return replace(found, **parts)
 
 def trend_text(
     found: Trend, # of an axis

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['NO_RUNS', 'MIXED', 'OVER', 'NOT_ASKED', 'in_arm', 'usable', 'usable_runs', 'Contrast', 'contrast', 'table_rows',
            'Design', 'design_of', 'Effect', 'results_of', 'effect', 'item_evidence', 'Look', 'Answer', 'answer',
-           'round_numbers', 'looked', 'hope', 'levels_text', 'how_far', 'no_interval', 'answer_text', 'effects_table',
-           'interactions']
+           'round_numbers', 'at_look', 'looked', 'hope', 'levels_text', 'how_far', 'no_interval', 'answer_text',
+           'effects_table', 'whole_rounds', 'interactions']
 
 # %% ../../nbs/findings/00_effects.ipynb #65df7f72
 def in_arm(
@@ -342,18 +342,16 @@ def round_numbers(
     return out
 
 # %% ../../nbs/findings/00_effects.ipynb #e5caab00
-def _repeated(given: Answer, looks: Looks, seeds: int, p: float | None) -> Comparison:
-    "A comparison with the p of all its looks and the interval that goes with the last of them"
-    found = given.found
-    if found.error:
-        wide = 1 - looks.level(seeds)
-        found = from_error(found.mean, found.error, found.degrees, found.n, found.null, wide, found.sd)
-    return replace(found, p=p)
-
-def _not_looked(given: Answer, look: Look) -> Answer:
-    "A comparison before its first look: no interval, no p"
-    found = replace(given.found, low=None, high=None, p=None)
-    return replace(given, found=found, look=look, said="before the first look")
+def at_look(
+    found: Comparison, # of a plain test
+    looks: Looks, # as planned
+    seeds: int, # of the look; 0: before the first
+) -> Comparison:
+    "A comparison whose interval and p count all looks"
+    if not seeds: return replace(found, low=None, high=None, p=None)
+    if not found.error: return found
+    wide, p = 1 - looks.level(seeds), float(looks.p_value(seeds, found.p))
+    return replace(from_error(found.mean, found.error, found.degrees, found.n, found.null, wide, found.sd), p=p)
 
 # %% ../../nbs/findings/00_effects.ipynb #b17ea554
 def looked(
@@ -369,7 +367,9 @@ def looked(
     each = last.pairs.planned//looks.first   # pairs of a round
     called = judged(rows).pairs.planned//each if each else 0
     seeds = looks.first
-    if not each or last.pairs.waiting: return _not_looked(last, Look(looks, called=called))
+    if not each or last.pairs.waiting:
+        unseen = at_look(last.found, looks, 0)
+        return replace(last, found=unseen, look=Look(looks, called=called), said="before the first look")
     while True:
         own = last.found.p if last.effect.whole else None
         own = None if own is None else float(looks.p_value(seeds, own))
@@ -380,7 +380,7 @@ def looked(
         if more is None or more.pairs.planned < (seeds + 1)*each or more.pairs.waiting: break
         last, seeds = more, seeds + 1
     look = Look(looks, seeds, called, tuple(p), tuple(better))
-    return replace(last, found=_repeated(last, looks, seeds, p[-1]), look=look)
+    return replace(last, found=replace(at_look(last.found, looks, seeds), p=p[-1]), look=look)
 
 # %% ../../nbs/findings/00_effects.ipynb #2f4048bb
 def hope(
@@ -478,15 +478,30 @@ def _interaction(design: Design, x: tuple[str, str, str], y: tuple[str, str, str
     arms = [design.difference({one: level, two: at}, {one: first, two: at}) for at in (other, second)]
     return None if arms[0] is None or arms[1] is None else arms[0] - arms[1]
 
+# %% ../../nbs/findings/00_effects.ipynb #c6d77e88
+def whole_rounds(
+    rows: list[dict[str, Any]], # every run that was called for
+    axes: Iterable[str], # of the study
+    looks: Looks, # as planned
+) -> tuple[list[dict[str, Any]], int]: # runs of the rounds that are over in every combination; how many, 0: too few
+    "What a look at all combinations may see"
+    rounds, over = round_numbers(rows, axes), (*FINISHED, "FAILED")
+    ended, seeds = [k for r, k in zip(rows, rounds) if r["state"] in over], 0
+    while rounds and seeds < looks.most and ended.count(seeds + 1) == rounds.count(1): seeds += 1
+    if seeds < looks.first: return rows, 0
+    return [r for r, k in zip(rows, rounds) if k <= seeds], seeds
+
 # %% ../../nbs/findings/00_effects.ipynb #a28bf8c3
 def interactions(
     rows: pd.DataFrame, # of a study's runs
     axes: dict[str, list[str]], # axis: levels, the reference first
     metric: str, # a column
+    looks: Looks | None = None, # where seeds are added until claims are decided
 ) -> list[dict[str, Any]]: # one per pair of levels of two axes; mean is nan where it cannot be told
     "Two-way interactions with intervals"
     from itertools import combinations
     records, out = table_rows(rows), []
+    if looks: records, seeds = whole_rounds(records, axes, looks)
     design, (y, there) = design_of(records, axes), results_of(records, metric)
     for (x, (x0, *xs)), (z, (z0, *zs)) in combinations(axes.items(), 2):
         for u, v in ((u, v) for u in xs for v in zs):
@@ -494,6 +509,7 @@ def interactions(
             known = joint is not None and there.any()
             found = _compared(design, joint, y, there, design.variance) if known else compare([])
             if math.isnan(found.mean): found = compare([])
+            if looks: found = at_look(found, looks, seeds)
             out.append({"axis": x, "level": u, "with": z, "other": v, **asdict(found)})
     for row, p in zip(out, holm(r["p"] for r in out)): row["p_holm"] = p
     return out

@@ -17,7 +17,8 @@ from ..study.run import FINISHED
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['ArmLedger', 'edge_of', 'chooses', 'arm_ledger', 'OwnBest', 'own_best', 'ledger_warnings', 'ledger_rows']
+__all__ = ['Standing', 'ArmLedger', 'edge_of', 'chooses', 'arm_ledger', 'standings', 'kept', 'budget_text', 'rounds_text',
+           'halved_ledger', 'OwnBest', 'own_best', 'ledger_warnings', 'ledger_rows']
 
 # %% ../../nbs/findings/02_own_best.ipynb #2d4d2a97
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ArmLedger:
     planned: int # settings that the plan has for it
     waiting: bool # whether runs are still to come
     edges: list[str] = field(default_factory=list) # nuisance axes at whose edge the best setting lies
+    tried: str = "" # how far each setting was tried, where they are halved
 
     @property
     def name(self) -> str: return ", ".join(self.arm.values())
@@ -82,6 +84,75 @@ def arm_ledger(
     return ArmLedger(arm, best, means[first], abs(means[rest[0]] - means[first]) if rest else None, len(means), planned,
                  waiting, edges)
 
+# %% ../../nbs/findings/02_own_best.ipynb #c655d3f7
+Standing = dict[tuple, float | None] # setting: the metric that chooses; None: its run failed
+
+def standings(
+    rows: list[dict[str, Any]], # of an arm
+    tuned: list[str], # nuisance axes
+    metric: str, # that chooses
+) -> dict[float, Standing]: # share of the tokens: what its runs say, in the order in which they were made
+    "How the settings of an arm stood, round by round"
+    out: dict[float, Standing] = {}
+    for share in sorted({r["token_share"] for r in rows}):
+        own = [r for r in rows if r["token_share"] == share]
+        means = _means(own, tuned, metric)
+        out[share] = {s: means.get(s) for s in dict.fromkeys(tuple(r[axis] for axis in tuned) for r in own)}
+    return out
+
+# %% ../../nbs/findings/02_own_best.ipynb #516597b6
+def kept(
+    standing: Standing, # of one round
+    sign: int, # 1: less is better
+) -> list[tuple]: # the best first
+    "The better half of the settings, of those whose runs did not fail"
+    good = sorted((s for s, value in standing.items() if value is not None), key=lambda s: sign*standing[s])
+    return good[:(len(standing) + 1)//2]
+
+# %% ../../nbs/findings/02_own_best.ipynb #6a9835e5
+def budget_text(share: float) -> str: # such as 1/4
+    "A share of the tokens in words"
+    return "in full" if share == 1 else f"at 1/{round(1/share)}"
+
+def _told(share: float, standing: Standing) -> str:
+    "One round in words"
+    def one(setting, value): return f"{' '.join(setting)} ({'–' if value is None else decimals(value)})"
+    return f"{budget_text(share)}: {', '.join(one(*item) for item in standing.items())}"
+
+# %% ../../nbs/findings/02_own_best.ipynb #420b2c1b
+def rounds_text(
+    shares: list[float], # of the tokens, of each run
+) -> str: # such as 6 runs at 1/4 of the tokens, 4 at 1/2, 6 in full
+    "How many runs had how much"
+    (first, *more) = [(shares.count(share), budget_text(share)) for share in sorted({*shares})]
+    return ", ".join([f"{first[0]} runs {first[1]} of the tokens", *(f"{n} {said}" for n, said in more)])
+
+# %% ../../nbs/findings/02_own_best.ipynb #d7a53a2f
+def halved_ledger(
+    arm: dict[str, str], # axis: level
+    rows: list[dict[str, Any]], # its runs that were called for
+    plan: Plan, # of the study
+    metric: str, # that chooses
+) -> ArmLedger:
+    "What was tried for an arm whose settings are halved, and how far"
+    tuned, sign = plan.study["nuisance"], 1 if plan.direction == "minimize" else -1
+    seen = standings(rows, tuned, metric)
+    (_, first), (last, now) = list(seen.items())[0], list(seen.items())[-1]
+    waiting, left = any(r["state"] not in (*FINISHED, "FAILED") for r in rows), kept(now, sign)
+    best = next(iter(now)) if last == 1 else left[0] if left else None
+    tried = "; ".join(_told(*item) for item in seen.items())
+    good = [s for s, value in first.items() if value is not None]
+    if best is None: return ArmLedger(arm, {}, None, None, len(good), len(first), waiting, tried=tried)
+    # how sharp the optimum is: where two or more were tried with the most tokens
+    duels = [[v for v in s.values() if v is not None] for share, s in seen.items() if share < 1]
+    apart = next((sorted(values) for values in reversed(duels) if len(values) > 1), None)
+    gap = None if apart is None else apart[1] - apart[0] if sign > 0 else apart[-1] - apart[-2]
+    chosen = dict(zip(tuned, best))
+    tries = {axis: [l for l in plan.axes[axis] if l in {s[n] for s in good}] for n, axis in enumerate(tuned)}
+    edges = [axis for axis, level in chosen.items() if len(tries[axis]) == 1 or edge_of(level, tries[axis])]
+    return ArmLedger(arm, chosen, now[best] if last == 1 else None, gap, len(good), len(first),
+                     waiting or last < 1, edges, tried)
+
 # %% ../../nbs/findings/02_own_best.ipynb #d560f90f
 @dataclass(frozen=True)
 class OwnBest:
@@ -102,11 +173,13 @@ def own_best(
     metric, records = chooses(plan.metric, rows.columns), rows.to_dict("records")
     axes, arms, kept, ledger = [axis for axis in plan.axes if axis not in tuned], {}, [], []
     for r in records: arms.setdefault(tuple(r[axis] for axis in axes), []).append(r)
+    told = halved_ledger if plan.halves else arm_ledger
     for levels, own in arms.items():
-        entry = arm_ledger(dict(zip(axes, levels)), own, plan, metric)
+        entry = told(dict(zip(axes, levels)), own, plan, metric)
         ledger.append(entry)
         setting = entry.best or {axis: own[0][axis] for axis in tuned}
         chosen = [r for r in own if all(r[axis] == level for axis, level in setting.items())]
+        if plan.halves: chosen = [r for r in chosen if r["token_share"] == 1] or chosen[-1:]
         kept += [{**r, "state": "TODO"} for r in chosen] if entry.waiting else chosen
     return OwnBest(pd.DataFrame(kept, columns=rows.columns), plan.arms(), ledger, metric)
 
@@ -122,7 +195,10 @@ def ledger_warnings(
                        "a better one may lie beyond it")
         if entry.settings < most and not entry.waiting:
             out.append(f"{entry.name} was tried at {entry.settings} settings, others at {most}: it had fewer chances")
-    if best.ledger and best.chosen_on == best.plan.metric:
+    for entry in best.ledger:
+        if not entry.best and not entry.waiting:
+            out.append(f"{entry.name}: no setting that was tried has a {best.chosen_on}, so none is compared")
+    if best.ledger and best.chosen_on == best.plan.metric and not best.ledger[0].tried:
         out.append(f"settings are chosen by {best.chosen_on}, which is also what is reported: the best of several "
                    "is flattered by chance, alike in all arms only if they were tried equally often")
     return out
@@ -135,4 +211,6 @@ def ledger_rows(
     def told(value): return "–" if value is None else decimals(value)
     return [{"arm": t.name, "settings tried": f"{t.settings} of {t.planned}" + ", runs to come"*t.waiting,
              "best": ", ".join(f"{a} {l}" for a, l in t.best.items()) or "–", best.chosen_on: told(t.value),
-             "next best is worse by": told(t.next_best)} for t in best.ledger]
+             "next best is worse by": told(t.next_best)}
+            | ({"tried with parts of the tokens": t.tried} if t.tried else {})
+            for t in best.ledger]

@@ -24,8 +24,8 @@ from ..files import UserError, write_atomic
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['COLUMNS', 'FIRST', 'StudyRuns', 'load_runs', 'peaks', 'metric_columns', 'run_row', 'metric_names', 'long_table',
-           'check_axes', 'loss_curve']
+__all__ = ['COLUMNS', 'FIRST', 'StudyRuns', 'load_runs', 'peaks', 'metric_columns', 'run_row', 'metric_names', 'full_runs',
+           'long_table', 'check_axes', 'loss_curve']
 
 # %% ../../nbs/findings/01_results.ipynb #e6e2d163
 class StudyRuns:
@@ -97,6 +97,7 @@ COLUMNS = {
     "state": "TODO, RUNNING, DONE, REUSE, FAILED, STALE or PREEMPTED",
     "parameters": "all", "active_parameters": "that one token reads", "tokens": "trained on",
     "flops": "of the training, from the closed form", "seconds": "of training",
+    "token_share": "of a full run's tokens, where settings are halved: runs below 1 only choose, and are in no effect",
     "budget_seconds": "of training that the run was given, where wall time is matched",
     "budget_missed": "by how much its seconds of training were more (or less, negative) than that, as a share of it",
     "run_seconds": "of the whole process", "tokens_per_second": "of training",
@@ -144,7 +145,8 @@ def run_row(
     measured = {k: training.get(k) for k in ("tokens", "seconds", "tokens_per_second", "peak_memory_bytes")}
     return {"run": cell.id, **cell.levels, "seed": cell.seed, "state": run.state, "flops": cell.flops, **measured,
             "parameters": count.get("total"), "active_parameters": count.get("active"),
-            "budget_seconds": wall, "budget_missed": missed, "run_seconds": run.status.seconds,
+            **({"token_share": cell.share} if plan.halves else {}), "budget_seconds": wall, "budget_missed": missed,
+            "run_seconds": run.status.seconds,
             **(metric_columns(run) if result.metrics else {}), **_provenance(run, result, cell, plan)}
 
 # %% ../../nbs/findings/01_results.ipynb #c381dd3f
@@ -163,6 +165,13 @@ def metric_names(
 ) -> list[str]: # such as docs/loss
     "The columns that are metrics at the end of a run: a slash in the name, and no part of it after a colon"
     return [c for c in rows.columns if "/" in c and ":" not in c]
+
+# %% ../../nbs/findings/01_results.ipynb #35935fb0
+def full_runs(
+    rows: pd.DataFrame, # of a study's runs
+) -> pd.DataFrame: # some of the rows
+    "The runs that had all their tokens, where others only chose a setting"
+    return rows[rows.token_share == 1] if "token_share" in rows else rows
 
 # %% ../../nbs/findings/01_results.ipynb #fbb0a72e
 @patch

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomic
 from .dose import trend_rows, trend_text
-from .effects import design_of, interactions, table_rows
+from .effects import design_of, interactions, table_rows, whole_rounds
 from .figures import COSTS, USAGE, cost_figure, cost_points, curves, degraded, effect_figure, equal_cost
 from .figures import interaction_figure, interval_figure, loss_figure, peak_figure, recolouring
 from .figures import static_costs, static_effects, static_intervals, static_losses, static_usage
 from .figures import usage_figure, usages
 from .own_best import OwnBest, ledger_rows, ledger_warnings, own_best
-from .results import StudyRuns, metric_names
+from .results import StudyRuns, full_runs, metric_names
 from .summary import ANECDOTAL, best_run, done_words, effect_sentence, rounds_sentence
 from .summary import wall_time_rows, wall_time_sentence
 from .verdicts import Finding, judged_effects, study_findings
@@ -36,10 +36,10 @@ if TYPE_CHECKING: import pandas as pd
 __all__ = ['UNITS', 'TOP', 'CLAIMS', 'LEDGER', 'MATCHED', 'CLOCK', 'EFFECTS', 'BESIDE', 'INTERACTIONS', 'COST', 'PEAKS',
            'EXPERTS', 'RUNS_TABLE', 'TAKEN', 'CHANGES', 'END', 'VERDICTS', 'match_sentences', 'shown_metrics',
            'compared', 'unit_of', 'facts', 'top_part', 'arm_text', 'claim_text', 'claims_part', 'ledger_part',
-           'matched_part', 'clock_part', 'effect_rows', 'noise_sentence', 'variance_sentence', 'effects_part',
-           'interactions_part', 'costs_part', 'address', 'peaks_part', 'more_parts', 'experts_part', 'run_table',
-           'runs_part', 'taken_from', 'manifests', 'run_environments', 'commands', 'end_part', 'page_effects',
-           'study_page', 'write_figures', 'write_report']
+           'matched_part', 'clock_part', 'effect_rows', 'noise_sentence', 'variance_sentence', 'looks_sentence',
+           'effects_part', 'interactions_part', 'costs_part', 'address', 'peaks_part', 'more_parts', 'experts_part',
+           'run_table', 'runs_part', 'taken_from', 'manifests', 'run_environments', 'commands', 'end_part',
+           'page_effects', 'study_page', 'write_figures', 'write_report']
 
 # %% ../../nbs/findings/08_study_page.ipynb #442aca98
 def _range(m: Match) -> str:
@@ -82,7 +82,7 @@ def compared(
     plan: Plan, # of the study
 ) -> str: # one sentence
     "What the study compares"
-    seeds = sorted({c.seed for c in plan.cells})
+    seeds = sorted({c.seed for c in plan.full().cells})
     axes = " × ".join(f"{len(levels)} levels of {axis}" for axis, levels in plan.axes.items())
     repeated = f"{len(seeds)} seeds" if len(seeds) > 1 else f"one seed ({seeds[0]})"
     how = {"blocks": ", each for a balanced block of combinations", "distinct": ", one for each run"}
@@ -145,17 +145,18 @@ def top_part(
     plan: Plan, # of the study
     effects: dict[str, pd.DataFrame], # metric -> its judged_effects
     every: pd.DataFrame | None = None, # all runs, where only each arm's best are compared
+    whole: Plan | None = None, # of all runs, then
 ) -> str: # HTML
     "What was compared, the few numbers, one sentence for each axis, and all effects in one figure"
     sentences = {m: [effect_sentence(axis, e) for axis in plan.axes] for m, e in effects.items()}
     found = {m: [said for said in lines if said] for m, lines in sentences.items()}
     known = {m: len(e) > 0 and e["low"].notna().any() for m, e in effects.items()}
-    forests = {m: figure_html(interval_figure(e, interactions(rows, plan.axes, m))) if known[m] else ""
+    forests = {m: figure_html(interval_figure(e, interactions(rows, plan.axes, m, plan.looks))) if known[m] else ""
                for m, e in effects.items()}
-    anecdotal = ANECDOTAL if rows.seed.nunique() == 1 else ""
+    anecdotal = ANECDOTAL if full_runs(rows).seed.nunique() == 1 else ""
     return render(TOP, plan=plan, compared=compared(plan),
                   facts=facts(rows if every is None else every, plan), found=found, anecdotal=anecdotal,
-                  forests=forests, rounds=rounds_sentence(plan))
+                  forests=forests, rounds=rounds_sentence(whole or plan))
 
 # %% ../../nbs/findings/08_study_page.ipynb #549f0e9e
 def arm_text(
@@ -354,6 +355,18 @@ def variance_sentence(
             "level is drawn anew in every part, and effects are tested against the noise of runs. Beside it stands "
             "the interval that the seeds as units would give.")
 
+# %% ../../nbs/findings/08_study_page.ipynb #c6155d21
+def looks_sentence(
+    rows: pd.DataFrame, # of a study's runs
+    plan: Plan, # of the study
+) -> str: # with a space before it; empty where all seeds are run at once
+    "What beside the claims pays for their looks"
+    if not plan.looks: return ""
+    seeds = whole_rounds(table_rows(rows), plan.axes, plan.looks)[1]
+    if not seeds: return " No interval before the first look."
+    return (f" Counted with the {seeds} seeds that every combination has; p and intervals pay for all "
+            f"{plan.looks.count} looks at the claims.")
+
 # %% ../../nbs/findings/08_study_page.ipynb #22c8345d
 EFFECTS = """
 <h2>Main effects</h2>
@@ -385,7 +398,7 @@ table of all runs.</p>
 {% endfor %}
 </table></div>
 {% for line in trends[metric] %}
-<p>Trend: {{ line }}.</p>
+<p>Trend: {{ line }}.{{ looks }}</p>
 {% endfor %}
 {% endfor %}
 <p><small>Effect size: mean over the spread of one difference, corrected for few degrees of freedom. Holm counts all
@@ -405,8 +418,9 @@ def effects_part(
     charts = {m: [figure_html(effect_figure(rows, plan, axis, m)) for axis in plan.axes] for m in effects}
     variance = variance_sentence(rows, plan)
     beside = BESIDE[design_of(table_rows(rows), plan.axes).variance]
-    trends = {m: [trend_text(t) for t in trend_rows(rows, plan.axes, m)] for m in effects}
+    trends = {m: [trend_text(t) for t in trend_rows(rows, plan.axes, m, plan.looks)] for m in effects}
     return render(EFFECTS, trends=trends, plan=plan, metrics=list(effects), charts=charts, variance=variance,
+                  looks=looks_sentence(rows, plan),
                   beside=beside, noise={m: noise_sentence(rows, m, e) for m, e in effects.items()},
                   effects={m: effect_rows(e) for m, e in effects.items()})
 
@@ -414,7 +428,7 @@ def effects_part(
 INTERACTIONS = """
 <h2>Interactions</h2>
 <p class="soft"><b>{{ metric }}</b>. Parallel lines: the axes work independently. The table has what a level of one axis
-adds to the effect of another: a difference of differences.</p>
+adds to the effect of another: a difference of differences.{{ looks }}</p>
 <div class="charts">{% for chart in charts %}<div>{{ chart|safe }}</div>{% endfor %}</div>
 <div class="wide"><table>
 <tr><th>effect of</th><th>changes with</th><th class="n">by</th><th class="n">95 % interval</th>
@@ -435,12 +449,13 @@ def interactions_part(
     most: int = 12, # shown
 ) -> str: # HTML; empty where no two axes can be told apart
     "What the levels of one axis add to the effects of another"
-    joint = [e for e in interactions(rows, plan.axes, plan.metric) if e["mean"] == e["mean"]]
+    joint = [e for e in interactions(rows, plan.axes, plan.metric, plan.looks) if e["mean"] == e["mean"]]
     if not joint: return ""
     joint.sort(key=lambda e: (e["p"] is None, e["p"] or 0, -abs(e["mean"])))
     pairs = list(dict.fromkeys((e["axis"], e["with"]) for e in joint))[:6]
     charts = [figure_html(interaction_figure(rows, plan, y, x, plan.metric)) for x, y in pairs]
-    return render(INTERACTIONS, metric=plan.metric, joint=joint[:most], hidden=max(0, len(joint) - most), charts=charts)
+    return render(INTERACTIONS, metric=plan.metric, joint=joint[:most], hidden=max(0, len(joint) - most), charts=charts,
+                  looks=looks_sentence(rows, plan))
 
 # %% ../../nbs/findings/08_study_page.ipynb #9f4e599c
 COST = """
@@ -757,8 +772,8 @@ def study_page(
     plan, rows = runs.plan, runs.rows
     findings, effects = page_effects(runs)
     best = own_best(rows, plan)
-    body = top_part(best.rows, best.plan, effects, rows) + claims_part(findings) + ledger_part(best)
-    body += matched_part(plan) + clock_part(rows, plan)
+    body = top_part(best.rows, best.plan, effects, rows, plan) + claims_part(findings) + ledger_part(best)
+    body += matched_part(plan.full()) + clock_part(rows, plan)
     if effects: body += effects_part(best.rows, best.plan, effects) + more_parts(best.rows, best.plan)
     body += experts_part(runs)
     body += runs_part(rows, plan, curves(runs))
@@ -782,7 +797,7 @@ def _write_static(target: Path, name: str, figure: Any):
 # %% ../../nbs/findings/08_study_page.ipynb #0f84fa99
 def _metric_figures(target: Path, plan: Plan, rows: pd.DataFrame, metric: str, effects: pd.DataFrame, draw: Callable):
     "Effects of one metric: each axis as a page, all of them as a picture, and the intervals as both"
-    name, joint = file_name(metric), interactions(rows, plan.axes, metric)
+    name, joint = file_name(metric), interactions(rows, plan.axes, metric, plan.looks)
     _write_static(target, f"effects-{name}", static_effects(rows, plan, metric))
     for axis in plan.axes: draw(f"effects-{name}-{file_name(axis)}", metric, effect_figure(rows, plan, axis, metric))
     if not effects.pairs.any(): return
@@ -802,9 +817,10 @@ def write_figures(
     for shown, effects in page_effects(runs)[1].items():
         _metric_figures(target, best.plan, best.rows, shown, effects, draw)
     if metric in rows:
-        _write_static(target, "cost", static_costs(rows, plan, metric, direction))
+        _write_static(target, "cost", static_costs(full_runs(rows), plan, metric, direction))
         for cost, what in COSTS.items():
-            draw(f"cost-{cost}", f"{metric} against {what}", cost_figure(rows, plan, cost, metric, direction))
+            figure = cost_figure(full_runs(rows), plan, cost, metric, direction)
+            draw(f"cost-{cost}", f"{metric} against {what}", figure)
     if used := usages(runs): _write_static(target, "usage", static_usage(used, plan))
     for axis in plan.axes:
         _write_static(target, f"loss-{file_name(axis)}", static_losses(read, plan, axis))

@@ -11,8 +11,8 @@ from ..formats import signed
 from ..study.plan import THRESHOLD, Plan, cell_rounds, wall_seconds
 from ..study.run import FINISHED
 from .effects import usable_runs
-from .own_best import ledger_warnings, own_best
-from .results import StudyRuns
+from .own_best import ledger_warnings, own_best, rounds_text
+from .results import StudyRuns, full_runs
 from .verdicts import judged_effects, study_findings
 
 if TYPE_CHECKING: import pandas as pd
@@ -27,7 +27,7 @@ def best_run(
     plan: Plan, # its primary metric decides
 ) -> dict | None: # a row; None while nothing is done
     "The run with the best primary metric, of those that count"
-    done = usable_runs(rows, plan.metric)
+    done = usable_runs(full_runs(rows), plan.metric)
     if done.empty: return None
     values = done[plan.metric].astype(float)
     return done.loc[values.idxmin() if plan.direction == "minimize" else values.idxmax()].to_dict()
@@ -92,11 +92,19 @@ def done_words(
     return int(states.get("DONE", 0) + reused), said + "".join(f", {n} {s}" for s, n in states.items()
                                                                if s not in FINISHED)
 
+# %% ../../nbs/findings/04_summary.ipynb #23ba61ad
+def _halving_sentence(plan: Plan) -> str:
+    "How far settings are halved"
+    return (f"Settings of {' and '.join(plan.study['nuisance'])} are halved: so far "
+            f"{rounds_text([cell.share for cell in plan.cells])}; a short run has a schedule of its own, and only full "
+            "runs are compared")
+
 # %% ../../nbs/findings/04_summary.ipynb #a32bc484
 def rounds_sentence(
     plan: Plan, # of the study; its cells are those that were called for
-) -> str: # "" where all seeds are run at once
-    "How many seeds were called for"
+) -> str: # "" where all runs are made at once
+    "How many seeds were called for, or how far settings are halved"
+    if plan.halves: return _halving_sentence(plan)
     if (looks := plan.looks) is None: return ""
     number, every = cell_rounds(plan), len(plan.every_cell)
     now = max(number[cell.id] for cell in plan.cells)
@@ -129,4 +137,4 @@ def summary_lines(
     lines += filter(None, (effect_sentence(axis, effects) for axis in best.plan.axes))
     lines += ledger_warnings(best)
     if clock := wall_time_sentence(rows, plan): lines.append(clock[0])
-    return lines + _failures(rows) + [ANECDOTAL]*(rows.seed.nunique() == 1)
+    return lines + _failures(rows) + [ANECDOTAL]*(full_runs(rows).seed.nunique() == 1)

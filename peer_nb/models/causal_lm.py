@@ -673,7 +673,8 @@ def shared_inputs(self: PeerMLAModel,
     angles = rotary_angles(position_ids, self.config.head_dim, mla["rope_theta"], mla["rope_scaling"])
     attention = self.attention_inputs(h, attention_mask, apart, past_key_values, documents, output_attentions)
     token_mask = real_tokens(attention_mask, new) if in_memories else None
-    reach = dict(reach=apart if documents else position_ids) if self.config.engram_config["layers"] else {}
+    ngrams = any(hasattr(layer, "engram") for layer in self.layers)
+    reach = dict(reach=apart if documents else position_ids) if ngrams else {}
     return dict(position_embeddings=angles, token_mask=token_mask, **attention, **reach)
 
 # %% ../../nbs/models/08_causal_lm.ipynb #99d0ec5c
@@ -706,7 +707,8 @@ def ngram_inputs(self: PeerMLAModel,
     if mask is not None: tokens = torch.where(mask, tokens, self.canonical_ids[-1])
     tokens = remembered(past_key_values, first, tokens[..., None])[..., 0]
     holders = [n for n, layer in enumerate(self.layers) if hasattr(layer, "engram")]
-    rows = {n: (self.layers[n].engram.addresses(tokens, self.canonical_ids[-1], reach), first + place)
+    pad = self.canonical_ids[-1]
+    rows = {n: (self.layers[n].engram.addresses(tokens, pad, reach, mask), first + place)
             for place, n in enumerate(holders, 1)}
     return dict(rows=rows, reach=reach, mask=mask)
 

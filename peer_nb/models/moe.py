@@ -10,6 +10,7 @@ __all__ = ['within_groups', 'ExpertGate', 'grouped_linear_reference', 'chosen_se
 
 # %% ../../nbs/models/05_moe.ipynb #0bb7800d
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -244,12 +245,16 @@ class GatedMLP(nn.Module):
 # %% ../../nbs/models/05_moe.ipynb #2648a73f
 class MixtureOfExperts(nn.Module):
     "Routed experts beside shared ones, with DeepSeek-V3's parameter names"
+    table_names, additive, num_heads = (), False, 1    # as memories say it: no tables of rows, no sub-keys, one head
+
     def __init__(self,
         hidden_size: int, # d
         options: MoeConfig, # sizes, routing, balance
     ):
         super().__init__()
         self.options, self.num_experts, self.usage = options, options.n_routed_experts, None
+        self.top_k, self.sizes = options.num_experts_per_tok, [options.n_routed_experts]
+        self.reader = None                             # called in place of `read`, with the layer before its arguments
         self.gate = ExpertGate(hidden_size, options)
         self.experts = RoutedExperts(hidden_size, options.moe_intermediate_size, options.n_routed_experts)
         shared = options.moe_intermediate_size * options.n_shared_experts
@@ -265,9 +270,27 @@ class MixtureOfExperts(nn.Module):
         weights, index, scores, logits = self.gate(x)
         self.count(index, None if mask is None else mask.flatten().bool())
         if terms is not None: terms.append(self.loss_terms(scores, index, logits, mask, hidden_states.shape))
-        out = self.experts(x, weights, index)
+        read = self.read if self.reader is None else partial(self.reader, self)
+        out = read(x, weights, index)                                                  # [tokens, d]
         if self.shared_experts is not None: out = out + self.shared_experts(x)
         return out.to(hidden_states.dtype).view(hidden_states.shape)
+
+# %% ../../nbs/models/05_moe.ipynb #722b6154
+@patch
+def route(self: MixtureOfExperts,
+    x: Tensor, # [tokens, d]
+) -> tuple[Tensor, Tensor]: # weights and experts, both [tokens, 1, k]
+    "Which experts each token goes to"
+    return tuple(t[:, None] for t in self.gate(x)[:2])
+
+@patch
+def read(self: MixtureOfExperts,
+    x: Tensor, # [tokens, d]
+    weights: Tensor, # [tokens, k] of the chosen experts
+    index: Tensor, # [tokens, k] their numbers
+) -> Tensor: # [tokens, d]
+    "What the chosen experts say, without the shared ones"
+    return self.experts(x, weights, index)
 
 # %% ../../nbs/models/05_moe.ipynb #a903d813
 @patch

@@ -185,7 +185,7 @@ def experts_reference(
 
 # %% ../../nbs/models/04_peer.ipynb #f0eb1f8c
 class ExpertUsage:
-    "Router weights added up by row"
+    "Router weights added up by row; by their size, where a router gives negative ones"
     def __init__(self,
         num_experts: int, # rows
     ):
@@ -200,7 +200,7 @@ class ExpertUsage:
         "Count what one batch retrieved"
         if mask is not None: weights, index = weights[mask], index[mask]
         if self.scores is None: self.scores = torch.zeros(self.num_experts, dtype=torch.float64, device=index.device)
-        self.scores.index_add_(0, index.flatten(), weights.flatten().double())
+        self.scores.index_add_(0, index.flatten(), weights.flatten().double().abs())
         self.tokens += len(index)
 
     def uses(self) -> Tensor: # [rows] float64, on the CPU

@@ -172,7 +172,7 @@ def make_folder(
     first = writable_folder(output_dir)/f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = _new_folder(first)
     save_config(plan.start, folder/BASE)
-    seeds = sorted({c.seed for c in plan.cells})
+    seeds = sorted({c.seed for c in plan.full().cells})
     how = {k: plan.study[k] for k in ("pairing",) if k in plan.study} | plan.study.get("rounds", {})
     if how: seeds = how | dict(values=plan.study["seeds"])
     again = {k: v for k, v in plan.study.items() if k not in ("pairing", "rounds")}
@@ -457,7 +457,7 @@ def _rounds(folder: Path, plan: Plan, launcher: Local | Slurm, devices: Devices,
         print(f"{folder}: {len(todo)} of {len(plan.cells)} runs to do" + (f", {devices.line}" if todo else ""),
               flush=True)
         run_cells(folder, plan, todo, launcher)
-        if not plan.looks or not (lines := call_round(load_runs(folder, plan))): return
+        if not plan.in_rounds or not (lines := call_round(load_runs(folder, plan))): return
         print(*lines, sep="\n", flush=True)
         retry_failed = False   # once is enough
 
@@ -494,7 +494,7 @@ def _resume(folder: Path, request: Request | None, place: Place, retry_failed: b
     if place.launcher == "slurm": check_cluster()
     called = frozen.called(folder)
     left = left_to_do(folder, called, retry_failed)
-    if not left and frozen.looks: left = next_round(load_runs(folder, frozen))[0]
+    if not left and frozen.in_rounds: left = next_round(load_runs(folder, frozen))[0]
     if not left: left = [c for c in called.cells if Run.of(folder, c.id).state == "RUNNING" or rerun]
     devices = place_devices(place, len(left), known.get("threads"))
     if left and device != ("cuda" if devices.visible[0] else "cpu"):

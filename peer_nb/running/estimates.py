@@ -19,6 +19,7 @@ from ..study.plan import Cell, Match, Plan, load_plan, matching, plan_residuals,
 from ..study.run import Run, studies_in
 from ..factorial import smallest_found
 from ..findings.effects import design_of
+from ..findings.own_best import rounds_text
 from .seed_outlook import NoiseParts, axis_precision, rounds_outlook, seed_curve_lines
 from ..config import Config
 from ..files import UserError
@@ -28,7 +29,8 @@ if TYPE_CHECKING: import numpy as np
 # %% auto #0
 __all__ = ['PLAN_COLUMNS', 'Finished', 'finished_runs', 'Rate', 'measured_rate', 'estimated_seconds', 'estimated_memory',
            'seed_grids', 'noise_parts', 'detectable_effects', 'difference', 'known_noise', 'Forecast', 'outlook',
-           'plan_row', 'plan_rows', 'match_rows', 'totals', 'residual_lines', 'seeds_text', 'plan_text']
+           'plan_row', 'plan_rows', 'match_rows', 'totals', 'residual_lines', 'halving_outlook', 'seeds_text',
+           'plan_text']
 
 # %% ../../nbs/running/06_estimates.ipynb #ed0f3173
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def seed_grids(
     tables, out = {}, []
     for r in runs:
         value = r.metrics.get(metric)
-        if value is not None and math.isfinite(value):
+        if r.cell.share == 1 and value is not None and math.isfinite(value):
             tables.setdefault(r.folder.parent, {})[tuple(r.cell.levels.items()), r.cell.seed] = value
     for table in tables.values():
         seeds = sorted({s for _, s in table})
@@ -321,6 +323,19 @@ def residual_lines(
     if not found: return []
     return [text_table(found), "(of the base; arms are sized to equal active FLOPs and parameters)", ""]
 
+# %% ../../nbs/running/06_estimates.ipynb #f28646f6
+def halving_outlook(
+    plan: Plan, # any
+) -> list[str]: # lines; none where every setting is run in full
+    "How many runs and tokens the halving of settings takes, and what the grid in full would"
+    if not plan.halves: return []
+    will, grid = plan.likely().cells, plan.full().cells
+    def tokens(cells): return short_number(sum(c.tokens for c in cells))
+    return [f"settings are halved: {rounds_text([c.share for c in will])}; short runs have a seed that no full run "
+            "has, and a schedule of their own, and only full runs are compared",
+            f"  {len(will)} runs and {tokens(will)} tokens are to be expected, fewer where runs fail; the whole grid "
+            f"has {len(grid)} runs and {tokens(grid)} tokens"]
+
 # %% ../../nbs/running/06_estimates.ipynb #dfe90b27
 def seeds_text(
     plan: Plan, # any
@@ -329,7 +344,7 @@ def seeds_text(
     "What the seeds of a plan can show, of its arms at one setting each"
     arms, tuned = plan.arms(), plan.study.get("nuisance") or []
     said = [f"{a} ({len(plan.axes[a])} settings) is tuned: each arm is compared at its own best" for a in tuned]
-    return [*said, *rounds_outlook(arms), *detectable_effects(arms, seen.noise),
+    return [*said, *halving_outlook(plan), *rounds_outlook(arms), *detectable_effects(arms, seen.noise),
             *seed_curve_lines(arms, seen.noise or NoiseParts())]
 
 # %% ../../nbs/running/06_estimates.ipynb #cddc27f0
@@ -339,15 +354,15 @@ def plan_text(
     most: int = 200, # rows of the first table
 ) -> str: # for a terminal
     "The plan: runs, cost, what is matched, what can be seen, claims, and what was left out and why"
-    seen, rows = seen or Forecast(), plan_rows(plan, seen, most)
+    seen, rows = seen or Forecast(), plan_rows(plan.full(), seen, most)
     more = len({tuple(c.levels.items()) for c in plan.cells}) - len(rows)
     matched = {"tokens": "equal tokens", "flops": "equal FLOPs",
                "wall_time": seen.clock or "equal wall time"}[plan.study["budget"]["matched"]]
     claims = [f"claim: {c['name']}: {c['a']} {'<' if c['direction'] == 'minimize' else '>'} {c['b']} in "
               f"{c['metric']}" + (f" by {c['min_effect']:g}" if c["min_effect"] else "") for c in plan.study["claims"]]
     return "\n".join([text_table(rows), *([f"… and {more} combinations more"] if more else []), "",
-                      *totals(plan, seen), "",
-                      f"budget: {matched}", text_table(match_rows(plan)), "(! more than 5 %: not matched)", "",
+                      *totals(plan.likely(), seen), "",
+                      f"budget: {matched}", text_table(match_rows(plan.full())), "(! more than 5 %: not matched)", "",
                       *residual_lines(plan),
                       *seeds_text(plan, seen), *([""] if claims else []), *claims,
                       *([""] if plan.left_out else []),

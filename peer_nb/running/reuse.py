@@ -92,6 +92,7 @@ class Taken:
 # %% ../../nbs/running/08_reuse.ipynb #f4f2c693
 def _declared(plan: Plan, cell: Cell, device: str, where: str) -> Taken | None:
     "What the study says stands for a cell; UserError where there is nothing"
+    if cell.share < 1: return None   # what is declared is a full run
     for n, entry in enumerate(plan.study["reuse"]):
         if entry["cell"] != cell.levels or entry["seed"] not in (None, cell.seed): continue
         beside = Path(str(where)).parent/entry["source"]

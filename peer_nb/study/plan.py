@@ -36,8 +36,9 @@ from .sparse_layer import residual_rows
 
 # %% auto #0
 __all__ = ['DURATION', 'THRESHOLD', 'COUNTED', 'QUANTITIES', 'run_id', 'Cell', 'Plan', 'recalled', 'measured', 'Resolver',
-           'matched_tokens', 'wall_seconds', 'named', 'default_seeds', 'seed_blocks', 'make_plan', 'Match', 'matching',
-           'plan_residuals', 'save_plan', 'load_plan', 'cell_rounds', 'plan_differences', 'code_differences']
+           'matched_tokens', 'wall_seconds', 'halving_shares', 'named', 'default_seeds', 'seed_blocks', 'make_plan',
+           'Match', 'matching', 'plan_residuals', 'save_plan', 'load_plan', 'cell_rounds', 'plan_differences',
+           'code_differences']
 
 # %% ../../nbs/study/06_plan.ipynb #f6e533bf
 def run_id(
@@ -64,12 +65,14 @@ class Cell:
     parameters: dict[str, Any] # closed-form counts
     tokens: int | None # to train on
     flops: float | None # of the whole training
+    share: float = 1.0 # of the tokens of a full run; below 1 for runs that only choose a setting
 
 # %% ../../nbs/study/06_plan.ipynb #a83e6b78
 def _planned(plan: Plan) -> dict[str, Any]:
     "What is frozen: all cells, also those that only later rounds may need"
     frozen = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in ("about", "later")}
-    return frozen | {"cells": [vars(cell) for cell in plan.every_cell]}
+    def plain(cell): return {k: v for k, v in vars(cell).items() if (k, v) != ("share", 1.0)}
+    return frozen | {"cells": [plain(cell) for cell in plan.every_cell]}
 
 # %% ../../nbs/study/06_plan.ipynb #9ab15ebf
 @dataclass(repr=False)
@@ -116,6 +119,17 @@ class Plan:
     def start(self) -> Config: # checked
         "The configuration that every cell starts from: the base and what is shared"
         return apply_overrides(config_from_dict(self.base, "the plan's base"), self.shared)
+
+# %% ../../nbs/study/06_plan.ipynb #81183e3a
+@patch(as_prop=True)
+def halves(self: Plan) -> bool:
+    "Whether settings are tried in short runs first"
+    return self.study.get("nuisance_search") == "halving"
+
+@patch(as_prop=True)
+def in_rounds(self: Plan) -> bool:
+    "Whether some of its cells are run only if they are called for"
+    return self.halves or self.looks is not None
 
 # %% ../../nbs/study/06_plan.ipynb #b0187239
 @patch
@@ -305,11 +319,35 @@ class _Planner:
         return dict.fromkeys(DURATION) | {DURATION[0]: matched_tokens(config, each, self.allowance,
                                                                       self.plan.world_size)}
 
+# %% ../../nbs/study/06_plan.ipynb #21a39682
+def halving_shares(
+    settings: int, # of an arm
+) -> list[tuple[int, float]]: # how many are tried, with which share of the tokens
+    "The rounds of successive halving before the full runs"
+    out = []
+    while settings > 1:
+        out.append(settings)
+        settings = (settings + 1)//2
+    return [(n, 0.5**(len(out) - k)) for k, n in enumerate(out)]
+
+# %% ../../nbs/study/06_plan.ipynb #5848ceb0
+@patch
+def shortened(self: _Planner,
+    config: Config, # of a full run
+    share: float, # of its tokens
+) -> dict[str, Any]: # overrides of the duration
+    "How long a run trains that only chooses a setting"
+    if (tokens := planned_tokens(config, self.plan.world_size)) is None:
+        raise UserError(f"{at(self.where, 'nuisance_search')}: nuisance_search: halving needs to know how many tokens "
+                        "a full run has; set budget.tokens")
+    return dict.fromkeys(DURATION) | {DURATION[0]: matched_tokens(config, 1.0, share*tokens, self.plan.world_size)}
+
 # %% ../../nbs/study/06_plan.ipynb #48e72274
 @patch
 def cells(self: _Planner,
     levels: dict[str, str], # axis: level
     seeds: list[int], # one cell for each
+    share: float = 1.0, # of the tokens
 ) -> list[Cell]: # none when it is the same experiment as an earlier combination
     "The cells of one combination, resolved and counted"
     own = cell_overrides(self.study.axes, levels, self.where)
@@ -318,12 +356,15 @@ def cells(self: _Planner,
     if longer := self.lengthened(own, config, each):
         own |= longer
         config, hashes = self.resolve(own)
+    if share < 1:
+        own |= self.shortened(config, share)
+        config, hashes = self.resolve(own)
     if (text := hashes["dataset_config"]) not in self.prints: self.prints[text] = self.fingerprint(config)
     tokens = planned_tokens(config, self.plan.world_size)
     out = [Cell("", levels, seed, own,
                 identity(hashes, seed, self.plan.world_size, self.plan.template_hash, self.plan.package_hash,
                          self.prints[text]),
-                self.prints[text], counted | self.steps(config), tokens, None if tokens is None else each*tokens)
+                self.prints[text], counted | self.steps(config), tokens, None if tokens is None else each*tokens, share)
                 for seed in seeds]
     same = self.seen.setdefault(out[0].identity, levels)
     if same is levels: return out
@@ -364,9 +405,16 @@ def _written(study: Study, values: list[int]) -> dict[str, Any]:
     out = asdict(study)
     if study.rounds is None: del out["rounds"]
     if not study.nuisance: del out["nuisance"]
+    if study.nuisance_search == "full": del out["nuisance_search"]
     if study.pairing == "common": del out["pairing"]
     if study.pairing != "common" or study.rounds: out["seeds"] = values
     return out
+
+# %% ../../nbs/study/06_plan.ipynb #5c0fe062
+def _shares(study: Study) -> list[float]:
+    "Shares of the tokens at which settings are tried before the full runs"
+    if study.nuisance_search != "halving": return []
+    return [share for _, share in halving_shares(math.prod(len(study.axes[axis]) for axis in study.nuisance))]
 
 # %% ../../nbs/study/06_plan.ipynb #b06bcab8
 def make_plan(
@@ -394,12 +442,17 @@ def make_plan(
     plan.metric = _primary_metric(study, plan.start, where, declared_metrics(template))
     planner = _Planner(plan, study, where, fingerprint, Resolver(plan.start), _allowance(plan, rate), {}, {}, speed)
     levels_of = combinations(study.axes, study.design)
-    for levels, block in zip(levels_of, seed_blocks(study, levels_of)):
+    blocks, shares = seed_blocks(study, levels_of), _shares(study)
+    own_seed = max(seeds_of_block(values, max(blocks))) + 1   # of short runs: in no full one
+    for levels, block in zip(levels_of, blocks):
         if why := dropped(levels, study.constraints): plan.left_out[named(levels)] = why; continue
-        try: plan.cells += planner.cells(levels, seeds_of_block(values, block))
+        try:
+            full = planner.cells(levels, seeds_of_block(values, block))
+            plan.cells += full + [c for share in shares if full for c in planner.cells(levels, [own_seed], share)]
         except ConfigError as e:
             if left_out is None: raise UserError(f"{at(where, 'axes')}: {named(levels)}: {e}") from e
             plan.left_out[named(levels)] = str(e)
+    plan.cells.sort(key=lambda cell: cell.share)
     for n, c in enumerate(plan.cells, 1): c.id = run_id(n, c.levels, c.seed)
     if not plan.cells:
         raise UserError(f"{at(where, 'constraints' if study.constraints else 'axes')}: no cell is left: "
@@ -512,14 +565,44 @@ def called(self: Plan,
     folder: str | Path | None = None, # of the study; None: before there is one
 ) -> Plan: # itself where all seeds are run at once
     "The plan with those cells that have been called for"
-    if (looks := self.looks) is None: return self
+    if not self.in_rounds: return self
     number, path = cell_rounds(self), None if folder is None else Path(folder)/ROUNDS
     record = path and read_json(path) or {"rounds": []}
     try: asked = {run for entry in record["rounds"] for run in entry["runs"]}
     except (KeyError, TypeError) as e: raise UserError(f"{path}: not a record of rounds ({e})") from e
-    def wanted(cell): return number[cell.id] <= looks.first or cell.id in asked
-    every = self.every_cell
+    every, looks = self.every_cell, self.looks
+    first = min(cell.share for cell in every)
+    def begins(cell): return number[cell.id] <= looks.first if looks else cell.share == first
+    def wanted(cell): return begins(cell) or cell.id in asked
     return replace(self, cells=[c for c in every if wanted(c)], later=[c for c in every if not wanted(c)])
+
+# %% ../../nbs/study/06_plan.ipynb #a94a4478
+@patch
+def full(self: Plan) -> Plan: # itself where no settings are halved
+    "The plan without the runs that only choose a setting, and with a full run of every setting"
+    if not self.halves: return self
+    return replace(self, cells=[cell for cell in self.every_cell if cell.share == 1], later=[])
+
+@patch
+def likely(self: Plan) -> Plan: # itself where no settings are halved
+    "The plan with as many cells as halving will run; which settings it keeps is open, so the first stand for them"
+    if not self.halves: return self
+    tuned, arms = self.study["nuisance"], {}
+    for cell in self.every_cell:
+        arm = tuple(level for axis, level in cell.levels.items() if axis not in tuned)
+        of = arms.setdefault(arm, {}).setdefault(cell.share, {})
+        of.setdefault(tuple(cell.levels[axis] for axis in tuned), []).append(cell)
+    cells = [cell for by_share in arms.values() for share, n in _kept(by_share)
+             for own in list(by_share[share].values())[:n] for cell in own]
+    return replace(self, cells=sorted(cells, key=lambda cell: cell.id), later=[])
+
+def _kept(by_share: dict[float, dict]) -> list[tuple[float, int]]:
+    "How many settings of an arm are run with each share of the tokens"
+    left, out = len(by_share[1.0]), []
+    for share in sorted(by_share):
+        if share == 1: return [*out, (share, 1)]
+        if left > 1: out.append((share, left))
+        left = (left + 1)//2
 
 # %% ../../nbs/study/06_plan.ipynb #32d88870
 @patch
@@ -527,12 +610,13 @@ def arms(self: Plan) -> Plan: # itself where no axis is tuned
     "The plan as its arms are compared, with one setting of the nuisance axes each"
     tuned, kept, cells = self.study.get("nuisance") or [], {}, []
     if not tuned: return self
-    for cell in self.cells:
+    for cell in self.full().cells:
         levels = {axis: level for axis, level in cell.levels.items() if axis not in tuned}
         setting = tuple(cell.levels[axis] for axis in tuned)
         if kept.setdefault(tuple(levels.values()), setting) == setting: cells.append(replace(cell, levels=levels))
     axes = {axis: levels for axis, levels in self.study["axes"].items() if axis not in tuned}
-    return replace(self, study={**self.study, "axes": axes, "nuisance": []}, cells=cells)
+    study = {k: v for k, v in self.study.items() if k != "nuisance_search"}
+    return replace(self, study={**study, "axes": axes, "nuisance": []}, cells=cells)
 
 # %% ../../nbs/study/06_plan.ipynb #719b4a8d
 def _levels(levels: dict | None) -> str:
@@ -560,6 +644,7 @@ def plan_differences(
              "pairing of seeds": [p.study.get("pairing", "common") for p in (frozen, asked)],
              "rounds of seeds": [p.study.get("rounds") for p in (frozen, asked)],
              "nuisance axes": [p.study.get("nuisance", []) for p in (frozen, asked)],
+             "nuisance search": [p.study.get("nuisance_search", "full") for p in (frozen, asked)],
              "GPUs of a run": [p.world_size for p in (frozen, asked)],
              "primary metric": [(p.metric, p.direction) for p in (frozen, asked)]}
     out += [f"{what}: {old} in the study; asked for {new}" for what, (old, new) in facts.items() if old != new]

@@ -23,12 +23,12 @@ from ..files import UserError, at_home, sha256_of
 from .sparse_layer import sparse_layer_levels
 
 # %% auto #0
-__all__ = ['Design', 'Pairing', 'NOTHING', 'READERS', 'BUILTIN_AXES', 'ASKED_AXES', 'STUDY_KEYS', 'Budget', 'Primary', 'Study',
-           'check_study_keys', 'read_constraints', 'dropped', 'read_reuse', 'check_budget', 'check_seeds', 'read_seeds',
-           'check_pairing', 'check_rounds', 'check_nuisance', 'seeds_of_block', 'study_from_dict', 'load_study',
-           'neighbours', 'combinations', 'expert_setup_levels', 'selection_heads_levels', 'data_mix_levels',
-           'check_axis', 'axis_levels', 'builtin_axes', 'heldout_sets', 'shared_overrides', 'check_owned',
-           'check_levels', 'cell_overrides', 'step_tokens', 'planned_tokens']
+__all__ = ['Design', 'Pairing', 'NuisanceSearch', 'NOTHING', 'READERS', 'BUILTIN_AXES', 'ASKED_AXES', 'STUDY_KEYS', 'Budget',
+           'Primary', 'Study', 'check_study_keys', 'read_constraints', 'dropped', 'read_reuse', 'check_budget',
+           'check_seeds', 'read_seeds', 'check_pairing', 'check_rounds', 'check_nuisance', 'seeds_of_block',
+           'study_from_dict', 'load_study', 'neighbours', 'combinations', 'expert_setup_levels',
+           'selection_heads_levels', 'data_mix_levels', 'check_axis', 'axis_levels', 'builtin_axes', 'heldout_sets',
+           'shared_overrides', 'check_owned', 'check_levels', 'cell_overrides', 'step_tokens', 'planned_tokens']
 
 # %% ../../nbs/study/03_study.ipynb #60cea7fe
 @dataclass
@@ -50,6 +50,7 @@ class Primary:
 # %% ../../nbs/study/03_study.ipynb #29d248de
 Design = Literal["full", "one_factor", "leave_one_out", "pairs", "list"]
 Pairing = Literal["common", "distinct", "blocks"]
+NuisanceSearch = Literal["full", "halving"]
 
 # %% ../../nbs/study/03_study.ipynb #f2691feb
 @dataclass
@@ -74,6 +75,7 @@ class Study:
     pairing: Pairing = "common" # who shares a seed; in a file: seeds: {pairing: blocks, values: [42, 43]}
     # axes that are tuned, not compared: each arm is judged at its own best setting
     nuisance: list[Text] = field(default_factory=list)
+    nuisance_search: NuisanceSearch = "full" # every setting in full, or successive halving on short runs
     rounds: Looks | None = None # seeds are added until the claims are decided; in a file: seeds: {first: 2, most: 8}
 
 # %% ../../nbs/study/03_study.ipynb #1d8d1393
@@ -265,7 +267,12 @@ def check_nuisance(study: Study, file: str):
     for name in study.nuisance:
         if name not in study.axes: refuse("nuisance", f"{name!r} is no axis; axes: {', '.join(study.axes)}")
         if len(study.axes[name]) < 2: refuse("nuisance", f"axis {name!r} has one level, so there is nothing to choose")
+    if not study.nuisance and study.nuisance_search != "full":
+        refuse("nuisance_search", f"{study.nuisance_search} needs axes that are tuned; name them under nuisance")
     if not study.nuisance: return
+    if study.nuisance_search == "halving" and study.budget.matched == "wall_time":
+        refuse("budget.matched", "wall_time leaves open how many tokens a run has, and nuisance_search: halving makes "
+               "runs with parts of them; match tokens or flops")
     if {*study.nuisance} == {*study.axes}: refuse("nuisance", "leaves no axis to compare")
     if study.design != "full":
         refuse("design", f"{study.design} does not try every setting of {study.nuisance[0]!r} for every arm; nuisance "

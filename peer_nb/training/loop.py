@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..cli import check_least, make_main, spell_resume, steady_streams
-from ..config import Config, apply_overrides, diff_configs, load_config, to_dict
+from ..config import Config, ConfigError, apply_overrides, diff_configs, load_config, to_dict
 from ..data.corpora import check_datasets, check_parts, data_manifest, load_tokenizer
 from ..data.packing import training_batches, differences
 from ..evaluation.loading import load_to_train
@@ -58,12 +58,18 @@ def check_vocabulary(
     tokenizer,    # from transformers
     cfg: Config,  # model_config.vocab_size
 ) -> None:
-    "Refuse a tokenizer that is larger than the model's embedding"
+    "Refuse a tokenizer that is larger than the model's embedding, or has no token that n-grams need"
     rows, needed = model_sizes(cfg.model_config)[0], len(tokenizer)
     if needed > rows:
         name = cfg.dataset_config.tokenizer_name
         raise UserError(f"model_config.vocab_size is {rows:,}, but the tokenizer {name!r} has {needed:,} tokens: "
                         f"set vocab_size to {needed:,} or more, or choose a smaller tokenizer")
+    if not cfg.model_config.engram_config.layers: return
+    from peer_nb.models.engram import before_text
+    try: before_text(tokenizer)
+    except ValueError as error:
+        problem = f"{cfg.dataset_config.tokenizer_name!r}, dataset_config.tokenizer_name: {error}"
+        raise ConfigError("", "model_config.engram_config.layers", problem) from error
 
 # %% ../../nbs/training/11_loop.ipynb #d565a7a5
 def check_own_tokenizer(
@@ -704,8 +710,8 @@ def peer_train(
         code, said = train_in_processes(cfg, size, words, cpu=cpu)
         if said: print(said, file=sys.stderr)
         return code
-    result = train(cfg, resume=True if resume else None, approximate=allow_approximate_resume)
-    r = result
+    try: r = train(cfg, resume=True if resume else None, approximate=allow_approximate_resume)
+    except ConfigError as error: raise ConfigError(error.file or config, error.key, error.problem) from error
     log.info("%d steps, %d tokens, %.0f tokens/s; %s", r.steps, r.tokens, r.tokens_per_second, r.checkpoint)
     return 0
 

@@ -28,6 +28,7 @@ from ..analysis.usage_statistics import EDGES, hot_rows, usage_histogram, usage_
 from ..config import Config, PeerConfig, flatten
 from ..files import UserError, append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from ..progress import Progress
+from ..models.engram import Engram, ngram_collisions
 from ..models.moe import MixtureOfExperts
 from ..models.peer import ExpertUsage, MemoryLayer
 
@@ -159,10 +160,11 @@ class UsageRecorder:
     window = 10 # steps that are counted for a record, at most
 
     def __init__(self,
-        model: nn.Module,    # its memory layers are counted
+        model: nn.Module,    # its memories, experts and n-grams are counted
         config: PeerConfig,  # log_expert_usage, log_freq, usage_threshold
     ):
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, MemoryLayer | MixtureOfExperts)}
+        counted = MemoryLayer | MixtureOfExperts | Engram
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, counted)}
         self.layers = layers if config.log_expert_usage else {}
         self.config = config
 
@@ -185,6 +187,8 @@ class UsageRecorder:
         for name, layer in self.layers.items():
             if name in record and isinstance(layer, MixtureOfExperts):
                 record[name]["max_violation"] = max_violation(layer.usage)
+            if name in record and isinstance(layer, Engram):
+                record[name]["ngrams"] = ngram_collisions(layer, layer.usage.seen)
             layer.collect_usage(False)
         return record
 
@@ -204,7 +208,9 @@ def paused(self: UsageRecorder) -> Iterator[None]:
 def state_dict(self: UsageRecorder) -> dict: # tensors and numbers, by layer; empty between two windows
     "What was counted so far"
     counting = {name: layer.usage for name, layer in self.layers.items() if layer.usage}
-    return {name: dict(scores=usage.scores, tokens=usage.tokens) for name, usage in counting.items()}
+    def held(usage): return dict(scores=usage.scores, tokens=usage.tokens, seen=getattr(usage, "seen", None))
+    return {name: {key: value for key, value in held(usage).items() if key != "seen" or value is not None}
+            for name, usage in counting.items()}
 
 # %% ../../nbs/training/05_tracking.ipynb #2e6ebf13
 @patch
@@ -216,7 +222,9 @@ def load_state_dict(self: UsageRecorder,
         layer.collect_usage(name in state)
         if name not in state: continue
         scores, layer.usage.tokens = state[name]["scores"], state[name]["tokens"]
-        layer.usage.scores = None if scores is None else scores.to(next(layer.parameters()).device)
+        device = next(layer.parameters()).device
+        layer.usage.scores = None if scores is None else scores.to(device)
+        if "seen" in state[name]: layer.usage.seen = [mixed.to(device) for mixed in state[name]["seen"]]
 
 # %% ../../nbs/training/05_tracking.ipynb #ee1d2c79
 def check_wandb(
