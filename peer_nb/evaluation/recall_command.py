@@ -218,9 +218,9 @@ def run_recall(
     "Ask, keep, summarise"
     with ExitStack() as held:
         folder = processes.decided(lambda: held.enter_context(output_folder(output)))
+        model, tokenizer = load_model(checkpoint)
         answers = folder.glob("items-*.jsonl")
         processes.decided(lambda: claim_answers(folder/"run.json", asked.identity(checkpoint), answers, force))
-        model, tokenizer = load_model(checkpoint)
         result = None
         try:
             answer_all(asked, model, tokenizer, folder, processes, batch_tokens)
