@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"""(\]\(|(?:href|src)=\\?["'])([\w./-]+?\.ipynb)(?=[#)"'\\\s])""")
 GUIDES = {"Start": "start", "How-to": "how_to", "Reference": "reference"}   # pages that export nothing, by what a reader wants
 BEFORE = {"How-to": ["where_to_add.ipynb"]}
-RESULTS = [{"text": "A finished study", "href": "example/index.html"}, {"text": "A bridge and its controls", "href": "results/bridge/index.html"}, "benchmarks.ipynb"]
+RESULTS = [{"text": "A finished study", "href": "example/index.html"}, {"text": "Seven sparse layers at equal work", "href": "results/sparse_layers/index.html"},
+           {"text": "A bridge and its controls", "href": "results/bridge/index.html"}, "benchmarks.ipynb"]
 
 
 def rooms(root: Path = ROOT) -> dict[str, dict]:

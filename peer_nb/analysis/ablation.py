@@ -42,7 +42,7 @@ from ..models.moe import MixtureOfExperts
 # %% auto #0
 __all__ = ['FIELDS', 'MOST_ROWS', 'DONORS', 'jsonl_questions', 'text_questions', 'asked_of', 'fitting_questions', 'records_of',
            'slot_ranks', 'keys_until_loss', 'randomly_routed', 'layer_answers', 'HeadOutputs', 'heads_of_data',
-           'all_parts', 'answers_without', 'part_records', 'without_rows', 'rows_read', 'ngram_pairs', 'ngram_effects',
+           'all_parts', 'answers_without', 'part_records', 'without_rows', 'ngram_rows', 'ngram_pairs', 'ngram_effects',
            'Job', 'losses_of', 'append_all', 'example_lines', 'run_batches', 'layer_groups', 'finish_ablation',
            'check_kinds', 'chosen_ngrams', 'run_ablation', 'setting_for', 'refuse_others_file', 'run_retrievals',
            'run_swap', 'wanted_tokens', 'curve_lines', 'run_intervene', 'memory_effects', 'fact_metrics']
@@ -325,7 +325,7 @@ def without_rows(
     finally: handle.remove()
 
 # %% ../../nbs/analysis/14_ablation.ipynb #954d020a
-def rows_read(
+def ngram_rows(
     model: nn.Module, # in evaluation mode
     ids: Tensor, # [B, T]
     layer: Engram, # of the model
@@ -344,7 +344,7 @@ def ngram_pairs(
     layer: Engram, # of the model
 ) -> Pairs: # of examples and rows of the table
     "Which rows each example reads, where it matters"
-    rows, kept = rows_read(model, answers.ids, layer), answers.reaching.flatten()
+    rows, kept = ngram_rows(model, answers.ids, layer), answers.reaching.flatten()
     token = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows)
     return pairs_of(token[kept].flatten(), rows[kept].flatten(), answers.ids.shape[1])
 
