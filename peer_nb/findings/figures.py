@@ -408,7 +408,7 @@ def static_intervals(
         for end, cut, mark in zip(ends, shown, "<>"):
             ax.plot(cut, n, mark if end != cut else "|", color=COLOURS[0], ms=6, clip_on=False)
         ax.plot(d.value, n, "D", color=COLOURS[0], ms=5)
-        ax.text(1.02, n, f"{d.value:+.3g}", transform=ax.get_yaxis_transform(), va="center", fontsize=8)
+        ax.text(1.02, n, signed(d.value), transform=ax.get_yaxis_transform(), va="center", fontsize=8)
     ax.set_yticks(range(len(dots)), [_plain(d.label) for d in dots], fontsize=8)
     ax.axvline(0, color=GREY, lw=.8, ls=":")
     ax.invert_yaxis()
