@@ -14,6 +14,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from traceback import walk_tb
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from fastcore.docments import docments
@@ -121,18 +122,15 @@ class StandIn(type):
 
 # %% ../nbs/14_documented.ipynb #4df92dbe
 def with_stand_ins(
-    symbol: Any, # whose annotations are evaluated
-    call: Callable[[], Any], # what evaluates them
+    call: Callable[[], Any], # what evaluates annotations
 ):
-    "Call again, with a stand-in for each name that only type checkers know"
-    holders = [getattr(symbol, "__globals__", None), getattr(getattr(symbol, "__init__", None), "__globals__", None),
-               vars(sys.modules[symbol.__module__]) if getattr(symbol, "__module__", None) in sys.modules else None]
+    "Call again, with a stand-in for each name that only type checkers know, where it was looked for"
     while True:
         try: return call()
         except NameError as e:
-            if all(e.name in names for names in holders if names is not None): raise
-            for names in holders:
-                if names is not None: names.setdefault(e.name, StandIn(e.name, (), {}))
+            *_, (frame, _) = walk_tb(e.__traceback__)
+            if e.name in frame.f_globals: raise
+            frame.f_globals[e.name] = StandIn(e.name, (), {})
 
 # %% ../nbs/14_documented.ipynb #58f416c7
 def _has_fields(kind: Any) -> bool:
@@ -145,7 +143,7 @@ class Definition(BasicMarkdownRenderer):
     def __init__(self, sym: Any, **kwargs: Any):
         kind = exported(sym)
         self.table = _has_fields(kind) and fields_table(kind)
-        with_stand_ins(kind, lambda: super(Definition, self).__init__(kind, **kwargs))
+        with_stand_ins(lambda: super(Definition, self).__init__(kind, **kwargs))
 
     def signature(self) -> str:
         "The call as Markdown: a table for what has fields, else code"
