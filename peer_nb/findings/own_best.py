@@ -47,6 +47,12 @@ def edge_of(
     except ValueError: ordered, ends = [*levels], ("first", "last")
     return dict(zip((ordered[0], ordered[-1]), ends)).get(level, "") if len(ordered) > 1 else ""
 
+def _edges(chosen: dict[str, str], settings: Iterable[tuple[str, ...]], plan: Plan) -> list[str]:
+    "The nuisance axes whose chosen level lies at an end of those that have a number, or is the only one"
+    tried = {axis: {setting[n] for setting in settings} for n, axis in enumerate(chosen)}
+    seen = {axis: [level for level in plan.axes[axis] if level in tried[axis]] for axis in chosen}
+    return [axis for axis, level in chosen.items() if len(seen[axis]) == 1 or edge_of(level, seen[axis])]
+
 # %% ../../nbs/findings/02_own_best.ipynb #3c644d93
 def chooses(
     metric: str, # that is reported
@@ -78,9 +84,7 @@ def arm_ledger(
     if not means: return ArmLedger(arm, {}, None, None, 0, planned, waiting)
     first, *rest = sorted(means, key=lambda setting: sign*means[setting])
     best = dict(zip(tuned, first))
-    seen = {axis: {setting[n] for setting in means} for n, axis in enumerate(tuned)}   # one that failed is no edge
-    tried = {axis: [level for level in plan.axes[axis] if level in seen[axis]] for axis in tuned}
-    edges = [axis for axis in tuned if len(tried[axis]) == 1 or edge_of(best[axis], tried[axis])]
+    edges = _edges(best, means, plan)   # a setting that failed is no edge
     return ArmLedger(arm, best, means[first], abs(means[rest[0]] - means[first]) if rest else None, len(means), planned,
                  waiting, edges)
 
@@ -148,10 +152,8 @@ def halved_ledger(
     apart = next((sorted(values) for values in reversed(duels) if len(values) > 1), None)
     gap = None if apart is None else apart[1] - apart[0] if sign > 0 else apart[-1] - apart[-2]
     chosen = dict(zip(tuned, best))
-    tries = {axis: [l for l in plan.axes[axis] if l in {s[n] for s in good}] for n, axis in enumerate(tuned)}
-    edges = [axis for axis, level in chosen.items() if len(tries[axis]) == 1 or edge_of(level, tries[axis])]
     return ArmLedger(arm, chosen, now[best] if last == 1 else None, gap, len(good), len(first),
-                     waiting or last < 1, edges, tried)
+                     waiting or last < 1, _edges(chosen, good, plan), tried)
 
 # %% ../../nbs/findings/02_own_best.ipynb #d560f90f
 @dataclass(frozen=True)
